@@ -1,0 +1,1 @@
+"""What a user asks for, one verb a file: storage and tables, no Ray."""

@@ -1,0 +1,1 @@
+"""The method and the volume: no Ray, no MLflow, no table, no command line."""

@@ -1,0 +1,338 @@
+"""Typed settings: frozen, unknown keys refused, checked when built.
+
+One model per part, beside each other here so that a user can read every setting in one sitting.
+`load_config` merges, in this order: defaults, preset, YAML file, `key=value` pairs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from sgcd_core.errors import ConfigError
+
+Prediction = Literal["epsilon", "v", "x0", "residual"]
+
+
+class Settings(BaseModel):
+    """Base of all settings: immutable, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def digest(self) -> str:
+        """First 16 hex digits of the SHA-256 of the resolved settings."""
+        text = json.dumps(self.model_dump(mode="json"), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+class PrepareConfig(Settings):
+    """How a scan is brought onto the model grid."""
+
+    shape: tuple[int, int, int] = Field((48, 56, 48), description="model grid, voxels, RAS+")
+    mm: float = Field(4.0, gt=0.2, le=8, description="model grid voxel side, mm")
+    brain_extraction: Literal["auto", "deepbet", "none"] = Field(
+        "auto", description="auto: keep an already extracted brain, else deepbet"
+    )
+    bias_correction: Literal["n4", "none"] = "n4"
+    registration: Literal["rigid", "none"] = Field(
+        "rigid", description="rigid to the ICBM152 template; none: centre of mass only"
+    )
+    percentiles: tuple[float, float] = Field((0.5, 99.5), description="masked, map to 0 and 1")
+    max_voxel_mm: float = Field(4.0, description="a longer voxel side is refused (SCAN-COARSE)")
+    min_extent_mm: float = Field(100.0, description="a smaller field of view is refused")
+    max_inflated_bytes: int = Field(2_000_000_000, description="bound on a decompressed scan")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        lo, hi = self.percentiles
+        if not 0 <= lo < hi <= 100:
+            raise ValueError(f"percentiles must rise within 0 to 100, got {lo}, {hi}")
+        return self
+
+
+class ConditionConfig(Settings):
+    """What the network is told about the anatomy (Eq. 2), and how style is kept out of it."""
+
+    gradient_channel: bool = Field(True, description="the paper's gradient map G")
+    content_channel: bool = Field(True, description="the contrast-augmented scan itself")
+    contrast_augmentation: bool = Field(
+        True, description="random monotone remap, bias, noise and blur before G is taken (training)"
+    )
+    remap_knots: int = Field(6, ge=2, description="knots of the random monotone intensity map")
+    remap_strength: float = Field(0.7, ge=0, le=1, description="0 identity, 1 fully random map")
+    bias_strength: float = Field(0.25, ge=0, description="log-amplitude of the random bias field")
+    noise_std: float = Field(0.04, ge=0, description="largest standard deviation of added noise")
+    blur_voxels: float = Field(0.6, ge=0, description="largest Gaussian sigma, voxels")
+
+
+class ScheduleConfig(Settings):
+    """Noise schedule of the diffusion (Eq. 1)."""
+
+    timesteps: int = Field(1000, ge=2)
+    beta_start: float = Field(0.0015, gt=0, lt=1)
+    beta_end: float = Field(0.0195, gt=0, lt=1)
+    kind: Literal["linear", "scaled_linear"] = "linear"
+
+
+class NetworkConfig(Settings):
+    """The 3D U-Net (MONAI DiffusionModelUNet)."""
+
+    channels: tuple[int, ...] = (16, 32, 64, 64)
+    res_blocks: int = Field(1, ge=1)
+    attention_levels: tuple[bool, ...] = (False, False, False, True)
+    head_channels: int = Field(16, ge=1)
+    norm_groups: int = Field(8, ge=1)
+    prediction: Prediction = Field("residual", description="what the network's output means")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if len(self.channels) != len(self.attention_levels):
+            raise ValueError("attention_levels needs one entry for each of channels")
+        if any(c % self.norm_groups for c in self.channels):
+            raise ValueError(f"channels must be multiples of norm_groups={self.norm_groups}")
+        return self
+
+
+class RecordConfig(Settings):
+    """The running record of each sequence's histogram, mean and deviation (Eqs. 5-8)."""
+
+    bins: int = Field(100, ge=2)
+    bandwidth: float = Field(0.01, gt=0, description="Gaussian kernel, in units of [0, 1]")
+    decay: float = Field(0.95, ge=0, lt=1, description="weight of the old record")
+    order: Literal["compare_then_update", "update_then_compare"] = Field(
+        "compare_then_update", description="the latter is Algorithm 1 as printed"
+    )
+
+
+class SamplerConfig(Settings):
+    """How an image is drawn from the model."""
+
+    t_start: int = Field(999, ge=1, description="timestep noise is added to; t_0 of the method")
+    steps: int = Field(1, ge=1, description="network evaluations down to 0 (T_r)")
+    invert_steps: int = Field(4, ge=1, description="network evaluations of DDIM inversion (T_f)")
+    start: Literal["noise", "inversion"] = Field(
+        "noise", description="noise: seeded FDP of the scan; inversion: DDIM upwards"
+    )
+    kind: Literal["ddim", "anchored"] = Field(
+        "ddim", description="anchored: Eqs. 10-11 as printed"
+    )
+    seeds: int = Field(1, ge=1, description="outputs averaged")
+
+
+class GlobalConfig(Settings):
+    """Stage 1: global harmonization."""
+
+    steps: int = Field(300, ge=1, description="optimizer steps, unless epochs is given")
+    epochs: int | None = Field(None, ge=1, description="overrides steps")
+    batch_size: int = Field(2, ge=1, description="volumes per step, over all workers")
+    learning_rate: float = Field(1e-3, gt=0)
+    warmup_steps: int = Field(20, ge=0)
+    schedule: Literal["constant", "cosine"] = "cosine"
+    loss: Literal["l1", "l2"] = Field("l1", description="of the network's prediction (L_N)")
+    weight_noise: float = Field(1.0, ge=0, description="weight of L_N")
+    weight_gradient: float = Field(0.1, ge=0, description="weight of L_G")
+    weight_record: float = Field(0.1, ge=0, description="weight of L_E")
+    x0_weight: Literal["snr", "flat"] = Field(
+        "snr", description="weight over t of losses taken on the estimate of the clean image"
+    )
+    t_power: float = Field(
+        0.5, gt=0, description="t is drawn as T·u^p: below 1 favours the noisy end"
+    )
+    crop: tuple[int, int, int] | None = Field(None, description="train on random crops, voxels")
+    site_balance: bool = True
+    precision: Literal["bf16", "fp32"] = "bf16"
+    checkpoint_every: int = Field(100, ge=1)
+    clip_norm: float = Field(1.0, gt=0)
+
+
+class TargetConfig(Settings):
+    """Stage 2: fine-tuning to one site's look."""
+
+    steps: int = Field(120, ge=1, description="optimizer steps, unless epochs is given")
+    epochs: int | None = Field(None, ge=1, description="overrides steps")
+    batch_size: int = Field(1, ge=1)
+    learning_rate: float = Field(3e-4, gt=0)
+    encoder: str = Field(
+        "mri-dino",
+        description="statistics | mri-dino | biomedclip | clip, optionally NAME:weights-uri",
+    )
+    slices_per_plane: int = Field(3, ge=1)
+    weight_style: float = Field(0.1, ge=0, description="L_S, Eq. 12")
+    weight_reconstruction: float = Field(0.1, ge=0, description="L_R, Eq. 13")
+    weight_anatomy: float = Field(0.1, ge=0, description="gradient term; 0 in preset paper")
+    target_denoising: float = Field(
+        1.0, ge=0, description="weight of plain denoising of the target's own scans"
+    )
+    backprop: Literal["stepwise", "chain"] = "stepwise"
+    last_k: int = Field(1, ge=1, description="generative steps that are trained (stepwise)")
+    precision: Literal["bf16", "fp32"] = "bf16"
+    clip_norm: float = Field(1.0, gt=0)
+
+
+class TransportConfig(Settings):
+    """How the correction is carried to the native grid."""
+
+    radius: int = Field(1, ge=1, description="window half-width of the local linear maps, voxels")
+    epsilon: float = Field(1e-4, gt=0, description="ridge of the local regression")
+
+
+class GuardConfig(Settings):
+    """When a written result is marked `flagged`."""
+
+    min_gradient_correlation: float = Field(0.75, ge=-1, le=1)
+    max_volume_drift: float = Field(0.25, ge=0, description="relative, largest of the tissues")
+    max_outlier_score: float = Field(4.0, gt=0, description="robust z against training sites")
+
+
+class SgcdConfig(Settings):
+    """All settings of a run."""
+
+    preset: Literal["tiny", "small", "paper"] = "tiny"
+    seed: int = Field(0, ge=0)
+    sequences: tuple[str, ...] = ("T1w", "T2w")
+    prepare: PrepareConfig = PrepareConfig()
+    condition: ConditionConfig = ConditionConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    network: NetworkConfig = NetworkConfig()
+    record: RecordConfig = RecordConfig()
+    sampler: SamplerConfig = SamplerConfig()
+    global_stage: GlobalConfig = GlobalConfig()
+    target_stage: TargetConfig = TargetConfig()
+    transport: TransportConfig = TransportConfig()
+    guard: GuardConfig = GuardConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.sampler.t_start >= self.schedule.timesteps:
+            raise ValueError(
+                f"sampler.t_start={self.sampler.t_start} must be below "
+                f"schedule.timesteps={self.schedule.timesteps}"
+            )
+        if self.network.prediction == "residual" and not self.condition.content_channel:
+            raise ValueError("network.prediction=residual needs condition.content_channel=true")
+        factor = 2 ** (len(self.network.channels) - 1)
+        for name, sides in (
+            ("prepare.shape", self.prepare.shape),
+            ("global_stage.crop", self.global_stage.crop or ()),
+        ):
+            if any(s % factor for s in sides):
+                raise ValueError(f"{name}={tuple(sides)} must be multiples of {factor}")
+        return self
+
+
+#: What each preset changes. `paper` is the paper's literal reading with the authors' numbers.
+PRESETS: dict[str, dict[str, Any]] = {
+    "tiny": {},
+    "small": {
+        "prepare": {"shape": (96, 112, 96), "mm": 2.0},
+        "network": {"channels": (16, 32, 64, 64)},
+        "global_stage": {"steps": 4000, "crop": (48, 56, 48), "batch_size": 2},
+        "target_stage": {"steps": 400},
+    },
+    "paper": {
+        "prepare": {"shape": (160, 192, 160), "mm": 1.0},
+        "condition": {"content_channel": False, "contrast_augmentation": False},
+        "network": {
+            "channels": (32, 64, 256, 256),
+            "res_blocks": 2,
+            "attention_levels": (False, False, True, True),
+            "head_channels": 32,
+            "norm_groups": 32,
+            "prediction": "epsilon",
+        },
+        "record": {"decay": 0.2, "order": "update_then_compare"},
+        "sampler": {
+            "t_start": 35, "steps": 25, "invert_steps": 35, "start": "inversion",
+            "kind": "anchored",
+        },
+        "global_stage": {
+            "epochs": 300, "learning_rate": 1e-4, "warmup_steps": 0, "schedule": "constant",
+            "loss": "l2", "weight_gradient": 1.0, "weight_record": 1.0, "x0_weight": "flat",
+            "t_power": 1.0, "batch_size": 1, "precision": "fp32",
+        },
+        "target_stage": {
+            "epochs": 30, "learning_rate": 1e-6, "encoder": "biomedclip", "weight_style": 1.0,
+            "weight_reconstruction": 1.0, "weight_anatomy": 0.0, "target_denoising": 0.0,
+            "backprop": "chain", "precision": "fp32",
+        },
+    },
+}  # fmt: skip
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with `over` laid on it, nested mappings merged."""
+    out = dict(base)
+    for key, value in over.items():
+        old = out.get(key)
+        if isinstance(old, Mapping) and isinstance(value, Mapping):
+            out[key] = merge(old, value)
+        else:
+            out[key] = value
+    return out
+
+
+def _pairs(settings: Sequence[str]) -> dict[str, Any]:
+    """`["a.b=1"]` → `{"a": {"b": 1}}`; values are read as YAML."""
+    out: dict[str, Any] = {}
+    for item in settings:
+        key, sign, text = item.partition("=")
+        if not sign or not key:
+            raise ConfigError(
+                f"--set takes key=value, got {item!r}.", code="CONFIG-KEY",
+                hint="Example: --set global_stage.steps=500",
+            )  # fmt: skip
+        node: Any = yaml.safe_load(text)
+        for part in reversed(key.strip().split(".")):
+            node = {part: node}
+        out = merge(out, node)
+    return out
+
+
+def load_config(
+    preset: str | None = None,
+    file: str | Path | None = None,
+    settings: Sequence[str] = (),
+) -> SgcdConfig:
+    """Resolve settings: defaults, then preset, then YAML file, then `key=value` pairs.
+
+    Raises:
+        ConfigError: A key does not exist, a value is not allowed or the file cannot be read.
+    """
+    from_file: Any = {}
+    if file is not None:
+        try:
+            from_file = yaml.safe_load(Path(file).read_text(encoding="utf-8")) or {}
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise ConfigError(
+                f"cannot be read as YAML ({type(error).__name__}).", code="CONFIG-FILE",
+                where=str(file),
+            ) from error  # fmt: skip
+        if not isinstance(from_file, dict):
+            raise ConfigError("must hold key: value lines.", code="CONFIG-FILE", where=str(file))
+    user = merge(from_file, _pairs(settings))
+    name = preset or user.get("preset") or "tiny"
+    if name not in PRESETS:
+        raise ConfigError(f"preset {name!r} does not exist; choose from {', '.join(PRESETS)}.")
+    return parse_config(merge(merge(PRESETS[name], user), {"preset": name}))
+
+
+def parse_config(values: Mapping[str, Any]) -> SgcdConfig:
+    """Settings from nested values; the errors name the setting to change."""
+    try:
+        return SgcdConfig.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"]) or "settings"
+        unknown = first["type"] == "extra_forbidden"
+        raise ConfigError(
+            "this setting does not exist." if unknown else f"{first['msg']}.",
+            code="CONFIG-KEY" if unknown else "CONFIG-VALUE",
+            where=key,
+            hint="See `sgcd train --help` or docs/reference.md for the settings.",
+        ) from error

@@ -1,0 +1,147 @@
+"""Errors a user can act on: each has a stable code, an exit code and a sentence that says what to do.
+
+Never put text from a header, a sidecar or a file's content in a message: it may identify a patient.
+URIs, shapes, labels the user typed and numbers are fine.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+#: Every code this project may print. The value is what the code means, for the reference pages.
+CODES: dict[str, str] = {
+    # scans: what `sgcd check` and the results table say
+    "SCAN-MISSING": "There is no object at this address.",
+    "SCAN-UNREADABLE": "The object is not a NIfTI-1 or NIfTI-2 image.",
+    "SCAN-TRUNCATED": "The image holds fewer voxels than its header says.",
+    "SCAN-CORRUPT": "The compressed stream is damaged (CRC or length mismatch).",
+    "SCAN-TOO-BIG": "The image inflates to more bytes than the limit allows.",
+    "SCAN-NOT-3D": "The image is not one 3D volume.",
+    "SCAN-DTYPE": "The voxel type cannot hold an MRI intensity (complex, RGB, …).",
+    "SCAN-AFFINE": "The affine is missing, not finite or singular: left and right are unknown.",
+    "SCAN-ORIENTATION": "sform and qform disagree about left and right.",
+    "SCAN-VOXEL-SIZE": "A voxel side is zero, negative or outside 0.2 to 10 mm.",
+    "SCAN-COARSE": "A voxel side is too long for harmonization in 3D.",
+    "SCAN-COVERAGE": "The field of view is too small to hold a brain.",
+    "SCAN-NONFINITE": "More than a few voxels are NaN or infinite.",
+    "SCAN-EMPTY": "The image is constant or has too few distinct values.",
+    "SCAN-SEQUENCE": "The sequence is not T1w or T2w, or not one this model knows.",
+    "SCAN-NO-BRAIN": "Brain extraction found no plausible brain (volume out of range).",
+    "SCAN-NEEDS-STRIPPING": "A whole head, and no brain extraction tool is installed.",
+    "SCAN-REGISTRATION": "The scan could not be aligned with the template.",
+    "SCAN-NO-SITE": "No site is known for this scan.",
+    "SCAN-DUPLICATE": "The same bytes are listed under another name.",
+    "SCAN-FAILED": "Harmonizing this scan failed in an unexpected way.",
+    "SCAN-QUARANTINED": "This scan ended its worker three times and is set aside.",
+    # guards: why a result is `flagged`
+    "FLAG-ANATOMY": "Edges of the output differ too much from the input's.",
+    "FLAG-VOLUMES": "Tissue volumes drifted too far.",
+    "FLAG-UNLIKE-TRAINING": "The scan is unlike every scan the model was trained on.",
+    # storage
+    "STORE-UNREACHABLE": "The store does not answer.",
+    "STORE-DENIED": "The store refuses these credentials.",
+    "STORE-EMPTY": "No scan lies under this address.",
+    "STORE-WRITE": "Writing to the store failed.",
+    "LAKE-MISSING": "There is no lake at this address.",
+    "LAKE-EMPTY": "The lake holds no scan that fits the request.",
+    "TABLE-SCHEMA": "A table of the catalog has an unexpected schema.",
+    # data sets
+    "BIDS-INVALID": "The BIDS tree lacks what is needed to read it.",
+    "MANIFEST-COLUMN": "The CSV manifest lacks a column or holds an unknown value.",
+    # models
+    "MODEL-MISSING": "There is no such model in the lake.",
+    "MODEL-DIGEST": "A file of the model differs from its recorded digest.",
+    "MODEL-FORMAT": "The model was written by an incompatible version.",
+    "MODEL-GRID": "The scans were prepared on another grid than the model's.",
+    "TARGET-UNKNOWN": "The lake has no such site.",
+    "TARGET-SEQUENCE": "The target site has no scan of a sequence that is to be harmonized.",
+    "ENCODER-WEIGHTS": "The style encoder's weights are not at hand.",
+    "TRAIN-DIVERGED": "The loss is not finite.",
+    # configuration and use
+    "CONFIG-KEY": "A setting does not exist.",
+    "CONFIG-VALUE": "A setting has a value that is not allowed.",
+    "CONFIG-FILE": "The configuration file cannot be read.",
+    "USAGE": "The command line is not complete.",
+    "CLUSTER": "The Ray cluster cannot run this.",
+    "INTERNAL": "A fault of this program.",
+}
+
+
+class SgcdError(Exception):
+    """What went wrong, where, and what to do.
+
+    Attributes:
+        code: Stable code, a key of `CODES`.
+        message: What was found and what was expected.
+        where: URI, setting or table the error is about, if any.
+        hint: What the user can do about it, if anything is known.
+    """
+
+    exit_code: ClassVar[int] = 70
+    default_code: ClassVar[str] = "INTERNAL"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        code: str | None = None,
+        where: str | None = None,
+        hint: str | None = None,
+    ) -> None:
+        self.code = code or self.default_code
+        if self.code not in CODES:
+            raise KeyError(f"error code {self.code!r} is not listed in sgcd_core.errors.CODES")
+        self.message = message
+        self.where = where
+        self.hint = hint
+        super().__init__(str(self))
+
+    def __str__(self) -> str:
+        place = f"{self.where}: " if self.where else ""
+        advice = f" {self.hint}" if self.hint else ""
+        return f"[{self.code}] {place}{self.message}{advice}"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Ray pickles exceptions across processes; keyword-only arguments need help.
+        return (_rebuild, (type(self), self.message, self.code, self.where, self.hint))
+
+
+def _rebuild(
+    kind: type[SgcdError], message: str, code: str, where: str | None, hint: str | None
+) -> SgcdError:
+    return kind(message, code=code, where=where, hint=hint)
+
+
+class InputError(SgcdError):
+    """A scan or a data set cannot be used. Exit code 65."""
+
+    exit_code = 65
+    default_code = "SCAN-UNREADABLE"
+
+
+class StorageError(SgcdError):
+    """A store, lake or cluster is out of reach. Exit code 69."""
+
+    exit_code = 69
+    default_code = "STORE-UNREACHABLE"
+
+
+class ModelError(SgcdError):
+    """A model is missing, damaged or does not fit. Exit code 65."""
+
+    exit_code = 65
+    default_code = "MODEL-MISSING"
+
+
+class ConfigError(SgcdError):
+    """A setting is wrong. Exit code 78."""
+
+    exit_code = 78
+    default_code = "CONFIG-VALUE"
+
+
+class UsageError(SgcdError):
+    """The command line is wrong. Exit code 2."""
+
+    exit_code = 2
+    default_code = "USAGE"

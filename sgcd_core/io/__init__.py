@@ -1,0 +1,1 @@
+"""Reading and writing: one door to file:// and s3://, NIfTI, BIDS names."""

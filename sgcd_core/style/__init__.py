@@ -1,0 +1,1 @@
+"""Image style: histograms, the record, encoders."""

@@ -1,0 +1,1 @@
+"""Volumes: checks, preparation, the condition, the way back to the native grid."""
