@@ -1,0 +1,51 @@
+# make setup   the environment in .venv, everything pinned (skipped when it is up to date)
+# make demo    the whole path on a small digital cohort, to a report
+# make test    every test
+# make lint    ruff and mypy
+# make bench   the benchmarks, each against a named peer
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+UV     := 0.13.9
+EXTRAS := strip,dino,dev
+DEMO   ?= work/demo
+ARGS   ?=
+
+.PHONY: setup demo test lint format bench clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; ok = (3, 11) <= sys.version_info < (3, 13); \
+	  sys.exit(0 if ok else "Python 3.11 or 3.12 is needed: make PYTHON=python3.11 setup")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	if $(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV); then \
+	  VIRTUAL_ENV=$(CURDIR)/$(VENV) $(BIN)/uv pip install -c constraints.txt -e '.[$(EXTRAS)]'; \
+	else false; fi \
+	|| $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
+	touch $(STAMP)
+
+demo: setup
+	$(BIN)/sgcd demo --out $(DEMO) $(ARGS)
+
+test: setup
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: setup
+	@set -e; found=0; for file in benchmarks/bench_*.py; do \
+	  test -e "$$file" || continue; found=1; echo "== $$file"; $(BIN)/python "$$file"; \
+	done; test $$found = 1 || echo "no benchmark yet"
+
+clean:
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,122 @@
+"""One Ray session: connect or start, check that the work fits, close what was opened here."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from sgcd_core.errors import StorageError
+
+log = logging.getLogger(__name__)
+
+#: Volumes stay inside the worker that reads them, so the shared store may be small.
+OBJECT_STORE_BYTES = 320_000_000
+#: A job that makes no progress for so long is stopped with an error instead of hanging.
+NO_PROGRESS_SECONDS = 900
+
+
+def cpu_count() -> int:
+    """CPUs this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def threads_per_worker(workers: int) -> int:
+    """Torch threads of each of `workers` processes on this machine.
+
+    Ray sets OMP_NUM_THREADS to a worker's num_cpus; that would leave most of a small machine idle.
+    """
+    return max(1, cpu_count() // max(1, workers))
+
+
+def _environment() -> None:
+    """Settings that Ray reads at import and at start; a user's own values win."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # Workers are to use this very environment, not one that `uv run` would build again.
+    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    # Many small arenas cost every worker tens of megabytes.
+    os.environ.setdefault("MALLOC_ARENA_MAX", "2")
+
+
+@contextmanager
+def session(address: str | None = None, *, cpus: float = 1.0, gpus: float = 0.0) -> Iterator[Any]:
+    """A connected `ray` module, with room for `cpus` and `gpus` at the same time.
+
+    An open session is used as it is. Otherwise connects to `address` or RAY_ADDRESS, or starts
+    Ray on this machine; what was opened here is closed at the end.
+
+    Raises:
+        StorageError: CLUSTER when the cluster does not answer or is too small.
+    """
+    _environment()
+    import ray
+
+    mine = not ray.is_initialized()
+    if mine:
+        _connect(ray, address or os.environ.get("RAY_ADDRESS"))
+    try:
+        _preflight(ray, cpus, gpus)
+        _data_settings(ray)
+        yield ray
+    finally:
+        if mine:
+            ray.shutdown()
+
+
+def _connect(ray: Any, address: str | None) -> None:
+    quiet = not log.isEnabledFor(logging.DEBUG)
+    common: dict[str, Any] = {
+        "logging_level": logging.ERROR if quiet else logging.INFO,
+        "log_to_driver": not quiet,
+        "namespace": "sgcd",
+    }
+    try:
+        if address:
+            ray.init(address=address, **common)
+        else:
+            ray.init(
+                # One worker and the tasks that feed it need two places, whatever the machine.
+                num_cpus=max(2, cpu_count()),
+                object_store_memory=OBJECT_STORE_BYTES,
+                include_dashboard=False,
+                **common,
+            )
+    except (ConnectionError, OSError, RuntimeError, ValueError) as error:
+        raise StorageError(
+            f"the Ray cluster does not answer ({type(error).__name__}).",
+            code="CLUSTER", where=address or "this machine",
+            hint="Check --ray-address or RAY_ADDRESS, or leave both out to use this machine.",
+        ) from error  # fmt: skip
+    if quiet:
+        for name in ("ray.data", "ray.train", "ray.tune"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _preflight(ray: Any, cpus: float, gpus: float) -> None:
+    """Refuse work that would wait for ever for a place."""
+    have = ray.cluster_resources()
+    for name, need in (("CPU", cpus), ("GPU", gpus)):
+        if need > have.get(name, 0.0):
+            raise StorageError(
+                f"needs {need:g} {name}s at once, the cluster has {have.get(name, 0.0):g}.",
+                code="CLUSTER", hint="Ask for fewer --workers, or add nodes.",
+            )  # fmt: skip
+
+
+def _data_settings(ray: Any) -> None:
+    """Ray Data: quiet, in order, and an error instead of a hang."""
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.execution_options.preserve_order = True
+    context.execution_options.verbose_progress = False
+    if hasattr(context, "execution_no_progress_timeout_s"):
+        context.execution_no_progress_timeout_s = NO_PROGRESS_SECONDS
+    if hasattr(context, "print_on_execution_start"):
+        context.print_on_execution_start = False
