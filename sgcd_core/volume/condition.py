@@ -1,0 +1,165 @@
+"""What the network is told about the anatomy: gradient map (Eq. 2) and content, style kept out.
+
+The signed mean of forward differences can be inverted exactly, so a gradient map of the scan
+itself carries the full tissue contrast. `augment_contrast` breaks that tie during training: the
+condition is taken from a randomly recoloured scan, while the denoising target stays the original.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sgcd_core.config import ConditionConfig
+
+
+def to_network(image: Tensor) -> Tensor:
+    """[0, 1] → [-1, 1]. The one place where this map lives, with its inverse below."""
+    return 2.0 * image - 1.0
+
+
+def from_network(x: Tensor) -> Tensor:
+    """[-1, 1] → [0, 1], the inverse of `to_network`; not clipped."""
+    return (x + 1.0) / 2.0
+
+
+@dataclass(frozen=True)
+class Condition:
+    """Condition of one batch.
+
+    Attributes:
+        channels: (B, C, X, Y, Z) float32 in [-1, 1], concatenated with the noisy image.
+        content: (B, 1, X, Y, Z) float32 in [-1, 1], or None where the option is off.
+    """
+
+    channels: Tensor
+    content: Tensor | None
+
+
+def build_condition(
+    image: Tensor,
+    mask: Tensor,
+    config: ConditionConfig,
+    generator: torch.Generator | None = None,
+) -> Condition:
+    """Condition of `image` (B, 1, X, Y, Z) in [0, 1] with `mask` (B, 1, X, Y, Z) bool.
+
+    Args:
+        image: Prepared scans.
+        mask: Brain masks.
+        config: Which channels, and how strong the augmentation.
+        generator: With one and `contrast_augmentation`, style is randomized first (training).
+            None takes the scan as it is (inference).
+    """
+    if generator is not None and config.contrast_augmentation:
+        image = augment_contrast(image, mask, config, generator)
+    parts = []
+    content = to_network(image) if config.content_channel else None
+    if config.gradient_channel:
+        parts.append(gradient_map(image, mask))
+    if content is not None:
+        parts.append(content)
+    channels = torch.cat(parts, dim=1) if parts else image[:, :0]
+    return Condition(channels, content)
+
+
+def forward_gradient(image: Tensor) -> Tensor:
+    """Pad((∇x + ∇y + ∇z) / 3) of Eq. 2: forward differences, zero-padded. (B, 1, X, Y, Z)."""
+    dx = F.pad(image[:, :, 1:] - image[:, :, :-1], (0, 0, 0, 0, 0, 1))
+    dy = F.pad(image[:, :, :, 1:] - image[:, :, :, :-1], (0, 0, 0, 1))
+    dz = F.pad(image[..., 1:] - image[..., :-1], (0, 1))
+    return (dx + dy + dz) / 3.0
+
+
+def gradient_map(image: Tensor, mask: Tensor) -> Tensor:
+    """G of Eq. 2 in [-1, 1]: scaled by the 99th percentile of |∇| inside the mask, then clipped.
+
+    The scale is a constant for differentiation. One outlier voxel must not set it, so it is a
+    percentile, not the maximum.
+    """
+    gradient = forward_gradient(image)
+    scale = masked_quantiles(gradient.detach().abs(), mask, (0.99,))[:, 0]
+    return (gradient / scale.clamp(min=1e-6).view(-1, 1, 1, 1, 1)).clamp(-1, 1)
+
+
+def masked_quantiles(image: Tensor, mask: Tensor, levels: tuple[float, ...]) -> Tensor:
+    """Quantiles of each sample's masked voxels, linear between order statistics. (B, levels)."""
+    rows = []
+    for sample, inside in zip(image, mask, strict=True):
+        values, _ = sample[inside].float().sort()
+        if values.numel() == 0:
+            rows.append(torch.zeros(len(levels), device=image.device))
+            continue
+        position = torch.tensor(levels, device=image.device) * (values.numel() - 1)
+        low = position.floor().long()
+        high = (low + 1).clamp(max=values.numel() - 1)
+        rows.append(torch.lerp(values[low], values[high], position - low))
+    return torch.stack(rows)
+
+
+def augment_contrast(
+    image: Tensor, mask: Tensor, config: ConditionConfig, generator: torch.Generator
+) -> Tensor:
+    """The same anatomy in a random style: monotone remap, smooth bias, blur, noise.
+
+    Afterwards rescaled to the robust range [0, 1] of a prepared scan, so that an augmented scan
+    and a new one look alike to the network. Random numbers are drawn on the CPU.
+
+    Args:
+        image: (B, 1, X, Y, Z) float32 in [0, 1].
+        mask: (B, 1, X, Y, Z) bool.
+        config: Strengths.
+        generator: CPU generator; the same state gives the same styles.
+
+    Returns:
+        (B, 1, X, Y, Z) float32 in [0, 1], 0 outside the mask.
+    """
+    out = torch.stack([_one_style(sample, config, generator) for sample in image])
+    limits = masked_quantiles(out, mask, (0.005, 0.995))
+    low, high = limits[:, 0].view(-1, 1, 1, 1, 1), limits[:, 1].view(-1, 1, 1, 1, 1)
+    out = ((out - low) / (high - low).clamp(min=1e-6)).clamp(0, 1)
+    return out * mask
+
+
+def _one_style(image: Tensor, config: ConditionConfig, generator: torch.Generator) -> Tensor:
+    device = image.device
+
+    def uniform() -> float:
+        return float(torch.rand((), generator=generator))
+
+    # Monotone remap through random knots, blended with the identity.
+    increments = -torch.log(torch.rand(config.remap_knots, generator=generator).clamp(min=1e-6))
+    random_map = torch.cat([torch.zeros(1), increments.cumsum(0) / increments.sum()])
+    blend = config.remap_strength * uniform()
+    knots = torch.lerp(torch.linspace(0, 1, config.remap_knots + 1), random_map, blend).to(device)
+    position = image.clamp(0, 1) * config.remap_knots
+    index = position.floor().long().clamp(max=config.remap_knots - 1)
+    out = torch.lerp(knots[index], knots[index + 1], position - index)
+    # Smooth multiplicative field from a coarse random grid.
+    coarse = torch.randn((1, 1, 4, 4, 4), generator=generator).to(device)
+    field = F.interpolate(coarse, size=image.shape[1:], mode="trilinear", align_corners=True)[0]
+    out = out * torch.exp(config.bias_strength * uniform() * field)
+    # Resolution, then noise: in this order, because noise is added by the receiver.
+    sigma = config.blur_voxels * uniform()
+    if sigma > 0.2:
+        out = gaussian_blur(out[None], sigma)[0]
+    std = config.noise_std * uniform()
+    return out + std * torch.randn(image.shape, generator=generator).to(device)
+
+
+def gaussian_blur(image: Tensor, sigma: float) -> Tensor:
+    """Separable Gaussian of `sigma` voxels on (B, 1, X, Y, Z), replicated at the border."""
+    radius = max(1, int(3 * sigma + 0.5))
+    x = torch.arange(-radius, radius + 1, device=image.device, dtype=image.dtype)
+    kernel = torch.exp(-0.5 * (x / sigma) ** 2)
+    kernel = kernel / kernel.sum()
+    for axis in range(3):
+        shape = [1, 1, 1, 1, 1]
+        shape[2 + axis] = -1
+        pad = [0] * 6
+        pad[2 * (2 - axis)] = pad[2 * (2 - axis) + 1] = radius
+        image = F.conv3d(F.pad(image, pad, mode="replicate"), kernel.view(shape))
+    return image
