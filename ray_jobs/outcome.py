@@ -36,14 +36,14 @@ def table(header: list[str], rows: list[list[Any]]) -> list[str]:
         return f"{value:.4g}" if isinstance(value, float) else str(value)
 
     cells = [[text(value) for value in row] for row in rows]
-    widths = [
-        max([len(name), *(len(row[i]) for row in cells)]) for i, name in enumerate(header)
-    ]
+    widths = [max([len(name), *(len(row[i]) for row in cells)]) for i, name in enumerate(header)]
     right = [bool(rows) and all(isinstance(row[i], int | float) for row in rows if row[i] is not None)
              for i in range(len(header))]  # fmt: skip
 
     def line(row: list[str]) -> str:
-        parts = [c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right, strict=True)]
+        parts = [
+            c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right, strict=True)
+        ]
         return "  ".join(parts).rstrip()
 
     return [line(header), line(["-" * w for w in widths]), *(line(row) for row in cells)]

@@ -111,10 +111,9 @@ def _preflight(ray: Any, cpus: float, gpus: float) -> None:
 
 
 def _data_settings(ray: Any) -> None:
-    """Ray Data: quiet, in order, and an error instead of a hang."""
+    """Ray Data: quiet, and an error instead of a hang."""
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
-    context.execution_options.preserve_order = True
     context.execution_options.verbose_progress = False
     if hasattr(context, "execution_no_progress_timeout_s"):
         context.execution_no_progress_timeout_s = NO_PROGRESS_SECONDS

@@ -1,0 +1,135 @@
+"""`sgcd`: parse, run one command, print one summary, leave with an exit code a scheduler can read.
+
+Nothing heavy is imported here: `sgcd --help` must answer at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from ray_jobs.outcome import STOPPED, Outcome
+from ray_jobs.parser import COMMANDS, build_parser
+from sgcd_core.errors import SgcdError, UsageError
+
+
+class Stopped(BaseException):
+    """SIGTERM: stop like Ctrl-C, so that what is finished is still committed."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `sgcd ARGV…` and return its exit code.
+
+    0 all done; 1 finished with failed scans; 2 usage; 65 bad data; 69 storage or cluster out of
+    reach; 70 a fault of this program; 75 stopped, run again to resume; 78 bad configuration.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    parser = build_parser()
+    try:
+        args = parser.parse_args(words)
+    except SystemExit as end:  # argparse: --help, --version and usage errors
+        return end.code if isinstance(end.code, int) else UsageError.exit_code
+    if not getattr(args, "command", None):
+        parser.print_help()
+        return UsageError.exit_code
+    _logging(getattr(args, "debug", False))
+    try:
+        with _sigterm_stops():
+            outcome = _run(args)
+    except SgcdError as error:
+        if getattr(args, "debug", False):
+            traceback.print_exc()
+        _fail(args, error.code, str(error), error.exit_code)
+        return error.exit_code
+    except (KeyboardInterrupt, Stopped):
+        text = "stopped; run the same command again to go on from here."
+        _fail(args, "STOPPED", text, STOPPED)
+        return STOPPED
+    except BrokenPipeError:  # `sgcd … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        if getattr(args, "debug", False):
+            traceback.print_exc()
+        text = (
+            f"[INTERNAL] {type(error).__name__} in `sgcd {args.command}`. "
+            "Run again with --debug for the traceback, and please report it."
+        )
+        _fail(args, "INTERNAL", text, SgcdError.exit_code)
+        return SgcdError.exit_code
+    _print(args, outcome)
+    return outcome.exit_code
+
+
+def _run(args: Any) -> Outcome:
+    module, _, function = COMMANDS[args.command].partition(":")
+    run = getattr(importlib.import_module(module), function)
+    outcome: Outcome = run(args)
+    return outcome
+
+
+def _print(args: Any, outcome: Outcome) -> None:
+    if getattr(args, "json", False):
+        document = {
+            "command": args.command, "exit_code": outcome.exit_code,
+            "summary": outcome.summary, "next": outcome.next, **outcome.data,
+        }  # fmt: skip
+        print(json.dumps(document, default=str, ensure_ascii=False), flush=True)
+        return
+    for line in outcome.lines:
+        print(line)
+    if outcome.summary:
+        print(outcome.summary)
+    if outcome.next:
+        print(f"next: {outcome.next}")
+    sys.stdout.flush()
+
+
+def _fail(args: Any, code: str, text: str, exit_code: int) -> None:
+    """One line on stderr; with --json also the one document on stdout."""
+    sys.stdout.flush()
+    print(f"sgcd {args.command}: {text}", file=sys.stderr, flush=True)
+    if getattr(args, "json", False):
+        document = {"command": args.command, "exit_code": exit_code, "code": code, "error": text}
+        print(json.dumps(document, ensure_ascii=False), flush=True)
+
+
+def _logging(debug: bool) -> None:
+    level = logging.DEBUG if debug else logging.WARNING
+    logging.basicConfig(
+        level=logging.INFO if debug else logging.WARNING,
+        format="%(asctime)s %(levelname)s %(name)s %(message)s",
+        stream=sys.stderr,
+    )
+    for name in ("ray_jobs", "pipelines", "sgcd_core"):
+        logging.getLogger(name).setLevel(level)
+
+
+@contextmanager
+def _sigterm_stops() -> Iterator[None]:
+    """While open, SIGTERM raises `Stopped` in the main thread."""
+
+    def stop(signum: int, frame: Any) -> None:
+        raise Stopped
+
+    try:
+        old = signal.signal(signal.SIGTERM, stop)
+    except ValueError:  # not the main thread
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, old)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

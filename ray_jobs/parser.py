@@ -1,0 +1,277 @@
+"""The command line of `sgcd`: few options, an example for each command.
+
+Everything else is a setting: `--config FILE` and `--set key=value`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+#: Which function runs a command; imported only when it is called.
+COMMANDS = {
+    "check": "ray_jobs.commands:check",
+    "demo": "ray_jobs.demo:run",
+    "cohort": "ray_jobs.commands:cohort",
+    "index": "ray_jobs.commands:index",
+    "prepare": "ray_jobs.volume_stream:prepare",
+    "train": "ray_jobs.train_global:run",
+    "suggest-target": "ray_jobs.commands:suggest",
+    "tune": "ray_jobs.tune_target:run",
+    "harmonize": "ray_jobs.harmonize:run",
+    "evaluate": "ray_jobs.commands:evaluate",
+    "report": "ray_jobs.commands:report",
+    "query": "ray_jobs.commands:query",
+    "status": "ray_jobs.status:run",
+    "doctor": "ray_jobs.doctor:run",
+}
+
+_EPILOG = """\
+the way through:
+  sgcd cohort COHORT                        # or your own BIDS data
+  sgcd index COHORT --lake LAKE
+  sgcd prepare --lake LAKE
+  sgcd train --lake LAKE
+  sgcd suggest-target --lake LAKE
+  sgcd tune --lake LAKE --target SITE
+  sgcd harmonize --lake LAKE --model target-SITE
+  sgcd evaluate --lake LAKE --model target-SITE
+  sgcd report --lake LAKE --model target-SITE
+
+Running any command twice is safe, and is also how to resume.
+exit codes: 0 done, 1 finished with failed scans, 2 usage, 65 bad data, 69 storage or cluster
+out of reach, 70 internal, 75 stopped (run again to resume), 78 bad configuration
+"""
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("sgcd-lake")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any, **__: Any) -> None:
+        print(f"sgcd {_version()}")
+        parser.exit()
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of `sgcd` with all its commands."""
+    parser = argparse.ArgumentParser(
+        prog="sgcd",
+        description="Harmonize multi-site 3D brain MRI: scans of many scanners, one look.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version")
+    sub = parser.add_subparsers(dest="command", metavar="COMMAND")
+    _check(sub)
+    _demo(sub)
+    _cohort(sub)
+    _index(sub)
+    _prepare(sub)
+    _train(sub)
+    _suggest(sub)
+    _tune(sub)
+    _harmonize(sub)
+    _evaluate(sub)
+    _report(sub)
+    _query(sub)
+    _status(sub)
+    _doctor(sub)
+    return parser
+
+
+def _command(
+    sub: Any, name: str, help_: str, example: str, *, lake: bool = True, settings: bool = False,
+    ray: bool = False,
+) -> argparse.ArgumentParser:  # fmt: skip
+    parser: argparse.ArgumentParser = sub.add_parser(
+        name, help=help_, description=help_, epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    if lake:
+        parser.add_argument(
+            "--lake", required=True, metavar="LAKE", help="a folder or an s3:// prefix"
+        )
+    if settings:
+        parser.add_argument("--config", metavar="FILE", help="settings in YAML")
+        parser.add_argument(
+            "--set", dest="settings", action="append", default=[], metavar="KEY=VALUE",
+            help="one setting, may be repeated",
+        )  # fmt: skip
+        parser.add_argument("--preset", choices=("tiny", "small", "paper"), help="default: tiny")
+        parser.add_argument(
+            "--dry-run", action="store_true", help="say what would be done, change nothing"
+        )
+    if ray:
+        parser.add_argument(
+            "--workers", type=_positive, metavar="N", help="worker processes (default: by machine)"
+        )
+        parser.add_argument(
+            "--ray-address", metavar="ADDRESS", help="a Ray cluster (default: RAY_ADDRESS, or here)"
+        )
+    parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
+    parser.add_argument("--debug", action="store_true", help="logs and tracebacks")
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError("must be 1 or more")
+    return value
+
+
+def _check(sub: Any) -> None:
+    p = _command(
+        sub, "check", "Say of each scan whether it can be used, and if not why.",
+        "sgcd check sub-01/anat/sub-01_T1w.nii.gz", lake=False,
+    )  # fmt: skip
+    p.add_argument("scans", nargs="+", metavar="SCAN", help="files or URIs")
+
+
+def _demo(sub: Any) -> None:
+    p = _command(
+        sub, "demo", "The whole path on a small digital cohort that it makes, on this machine.",
+        "sgcd demo --out work/demo", lake=False,
+    )  # fmt: skip
+    p.add_argument("--out", default="sgcd-demo", metavar="DIR", help="default: %(default)s")
+    p.add_argument("--subjects", type=_positive, default=15, help="default: %(default)s")
+    p.add_argument("--sites", type=_positive, default=4, help="default: %(default)s")
+    p.add_argument("--traveling", type=_positive, default=2, help="default: %(default)s")
+    p.add_argument("--train-steps", type=_positive, default=200, help="default: %(default)s")
+    p.add_argument("--tune-steps", type=_positive, default=60, help="default: %(default)s")
+    p.add_argument("--encoder", default="mri-dino", help="style encoder, default: %(default)s")
+    p.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+
+
+def _cohort(sub: Any) -> None:
+    p = _command(
+        sub, "cohort", "Make digital traveling subjects as BIDS, the truth beside.",
+        "sgcd cohort work/cohort --subjects 12 --sites 4 --traveling 2", lake=False,
+    )  # fmt: skip
+    p.add_argument("out", metavar="OUT", help="a new folder, or one that an earlier run made")
+    p.add_argument("--subjects", type=_positive, default=12, help="default: %(default)s")
+    p.add_argument("--sites", type=_positive, default=4, help="default: %(default)s")
+    p.add_argument("--traveling", type=int, default=2, help="seen at every site (test split)")
+    p.add_argument("--anatomy", metavar="DIR", help="label maps; default: nilearn's template")
+    p.add_argument("--mm", type=float, default=2.0, help="voxel side, default: %(default)s")
+    p.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+
+
+def _index(sub: Any) -> None:
+    p = _command(
+        sub, "index", "List the scans of BIDS trees, prefixes or CSV manifests in the lake.",
+        "sgcd index s3://bucket/bids --lake s3://bucket/lake --site-from participants",
+    )  # fmt: skip
+    p.add_argument("sources", nargs="+", metavar="SOURCE")
+    p.add_argument(
+        "--site-from", default="auto", metavar="HOW",
+        help="auto, participants, session, sidecar:KEY or column:NAME (default: %(default)s)",
+    )  # fmt: skip
+    p.add_argument("--dry-run", action="store_true", help="count, change nothing")
+
+
+def _prepare(sub: Any) -> None:
+    p = _command(
+        sub, "prepare", "Bring every scan onto the model grid; exactly invertible.",
+        "sgcd prepare --lake LAKE --preset tiny", settings=True, ray=True,
+    )  # fmt: skip
+    p.add_argument("--sites", nargs="+", metavar="SITE", help="only these")
+    p.add_argument("--force", action="store_true", help="also what is already prepared")
+
+
+def _train(sub: Any) -> None:
+    p = _command(
+        sub, "train", "Stage 1: learn the anatomy of all sites; makes the model `global`.",
+        "sgcd train --lake LAKE --set global_stage.steps=500", settings=True, ray=True,
+    )  # fmt: skip
+    p.add_argument("--gpus", action="store_true", help="one GPU for each worker")
+    p.add_argument("--sites", nargs="+", metavar="SITE", help="train on these only")
+    p.add_argument("--exclude-sites", nargs="+", metavar="SITE", help="never train on these")
+
+
+def _suggest(sub: Any) -> None:
+    _command(
+        sub, "suggest-target", "Rank the sites by how alike their scans look, best target first.",
+        "sgcd suggest-target --lake LAKE", settings=True,
+    )  # fmt: skip
+
+
+def _tune(sub: Any) -> None:
+    p = _command(
+        sub, "tune", "Stage 2: tune to one site's look; makes the model `target-SITE`.",
+        "sgcd tune --lake LAKE --target SITE --set target_stage.steps=200",
+        settings=True, ray=True,
+    )  # fmt: skip
+    p.add_argument("--target", required=True, metavar="SITE")
+    p.add_argument(
+        "--model", default="global", metavar="NAME[@VERSION]", help="start from (default: global)"
+    )
+    p.add_argument("--gpus", action="store_true", help="use a GPU")
+
+
+def _harmonize(sub: Any) -> None:
+    p = _command(
+        sub, "harmonize", "Bring every planned scan to the model's look, in its own grid.",
+        "sgcd harmonize --lake LAKE --model target-SITE --sites A B", settings=True, ray=True,
+    )  # fmt: skip
+    _model(p)
+    p.add_argument("--sites", nargs="+", metavar="SITE", help="only these")
+    p.add_argument("--sequences", nargs="+", metavar="T1w", help="only these")
+    p.add_argument("--only-new", action="store_true", help="only scans never tried")
+    p.add_argument("--force", action="store_true", help="also what is already done")
+    p.add_argument("--samples", type=_positive, default=1, help="seeds, for an uncertainty map")
+    p.add_argument("--gpus", action="store_true", help="one GPU for each worker")
+
+
+def _evaluate(sub: Any) -> None:
+    p = _command(
+        sub, "evaluate", "Measure raw, peer and harmonized scans against the truth and the sites.",
+        "sgcd evaluate --lake LAKE --model target-SITE", settings=True,
+    )  # fmt: skip
+    _model(p)
+
+
+def _report(sub: Any) -> None:
+    p = _command(
+        sub, "report", "One self-contained HTML page about a model and its results.",
+        "sgcd report --lake LAKE --model target-SITE",
+    )  # fmt: skip
+    _model(p)
+    p.add_argument("--out", metavar="FILE", help="default: LAKE/reports/…")
+
+
+def _query(sub: Any) -> None:
+    p = _command(
+        sub, "query", "Ask the tables of a lake in SQL; reads only.",
+        'sgcd query "SELECT site, count(*) FROM scans GROUP BY site" --lake LAKE',
+    )  # fmt: skip
+    p.add_argument("sql", metavar="SQL")
+    p.add_argument("--format", choices=("table", "csv", "parquet"), default="table")
+    p.add_argument("--out", metavar="FILE", help="where csv or parquet goes (default: stdout)")
+    p.add_argument("--as-of", type=int, metavar="VERSION", help="the tables at this version")
+
+
+def _status(sub: Any) -> None:
+    _command(
+        sub, "status", "What is done, failed and set aside, and how to go on.",
+        "sgcd status --lake LAKE",
+    )  # fmt: skip
+
+
+def _doctor(sub: Any) -> None:
+    p = _command(
+        sub, "doctor", "Is this machine, and a lake's store, fit for the work?",
+        "sgcd doctor --lake s3://bucket/lake", lake=False,
+    )  # fmt: skip
+    p.add_argument("--lake", metavar="LAKE", help="also test this lake's store")
+
+
+def _model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, metavar="NAME[@VERSION]")
