@@ -40,6 +40,7 @@ CODES: dict[str, str] = {
     # storage
     "STORE-UNREACHABLE": "The store does not answer.",
     "STORE-DENIED": "The store refuses these credentials.",
+    "STORE-ADDRESS": "The address is not a local path, file:// or s3://bucket/key.",
     "STORE-EMPTY": "No scan lies under this address.",
     "STORE-WRITE": "Writing to the store failed.",
     "LAKE-MISSING": "There is no lake at this address.",

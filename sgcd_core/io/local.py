@@ -1,0 +1,155 @@
+"""Files on this machine: atomic writes, sorted walks, errors with codes. Use through `Store`."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import secrets
+from collections.abc import Iterator
+
+from sgcd_core.errors import InputError, SgcdError, StorageError
+
+_TEMPORARY = ".sgcd-tmp-"
+_ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)
+_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
+
+
+def _etag(stat: os.stat_result) -> str:
+    return f"{stat.st_mtime_ns:x}-{stat.st_size:x}-{stat.st_ino:x}"
+
+
+def _problem(uri: str, error: OSError | ValueError, *, writing: bool = False) -> SgcdError:
+    number = error.errno if isinstance(error, OSError) else errno.EINVAL  # a NUL in the name
+    if number in (errno.EACCES, errno.EPERM, errno.EROFS):
+        verb = "written" if writing else "read"
+        return StorageError(
+            f"this user may not have it {verb}.", code="STORE-DENIED", where=uri,
+            hint="Check the permissions of the file and its folders.",
+        )  # fmt: skip
+    if writing:
+        reason = os.strerror(number) if number else type(error).__name__
+        return StorageError(
+            f"writing failed: {reason}.", code="STORE-WRITE", where=uri,
+            hint="Check free space and that the folder can be written.",
+        )  # fmt: skip
+    if number in _ABSENT:
+        return InputError(
+            "is a folder, not a file." if number == errno.EISDIR else "there is no such file.",
+            code="SCAN-MISSING", where=uri, hint="Check the spelling of the path.",
+        )  # fmt: skip
+    reason = os.strerror(number) if number else type(error).__name__
+    return StorageError(f"reading failed: {reason}.", code="STORE-UNREACHABLE", where=uri)
+
+
+def read(uri: str, path: str, max_bytes: int | None) -> bytes:
+    """The file's bytes, at most `max_bytes`."""
+    try:
+        with open(path, "rb") as file:
+            data = file.read() if max_bytes is None else file.read(max_bytes + 1)
+    except (OSError, ValueError) as error:
+        raise _problem(uri, error) from error
+    if max_bytes is not None and len(data) > max_bytes:
+        raise InputError(
+            f"is longer than the limit of {max_bytes} bytes.", code="SCAN-TOO-BIG", where=uri
+        )
+    return data
+
+
+def info(uri: str, path: str) -> tuple[int, str]:
+    """Size in bytes and etag of a file."""
+    try:
+        stat = os.stat(path)
+        if os.path.isdir(path):
+            raise IsADirectoryError(errno.EISDIR, "folder")
+    except (OSError, ValueError) as error:
+        raise _problem(uri, error) from error
+    return stat.st_size, _etag(stat)
+
+
+def write(uri: str, path: str, data: bytes, if_absent: bool) -> str:
+    """Write beside the target, then move (or, if it must be absent, link) into place."""
+    folder, name = os.path.split(path)
+    temporary = os.path.join(folder, f"{_TEMPORARY}{os.getpid()}-{secrets.token_hex(8)}")
+    try:
+        if not name:
+            raise IsADirectoryError(errno.EISDIR, "folder")
+        if folder:
+            os.makedirs(folder, exist_ok=True)
+        try:
+            with open(temporary, "xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+                etag = _etag(os.fstat(file.fileno()))
+            if if_absent:
+                _link(temporary, path)
+            else:
+                os.replace(temporary, path)
+        finally:
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                os.unlink(temporary)
+    except FileExistsError:
+        if if_absent and not os.path.isdir(path) and os.path.lexists(path):
+            raise
+        raise StorageError(
+            "a file stands where a folder is needed.", code="STORE-WRITE", where=uri
+        ) from None
+    except (OSError, ValueError) as error:
+        raise _problem(uri, error, writing=True) from error
+    return etag
+
+
+def _link(temporary: str, path: str) -> None:
+    try:
+        os.link(temporary, path)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        # A file system without hard links: claim the name first, then move the content over it.
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        os.replace(temporary, path)
+
+
+def delete(uri: str, path: str) -> None:
+    """Remove a file; nothing happens when it is absent."""
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError) as error:
+        raise _problem(uri, error, writing=True) from error
+
+
+def walk(uri: str, path: str) -> Iterator[tuple[str, int, str]]:
+    """(path, size, etag) of every file under a folder, sorted by path; links are followed once."""
+    root = path.rstrip("/") or "/"
+    if not os.path.isdir(root):
+        if os.path.lexists(root):
+            yield _entry(uri, root)
+        return
+    found: list[str] = []
+    seen: set[tuple[int, int]] = set()
+
+    def complain(error: OSError) -> None:
+        raise _problem(uri, error) from error
+
+    for folder, subfolders, names in os.walk(root, onerror=complain, followlinks=True):
+        stat = os.stat(folder)
+        if (stat.st_dev, stat.st_ino) in seen:  # a link back to a folder above
+            subfolders.clear()
+            continue
+        seen.add((stat.st_dev, stat.st_ino))
+        found.extend(os.path.join(folder, n) for n in names if not n.startswith(_TEMPORARY))
+    for name in sorted(found):
+        yield _entry(uri, name)
+
+
+def _entry(uri: str, path: str) -> tuple[str, int, str]:
+    try:
+        stat = os.stat(path)
+    except FileNotFoundError:
+        return path, 0, ""
+    except OSError as error:
+        raise _problem(uri, error) from error
+    return path, stat.st_size, _etag(stat)

@@ -1,0 +1,196 @@
+"""One door to bytes: local paths, file:// and s3://.
+
+Plain paths and S3 keys are taken letter by letter, so `#`, `%`, spaces and any script are safe in
+them. A file:// address is percent-decoded (RFC 8089) and leaves this module as a plain path.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from urllib.parse import unquote
+
+from sgcd_core.errors import InputError, StorageError
+
+S3 = "s3://"
+
+
+@dataclass(frozen=True)
+class ObjectInfo:
+    """What a store knows of an object without reading it.
+
+    Attributes:
+        uri: Plain path or s3:// address.
+        size: Bytes.
+        etag: Changes whenever the content does; compare for equality only.
+    """
+
+    uri: str
+    size: int
+    etag: str
+
+
+def sha256_hex(data: bytes) -> str:
+    """SHA-256 of `data`, 64 hex digits."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def is_s3(uri: str) -> bool:
+    """Whether `uri` is an s3:// address."""
+    return uri.startswith(S3)
+
+
+def local_path(uri: str) -> str:
+    """The plain path of a local address.
+
+    Raises:
+        StorageError: STORE-ADDRESS when the address has another scheme or names another host.
+    """
+    if uri.startswith("file:"):
+        rest = uri[len("file:") :]
+        if rest.startswith("//"):
+            host, slash, path = rest[2:].partition("/")
+            if host not in ("", "localhost"):
+                raise StorageError(
+                    "a file:// address must name this machine.", code="STORE-ADDRESS", where=uri,
+                    hint="Write three slashes: file:///folder/scan.nii.gz.",
+                )  # fmt: skip
+            rest = slash + path
+        return unquote(rest)
+    scheme, sign, _ = uri.partition("://")
+    if sign and scheme.replace("+", "").replace("-", "").isalnum():
+        raise StorageError(
+            f"addresses that begin with {scheme}:// are not supported.", code="STORE-ADDRESS",
+            where=uri, hint="Use a local path, file:// or s3://.",
+        )  # fmt: skip
+    return uri
+
+
+def join(*parts: str) -> str:
+    """Parts of an address put together with single slashes; empty parts are left out.
+
+    A file:// base becomes a plain path, so that later parts need no percent-encoding.
+    """
+    filled = [part for part in parts if part]
+    if not filled:
+        return ""
+    head = filled[0] if is_s3(filled[0]) else local_path(filled[0])
+    scheme = S3 if is_s3(head) else ""
+    head = head[len(scheme) :]
+    root = "/" if head.startswith("/") and not scheme else ""
+    pieces = [piece for part in (head, *filled[1:]) for piece in part.split("/") if piece]
+    return scheme + root + "/".join(pieces)
+
+
+class Store:
+    """Reads, writes and lists objects; holds nothing, so it is free to build, pickle and fork.
+
+    S3 settings come from the environment at the moment of use: AWS_ENDPOINT_URL_S3 or
+    AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN, AWS_REGION (or
+    a profile, or the machine's role), SGCD_S3_ANON=1 and SGCD_S3_PATH_STYLE=0|1.
+    """
+
+    def read_bytes(self, uri: str, *, max_bytes: int | None = None) -> bytes:
+        """The whole object; never more than `max_bytes` are held.
+
+        Raises:
+            InputError: SCAN-MISSING, or SCAN-TOO-BIG when it is longer than `max_bytes`.
+            StorageError: STORE-UNREACHABLE, STORE-DENIED or STORE-ADDRESS.
+        """
+        if is_s3(uri):
+            from sgcd_core.io import s3
+
+            return s3.read(uri, max_bytes)
+        from sgcd_core.io import local
+
+        return local.read(uri, local_path(uri), max_bytes)
+
+    def write_bytes(self, uri: str, data: bytes, *, if_absent: bool = False) -> str:
+        """Write the object in one step: readers see the old content or the new. Returns its etag.
+
+        With `if_absent`, of any number of writers exactly one succeeds. (Over S3 a writer whose
+        answer was lost on the way may find its own object and be told it exists.)
+
+        Raises:
+            FileExistsError: `if_absent` and the object exists.
+            StorageError: STORE-WRITE, STORE-UNREACHABLE, STORE-DENIED or STORE-ADDRESS.
+        """
+        if is_s3(uri):
+            from sgcd_core.io import s3
+
+            return s3.write(uri, data, if_absent)
+        from sgcd_core.io import local
+
+        return local.write(uri, local_path(uri), data, if_absent)
+
+    def info(self, uri: str) -> ObjectInfo:
+        """Size and etag of one object.
+
+        Raises:
+            InputError: SCAN-MISSING; a folder is not an object.
+            StorageError: As for `read_bytes`.
+        """
+        if is_s3(uri):
+            from sgcd_core.io import s3
+
+            return ObjectInfo(uri, *s3.info(uri))
+        from sgcd_core.io import local
+
+        path = local_path(uri)
+        return ObjectInfo(path, *local.info(uri, path))
+
+    def exists(self, uri: str) -> bool:
+        """Whether an object (not a folder) is there; see `has_any` for folders."""
+        try:
+            self.info(uri)
+        except InputError as error:
+            if error.code == "SCAN-MISSING":
+                return False
+            raise
+        return True
+
+    def has_any(self, prefix: str) -> bool:
+        """Whether at least one object lies under the folder `prefix`, or is `prefix` itself."""
+        return next(iter(self.list(prefix)), None) is not None
+
+    def delete(self, uri: str) -> None:
+        """Remove one object; nothing happens when it is absent."""
+        if is_s3(uri):
+            from sgcd_core.io import s3
+
+            s3.delete(uri)
+            return
+        from sgcd_core.io import local
+
+        local.delete(uri, local_path(uri))
+
+    def list(self, prefix: str) -> Iterator[ObjectInfo]:
+        """Every object under the folder `prefix`, at any depth, sorted by address.
+
+        `sub-1` never yields what lies in `sub-10`. A prefix that is itself an object yields that
+        object; one where nothing is yields nothing. A link that leads nowhere is listed with an
+        empty etag, so that the scan it stands for can be reported.
+
+        Raises:
+            StorageError: STORE-EMPTY when the bucket does not exist, else as for `read_bytes`.
+        """
+        if is_s3(prefix):
+            from sgcd_core.io import s3
+
+            found = s3.walk(prefix)
+        else:
+            from sgcd_core.io import local
+
+            found = local.walk(prefix, local_path(prefix))
+        for uri, size, etag in found:
+            yield ObjectInfo(uri, size, etag)
+
+    def delta_options(self) -> dict[str, str]:
+        """`storage_options` for deltalake that lead to the same endpoint with the same rights."""
+        if not any(name.startswith(("AWS_", "SGCD_S3_")) for name in os.environ):
+            return {}
+        from sgcd_core.io import s3
+
+        return s3.delta_options()
