@@ -1,0 +1,194 @@
+"""The tables: what was appended is read back, once, as the latest row of each key."""
+
+from __future__ import annotations
+
+import threading
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from pipelines.catalog import Catalog
+from pipelines.lake import Lake
+from pipelines.schemas import SCHEMAS, reference_markdown
+from sgcd_core.errors import StorageError
+
+
+def scan(scan_id: str, **values: Any) -> dict[str, Any]:
+    row = {
+        "scan_id": scan_id, "dataset": "d", "subject": "01", "session": "a", "site": "A",
+        "sequence": "T1w", "split": "train", "uri": f"/data/{scan_id}.nii.gz",
+        "shape": [48, 56, 48], "voxel_mm": [4.0, 4.0, 4.0], "status": "ok",
+    }  # fmt: skip
+    return row | values
+
+
+def result(scan_id: str, **values: Any) -> dict[str, Any]:
+    row = {
+        "scan_id": scan_id, "subject": "01", "site": "A", "sequence": "T1w", "model": "m",
+        "model_version": 1, "target": "B", "status": "ok",
+    }  # fmt: skip
+    return row | values
+
+
+@pytest.fixture
+def catalog(tmp_path: Path) -> Catalog:
+    return Catalog(Lake(str(tmp_path / "lake")))
+
+
+@pytest.mark.parametrize("table", sorted(SCHEMAS))
+def test_a_table_nobody_wrote_to_is_empty_with_its_schema(catalog: Catalog, table: str) -> None:
+    rows = catalog.rows(table)
+    assert rows.num_rows == 0
+    assert rows.schema.equals(SCHEMAS[table].arrow)
+    assert catalog.version(table) is None
+
+
+def test_the_latest_row_of_a_key_is_read_and_the_history_keeps_all(catalog: Catalog) -> None:
+    catalog.append("results", [result("s1", status="failed", code="SCAN-FAILED"), result("s2")])
+    catalog.append("results", [result("s1", status="ok", seconds_model=1.5)])
+    rows = catalog.rows("results").to_pylist()
+    assert [(r["scan_id"], r["status"]) for r in rows] == [("s1", "ok"), ("s2", "ok")]
+    assert rows[0]["seconds_model"] == 1.5
+    assert rows[0]["code"] is None
+    assert catalog.history("results").num_rows == 3
+
+
+def test_the_last_of_equal_keys_in_one_batch_counts(catalog: Catalog) -> None:
+    catalog.append("scans", [scan("s1", site="A"), scan("s1", site="B")])
+    assert catalog.rows("scans")["site"].to_pylist() == ["B"]
+
+
+def test_a_moved_partition_does_not_show_the_old_row(catalog: Catalog) -> None:
+    catalog.append("results", [result("s1", site="A")])
+    catalog.append("results", [result("s1", site="C")])
+    assert catalog.rows("results")["site"].to_pylist() == ["C"]
+
+
+def test_values_come_back_as_they_went_in(catalog: Catalog) -> None:
+    when = datetime(2024, 2, 29, 12, 30, 0, 123456, tzinfo=UTC)
+    row = scan("s1", age=61.25, indexed_at=when, site="São Paulo / 3 T =ä", field_strength=None)
+    catalog.append("scans", [row])
+    (back,) = catalog.rows("scans").to_pylist()
+    assert {name: back[name] for name in row} == row
+
+
+def test_repeating_a_transaction_adds_nothing(catalog: Catalog) -> None:
+    assert catalog.append("results", [result("s1")], txn="batch-1") is True
+    assert catalog.append("results", [result("s1")], txn="batch-1") is False
+    assert catalog.append("results", [result("s2")], txn="batch-2") is True
+    assert catalog.history("results").num_rows == 2
+
+
+def test_racing_writers_of_one_transaction_commit_once_and_others_all_commit(
+    catalog: Catalog,
+) -> None:
+    wrote: list[bool] = []
+
+    def write(txn: str, scan_id: str) -> None:
+        wrote.append(catalog.append("scans", [scan(scan_id)], txn=txn))
+
+    jobs = [threading.Thread(target=write, args=("same", "s0")) for _ in range(4)]
+    jobs += [threading.Thread(target=write, args=(f"t{i}", f"s{i}")) for i in range(1, 5)]
+    for job in jobs:
+        job.start()
+    for job in jobs:
+        job.join()
+    assert sorted(wrote) == [False] * 3 + [True] * 5
+    assert catalog.history("scans").num_rows == 5
+
+
+def test_missing_site_and_target_are_partitions_of_their_own(catalog: Catalog) -> None:
+    catalog.append("results", [result("s1", site=None), result("s2", site=""), result("s3")])
+    assert catalog.rows("results")["site"].to_pylist() == [None, None, "A"]
+    unknown = catalog.rows("results", where={"site": None})
+    assert unknown["scan_id"].to_pylist() == ["s1", "s2"]
+
+
+def test_a_filter_on_a_partition_reads_only_its_folder(catalog: Catalog, tmp_path: Path) -> None:
+    catalog.append("results", [result("s1", site="A"), result("s2", site="C")])
+    for file in (tmp_path / "lake/catalog/results").glob("target=B/site=C/**/*.parquet"):
+        file.unlink()
+    rows = catalog.rows("results", where={"target": "B", "site": "A", "sequence": "T1w"})
+    assert rows["scan_id"].to_pylist() == ["s1"]
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"colour": "red"}, "no column 'colour'"),
+        ({"status": None}, "'status' needs a value"),
+        ({"age": "PRIVATE-123"}, "'age' takes double, got str"),
+        ({"shape": [1.5, 2.0, 3.0]}, "'shape' takes list"),
+        ({"bytes": 10.5}, "'bytes' takes int64, got float"),
+    ],
+)
+def test_a_row_that_does_not_fit_is_refused_without_quoting_it(
+    catalog: Catalog, row: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(StorageError) as caught:
+        catalog.append("scans", [scan("s1"), scan("s2", **row)])
+    assert caught.value.code == "TABLE-SCHEMA"
+    assert said in str(caught.value)
+    assert "PRIVATE" not in str(caught.value)
+    assert catalog.rows("scans").num_rows == 0
+
+
+def test_a_stored_table_of_another_schema_is_named(catalog: Catalog) -> None:
+    from deltalake import write_deltalake
+
+    uri = catalog.lake.table("scans")
+    write_deltalake(uri, pa.table({"scan_id": ["s1"], "age": ["61"]}))
+    for touch in (lambda: catalog.rows("scans"), lambda: catalog.append("scans", [scan("s1")])):
+        with pytest.raises(StorageError) as caught:
+            touch()
+        assert caught.value.code == "TABLE-SCHEMA"
+        assert "'age' is stored as string, expected double" in str(caught.value)
+
+
+def test_a_table_from_before_a_column_was_added_is_read_and_appended_to(catalog: Catalog) -> None:
+    from deltalake import write_deltalake
+
+    old = catalog.lake.table("attempts")
+    now = datetime.now(UTC)
+    write_deltalake(
+        old,
+        pa.table(
+            {"scan_id": ["s1"], "model": ["m"], "model_version": [1], "attempt": [1],
+             "recorded_at": pa.array([now], pa.timestamp("us", "UTC"))}
+        ),
+    )  # fmt: skip
+    row = {"scan_id": "s1", "model": "m", "model_version": 1, "attempt": 2, "worker": "w"}
+    catalog.append("attempts", [row])
+    assert catalog.rows("attempts")["worker"].to_pylist() == [None, "w"]
+
+
+def test_as_of_reads_an_old_version_and_names_a_missing_one(catalog: Catalog) -> None:
+    catalog.append("scans", [scan("s1")])
+    first = catalog.version("scans")
+    catalog.append("scans", [scan("s2")])
+    assert catalog.rows("scans", as_of=first)["scan_id"].to_pylist() == ["s1"]
+    with pytest.raises(StorageError, match="no version 99; the latest is 2"):
+        catalog.rows("scans", as_of=99)
+
+
+def test_every_column_is_described_once() -> None:
+    text = reference_markdown()
+    for table in SCHEMAS.values():
+        names = [c.name for c in table.columns]
+        assert len(set(names)) == len(names)
+        assert set(table.key) | set(table.partition_by) <= set(names)
+        assert all(c.description for c in table.columns)
+        assert f"## {table.name}" in text
+
+
+@pytest.mark.s3
+def test_the_same_on_s3(s3_server: Any) -> None:
+    catalog = Catalog(Lake(f"{s3_server.bucket_uri}/catalog-test"))
+    assert catalog.rows("results").num_rows == 0
+    assert catalog.append("results", [result("s1", site=None)], txn="b") is True
+    assert catalog.append("results", [result("s1", site=None)], txn="b") is False
+    assert catalog.append("results", [result("s2")], txn="c") is True
+    assert catalog.rows("results")["scan_id"].to_pylist() == ["s1", "s2"]

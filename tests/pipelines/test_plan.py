@@ -1,0 +1,98 @@
+"""A plan holds every scan once, to do or with the reason it is not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipelines.catalog import Catalog
+from pipelines.lake import Lake
+from pipelines.plan import Plan, plan
+from sgcd_core.errors import InputError
+
+SCANS: list[tuple[str, dict[str, Any]]] = [
+    ("a1", {"site": "A"}),
+    ("a2", {"site": "A", "sequence": "T2w"}),
+    ("a3", {"site": "A", "split": "test"}),
+    ("b1", {"site": "B"}),
+    ("bad", {"site": "B", "status": "failed", "code": "SCAN-CORRUPT", "message": "damaged"}),
+    ("flair", {"site": "B", "sequence": "FLAIR"}),
+    ("lost", {"site": None}),
+]
+KNOWN = ("T1w", "T2w")
+
+
+@pytest.fixture
+def catalog(tmp_path: Path) -> Catalog:
+    catalog = Catalog(Lake(str(tmp_path)))
+    base = {"subject": "1", "sequence": "T1w", "split": "train", "status": "ok"}
+    catalog.append("scans", [{"scan_id": key, "uri": f"/{key}"} | base | row for key, row in SCANS])
+    return catalog
+
+
+def record(catalog: Catalog, scan_id: str, status: str, code: str | None = None) -> None:
+    row = {"scan_id": scan_id, "model": "m", "model_version": 1, "status": status, "code": code}
+    catalog.append("results", [row])
+
+
+def ids(made: Plan) -> list[str]:
+    return [row["scan_id"] for row in made.todo]
+
+
+def reasons(made: Plan) -> dict[str, str]:
+    return {skip.scan_id: skip.reason for skip in made.skipped}
+
+
+def test_every_scan_is_in_the_plan_once(catalog: Catalog) -> None:
+    made = plan(catalog, "m", 1, sequences=KNOWN)
+    assert ids(made) == ["a1", "a3", "a2", "b1"]
+    assert reasons(made) == {
+        "bad": "failed at index",
+        "flair": "other sequence",
+        "lost": "no site",
+    }
+    assert len(made.todo) + len(made.skipped) == len(SCANS)
+    (bad,) = [s for s in made.skipped if s.scan_id == "bad"]
+    assert (bad.code, bad.message) == ("SCAN-CORRUPT", "damaged")
+    assert made.sentence().startswith("4 to do, 3 skipped (1 ")
+    assert "1 failed at index" in made.sentence()
+
+
+def test_choosing_sites_sequences_splits_and_leaving_the_target_out(catalog: Catalog) -> None:
+    assert ids(plan(catalog, "m", 1, sites=["A"], sequences=["T1w"])) == ["a1", "a3"]
+    assert ids(plan(catalog, "m", 1, sequences=KNOWN, split="train", target="B")) == ["a1", "a2"]
+    assert reasons(plan(catalog, "m", 1, target="B"))["b1"] == "at the target site"
+
+
+def test_planning_again_resumes(catalog: Catalog) -> None:
+    record(catalog, "a1", "ok")
+    record(catalog, "a2", "flagged", "FLAG-ANATOMY")
+    record(catalog, "a3", "failed", "SCAN-NO-BRAIN")
+    record(catalog, "b1", "quarantined", "SCAN-QUARANTINED")
+    made = plan(catalog, "m", 1, sequences=KNOWN)
+    assert ids(made) == []
+    assert reasons(made) | {"a1": "done", "a2": "done", "a3": "failed before"} == reasons(made)
+    assert reasons(made)["b1"] == "quarantined"
+    assert ids(plan(catalog, "m", 1, sequences=KNOWN, retry_failed=True)) == ["a3"]
+    assert len(ids(plan(catalog, "m", 1, sequences=KNOWN, force=True))) == 4
+    assert len(ids(plan(catalog, "m", 2, sequences=KNOWN))) == 4, "another version starts anew"
+
+
+def test_a_failure_of_the_store_is_tried_again_unless_only_new(catalog: Catalog) -> None:
+    record(catalog, "a1", "failed", "STORE-UNREACHABLE")
+    assert "a1" in ids(plan(catalog, "m", 1, sequences=KNOWN))
+    assert "a1" not in ids(plan(catalog, "m", 1, sequences=KNOWN, only_new=True))
+
+
+def test_force_does_not_touch_what_cannot_be_used(catalog: Catalog) -> None:
+    assert "bad" not in ids(plan(catalog, "m", 1, force=True))
+
+
+def test_an_unknown_site_and_an_empty_lake_are_errors(catalog: Catalog, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"no site 'Z'; it has A, B"):
+        plan(catalog, "m", 1, sites=["Z"])
+    with pytest.raises(InputError) as caught:
+        plan(Catalog(Lake(str(tmp_path / "empty"))), "m", 1)
+    assert caught.value.code == "LAKE-EMPTY"
