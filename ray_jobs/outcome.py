@@ -37,8 +37,10 @@ def table(header: list[str], rows: list[list[Any]]) -> list[str]:
 
     cells = [[text(value) for value in row] for row in rows]
     widths = [max([len(name), *(len(row[i]) for row in cells)]) for i, name in enumerate(header)]
-    right = [bool(rows) and all(isinstance(row[i], int | float) for row in rows if row[i] is not None)
-             for i in range(len(header))]  # fmt: skip
+    right = [
+        bool(rows) and all(isinstance(row[i], int | float) for row in rows if row[i] is not None)
+        for i in range(len(header))
+    ]
 
     def line(row: list[str]) -> str:
         parts = [

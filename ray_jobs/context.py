@@ -1,0 +1,79 @@
+"""What every command needs around its work: code version, the row in `runs`, who is asking."""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from pipelines.catalog import Catalog
+from pipelines.lake import Lake
+from sgcd_core.errors import SgcdError
+
+log = logging.getLogger(__name__)
+
+
+@cache
+def code_version() -> str:
+    """Package version, with `git describe` when run from a checkout."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        number = version("sgcd-lake")
+    except PackageNotFoundError:
+        number = "unknown"
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return number
+    try:
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty"],
+            cwd=root, capture_output=True, text=True, timeout=10, check=True,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return number
+    return f"{number}+{done.stdout.strip()}"
+
+
+@contextmanager
+def recorded(
+    lake: Lake, command: str, config_digest: str | None = None
+) -> Iterator[dict[str, Any]]:
+    """Record this run in the table `runs`; put what is worth keeping into the dict it yields."""
+    started = datetime.now(UTC)
+    summary: dict[str, Any] = {}
+    status = "failed"
+    try:
+        yield summary
+        status = "partial" if summary.get("failed") else "ok"
+    except SgcdError as error:
+        summary["code"] = error.code
+        raise
+    except BaseException as error:
+        status = "failed" if isinstance(error, Exception) else "stopped"
+        raise
+    finally:
+        row = {
+            "run_id": f"{command}-{started:%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:8]}",
+            "command": command, "config_digest": config_digest, "code_version": code_version(),
+            "started_at": started, "finished_at": datetime.now(UTC), "status": status,
+            "summary": json.dumps(summary, default=str),
+        }  # fmt: skip
+        try:
+            Catalog(lake).append("runs", [row])
+        except SgcdError as error:  # the run's own end must not be lost for its record
+            log.warning("event=run_not_recorded code=%s", error.code)
+
+
+def quoted(argument: str) -> str:
+    """`argument` as a shell would need it typed."""
+    import shlex
+
+    return shlex.quote(argument)

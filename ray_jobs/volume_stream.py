@@ -1,0 +1,200 @@
+"""Volumes through Ray Data: prepare every scan of a lake, and stream prepared ones to training.
+
+Rows of metadata travel between processes; a volume is read by the worker that needs it.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections import Counter
+from typing import Any
+
+import numpy as np
+
+from ray_jobs.context import quoted, recorded
+from ray_jobs.outcome import DONE, WITH_FAILURES, Outcome
+from ray_jobs.session import cpu_count, session
+from ray_jobs.settings import from_args
+from sgcd_core.config import PrepareConfig, SgcdConfig
+
+Row = dict[str, Any]
+
+
+def packed(row: Row) -> dict[str, bytes]:
+    """A row as one binary column, so that missing values and times keep their types on the way.
+
+    Only this program's own processes read it, and it never comes from a store.
+    """
+    return {"row": pickle.dumps(row)}
+
+
+def unpacked(item: dict[str, Any]) -> Row:
+    """The row again."""
+    row: Row = pickle.loads(item["row"])
+    return row
+
+
+def prepare(args: Any) -> Outcome:
+    """`sgcd prepare`: every usable scan of the lake onto the model grid."""
+    from pipelines.catalog import Catalog
+    from pipelines.lake import Lake
+    from pipelines.progress import Progress
+    from pipelines.training_data import check_sites, prepared_ids
+    from sgcd_core.errors import InputError
+
+    lake = Lake.open(args.lake)
+    config = from_args(args)
+    recipe = config.prepare.digest()
+    scans = Catalog(lake).rows("scans").to_pylist()
+    if not scans:
+        raise InputError(
+            "no scan was indexed yet.", code="LAKE-EMPTY", where=lake.uri,
+            hint="Index some with `sgcd index SOURCE --lake LAKE`.",
+        )  # fmt: skip
+    check_sites(args.sites or (), scans, lake.uri)
+    usable = [
+        scan
+        for scan in scans
+        if scan["status"] == "ok"
+        and scan["sequence"] in config.sequences
+        and (not args.sites or scan["site"] in args.sites)
+    ]
+    ready = set() if args.force else prepared_ids(lake, recipe)
+    todo = [scan for scan in usable if scan["scan_id"] not in ready]
+    skipped = len(usable) - len(todo)
+    follow = f"sgcd train --lake {quoted(args.lake)}{settings_words(args)}"
+    data: Row = {"recipe": recipe, "to_do": len(todo), "already_prepared": skipped}
+    if args.dry_run:
+        return Outcome(f"would prepare {len(todo)} scans, {skipped} are prepared", data=data)
+    if not todo:
+        return Outcome(f"all {skipped} scans are prepared; nothing to do", next=follow, data=data)
+    failed: list[Row] = []
+    with (
+        recorded(lake, "prepare", config.digest()) as summary,
+        session(args.ray_address, cpus=1) as ray,
+        Progress("prepare", len(todo)) as progress,
+    ):
+        workers = args.workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
+        done = 0
+        for row in prepare_stream(ray, todo, args.lake, config.prepare, workers):
+            done += 1
+            if row["status"] != "ok":
+                failed.append(row)
+            progress.update(1, failed=len(failed))
+        if done != len(todo):  # a law of this program, not a user's mistake
+            raise RuntimeError(f"{len(todo)} scans went in, {done} rows came out")
+        summary.update(prepared=done - len(failed), failed=len(failed), recipe=recipe)
+    codes = Counter(row["code"] for row in failed)
+    lines = [f"failed {row['uri']}: [{row['code']}] {row['message']}" for row in failed]
+    reasons = ", ".join(f"{n} {code}" for code, n in codes.most_common())
+    text = f"prepared {done - len(failed)} scans, {skipped} were prepared before"
+    text += f", {len(failed)} failed ({reasons})" if failed else ""
+    keep = ("scan_id", "uri", "code", "message")
+    data |= {
+        "prepared": done - len(failed),
+        "failed": [{key: row[key] for key in keep} for row in failed],
+    }
+    code = WITH_FAILURES if failed else DONE
+    return Outcome(text, next=follow, exit_code=code, lines=lines, data=data)
+
+
+def settings_words(args: Any) -> str:
+    """The user's own settings again, for the next command that is suggested."""
+    words = f" --preset {args.preset}" if args.preset else ""
+    words += f" --config {quoted(args.config)}" if args.config else ""
+    return words + "".join(f" --set {quoted(item)}" for item in args.settings)
+
+
+def prepare_stream(
+    ray: Any, todo: list[Row], lake_uri: str, config: PrepareConfig, workers: int
+) -> Any:
+    """Yield one row per scan of `todo`, in the order they are done."""
+    items = ray.data.from_items(
+        [packed(row) for row in todo], override_num_blocks=len(todo)
+    )  # a block a scan: a lost worker costs one scan
+    rows = items.map(
+        prepare_packed,
+        fn_kwargs={"lake_uri": lake_uri, "config": config},
+        num_cpus=1,
+        compute=ray.data.TaskPoolStrategy(size=workers),
+    )
+    for batch in rows.iter_batches(batch_size=1, prefetch_batches=0, batch_format="numpy"):
+        yield pickle.loads(batch["row"][0])
+
+
+def prepare_packed(item: dict[str, Any], lake_uri: str, config: PrepareConfig) -> dict[str, bytes]:
+    """Prepare one scan; a scan that ends its worker again and again is set aside as a row."""
+    from pipelines.prepare import prepare_one
+
+    from pipelines.lake import Lake
+    from pipelines.ledger import MAX_ATTEMPTS, begin_attempt, end_attempts
+
+    row = unpacked(item)
+    lake = Lake(lake_uri.rstrip("/"))
+    key = f"prepare-{config.digest()}"
+    if begin_attempt(lake, key, row["scan_id"]) > MAX_ATTEMPTS:
+        text = f"preparing it ended its worker {MAX_ATTEMPTS} times."
+        return packed(row | {"status": "failed", "code": "SCAN-QUARANTINED", "message": text})
+    done = row | prepare_one(row, lake, config)
+    end_attempts(lake, key, row["scan_id"])
+    return packed(done)
+
+
+def training_stream(ray: Any, schedule: list[Row], lake_uri: str, config: SgcdConfig) -> Any:
+    """A Ray data set of loaded volumes in the order of `schedule`.
+
+    Args:
+        ray: The connected module.
+        schedule: Rows with `step`, and for each of the names in `row["scans"]` a scan_id and the
+            index of its sequence.
+        lake_uri: Where the prepared volumes lie.
+        config: Gives the recipe.
+
+    Returns:
+        Data set whose rows have `step` and, for each name, `NAME_image` float32 (X, Y, Z),
+        `NAME_mask` uint8 (X, Y, Z) and `NAME_sequence`.
+    """
+    blocks = max(1, min(len(schedule), 4 * cpu_count(), len(schedule) // 8))
+    items = ray.data.from_items([packed(row) for row in schedule], override_num_blocks=blocks)
+    stream = items.map(
+        load_packed,
+        fn_kwargs={"lake_uri": lake_uri, "recipe": config.prepare.digest()},
+        num_cpus=0.25,  # reading is mostly waiting, and training needs the rest
+    )
+    stream.context.execution_options.preserve_order = True
+    return stream
+
+
+def load_packed(item: dict[str, Any], lake_uri: str, recipe: str) -> dict[str, Any]:
+    """Read the prepared volumes that one row of a schedule names."""
+    from pipelines.prepare import load_prepared
+
+    from pipelines.lake import Lake
+
+    row = unpacked(item)
+    lake = Lake(lake_uri.rstrip("/"))
+    out: dict[str, Any] = {"step": row["step"]}
+    for name, (scan_id, sequence) in row["scans"].items():
+        files = load_prepared(lake, recipe, scan_id)
+        out[f"{name}_image"] = np.asarray(files.image, dtype=np.float32)
+        out[f"{name}_mask"] = np.asarray(files.mask, dtype=np.uint8)
+        out[f"{name}_sequence"] = sequence
+    return out
+
+
+def to_batch(columns: dict[str, Any], name: str, device: str) -> dict[str, Any]:
+    """The stage's batch from numpy columns.
+
+    Returns:
+        image float32 (B, 1, X, Y, Z) in [0, 1], mask bool (B, 1, X, Y, Z), sequence int64 (B,).
+    """
+    import torch
+
+    def tensor(key: str) -> torch.Tensor:
+        return torch.from_numpy(np.array(columns[f"{name}_{key}"])).to(device)
+
+    return {
+        "image": tensor("image")[:, None],
+        "mask": tensor("mask")[:, None].bool(),
+        "sequence": tensor("sequence").long(),
+    }
