@@ -10,6 +10,7 @@ import random
 import time
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -18,7 +19,7 @@ import pyarrow.compute as pc
 from pipelines.lake import Lake
 from pipelines.schemas import SCHEMAS, Table
 from sgcd_core.errors import StorageError
-from sgcd_core.io.store import Store
+from sgcd_core.io.store import Store, local_path
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -153,7 +154,7 @@ class Catalog:
         uri = self.lake.table(schema.name)
         try:
             return DeltaTable.create(
-                uri,
+                _delta_uri(uri),
                 schema=schema.arrow,
                 mode="ignore",
                 partition_by=list(schema.partition_by) or None,
@@ -175,7 +176,7 @@ class Catalog:
 
         uri = self.lake.table(table)
         try:
-            return DeltaTable(uri, storage_options=self._options())
+            return DeltaTable(_delta_uri(uri), storage_options=self._options())
         except TableNotFoundError:
             return None
         except (OSError, DeltaError) as error:
@@ -274,6 +275,24 @@ def _same_kind(got: pa.DataType, expected: pa.DataType) -> bool:
         views = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
         return any(check(got) for check in views)
     return bool(got == expected)
+
+
+def _delta_uri(uri: str) -> str:
+    """The address as deltalake takes it: it percent-decodes plain paths, so they are encoded.
+
+    Raises:
+        StorageError: STORE-ADDRESS for a local folder with `%` in its name: deltalake's log reader
+            decodes twice and would look elsewhere.
+    """
+    if uri.startswith("s3://"):
+        return uri
+    path = Path(local_path(uri)).absolute()
+    if "%" in str(path):
+        raise StorageError(
+            "a lake cannot lie in a folder with % in its name.", code="STORE-ADDRESS", where=uri,
+            hint="Choose another folder.",
+        )  # fmt: skip
+    return path.as_uri()
 
 
 def _schema_error(schema: Table, message: str, where: str | None = None) -> StorageError:

@@ -184,6 +184,22 @@ def test_every_column_is_described_once() -> None:
         assert f"## {table.name}" in text
 
 
+@pytest.mark.parametrize("folder", ["a b", "a#b", "läke", "a?b"])
+def test_a_lake_may_lie_under_any_folder_name(tmp_path: Path, folder: str) -> None:
+    catalog = Catalog(Lake(str(tmp_path / folder)))
+    catalog.append("results", [result("s1", site="S/1 %20#")])
+    catalog.append("results", [result("s2", site="S/1 %20#")])
+    assert catalog.rows("results")["site"].to_pylist() == ["S/1 %20#"] * 2
+    assert [p.name for p in tmp_path.iterdir()] == [folder]
+
+
+def test_a_folder_name_that_the_table_library_would_misread_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(StorageError) as caught:
+        Catalog(Lake(str(tmp_path / "a%20b"))).append("results", [result("s1")])
+    assert caught.value.code == "STORE-ADDRESS"
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.s3
 def test_the_same_on_s3(s3_server: Any) -> None:
     catalog = Catalog(Lake(f"{s3_server.bucket_uri}/catalog-test"))

@@ -1,0 +1,206 @@
+"""The methods a harmonized scan is compared with, each fit on the target site's training scans.
+
+A baseline sees the target site's TRAINING scans of one sequence and the scan it is applied to,
+never a statistic of the test subject's own scan at the target site. All inputs and outputs are
+model-grid volumes, float32, (X, Y, Z), in [0, 1] inside a bool mask and 0 outside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sgcd_core.errors import UsageError
+
+Image = NDArray[np.float32]
+Mask = NDArray[np.bool_]
+Scans = Sequence[tuple[Image, Mask]]
+
+
+class Baseline(Protocol):
+    """One method: `fit` on the target's training scans, then `apply` to any scan."""
+
+    name: ClassVar[str]
+
+    def fit(self, scans: Scans) -> Baseline:
+        """Learn the target's look; returns itself."""
+        ...
+
+    def apply(self, image: Image, mask: Mask) -> Image:
+        """The scan with the target's look, [0, 1], 0 outside the mask."""
+        ...
+
+
+def _inside(image: NDArray[Any], mask: Mask) -> Image:
+    """Clipped to [0, 1], 0 outside the mask."""
+    return np.where(mask, np.clip(image, 0, 1), 0).astype(np.float32)
+
+
+class Raw:
+    """The prepared scan itself (robust percentiles to 0 and 1)."""
+
+    name: ClassVar[str] = "raw"
+
+    def fit(self, scans: Scans) -> Raw:
+        """Nothing to learn."""
+        return self
+
+    def apply(self, image: Image, mask: Mask) -> Image:
+        """The scan as it is."""
+        return _inside(image, mask)
+
+
+class Nyul:
+    """Nyúl & Udupa's piecewise linear histogram standardization.
+
+    The standard scale is the mean of the training scans' landmarks (percentiles 1, 10, 20, …, 90,
+    99). The library maps each training scan's own range to the output range before averaging;
+    prepared scans have the range [0, 1] already, and the output range is theirs at the landmarks
+    1 and 99, so that outputs are comparable with the target's prepared scans.
+    Source: Nyúl, Udupa & Zhang 2000, IEEE TMI 19(2); the package intensity-normalization.
+    """
+
+    name: ClassVar[str] = "nyul"
+
+    def fit(self, scans: Scans) -> Nyul:
+        """Average the landmarks of the target's training scans."""
+        from intensity_normalization.adapters.images import NumpyImageAdapter
+        from intensity_normalization.normalizers.population.nyul import NyulNormalizer
+
+        ends = np.mean([np.percentile(i[m], (1.0, 99.0)) for i, m in scans], axis=0)
+        self._adapter = NumpyImageAdapter
+        self._normalizer = NyulNormalizer(
+            output_min_value=float(ends[0]), output_max_value=float(ends[1])
+        )
+        self._normalizer.fit_population(
+            [NumpyImageAdapter(i.astype(np.float64)) for i, _ in scans],
+            [NumpyImageAdapter(m.astype(np.float64)) for _, m in scans],
+        )
+        return self
+
+    def apply(self, image: Image, mask: Mask) -> Image:
+        """Map the scan's landmarks to the standard scale, linearly in between."""
+        normalized = self._normalizer.transform(
+            self._adapter(image.astype(np.float64)), self._adapter(mask.astype(np.float64))
+        )
+        return _inside(normalized.get_data(), mask)
+
+
+class _Affine:
+    """A gain and an offset per scan, so that its location and scale are the target's mean ones."""
+
+    name: ClassVar[str]
+
+    def location_scale(self, values: NDArray[np.float64]) -> tuple[float, float]:
+        """Location and scale of masked intensities, (N,)."""
+        raise NotImplementedError
+
+    def fit(self, scans: Scans) -> _Affine:
+        """Average location and scale of the target's training scans."""
+        pairs = [self.location_scale(i[m].astype(np.float64)) for i, m in scans]
+        self._location, self._scale = (float(v) for v in np.mean(pairs, axis=0))
+        return self
+
+    def apply(self, image: Image, mask: Mask) -> Image:
+        """Give the scan the target's location and scale."""
+        location, scale = self.location_scale(image[mask].astype(np.float64))
+        gain = self._scale / scale if scale > 0 else 1.0
+        return _inside((image - location) * gain + self._location, mask)
+
+
+class MinMax(_Affine):
+    """Smallest and largest masked intensity become the target's."""
+
+    name: ClassVar[str] = "minmax"
+
+    def location_scale(self, values: NDArray[np.float64]) -> tuple[float, float]:
+        """Minimum and range."""
+        return float(values.min()), float(np.ptp(values))
+
+
+class ZScore(_Affine):
+    """Masked mean and standard deviation become the target's."""
+
+    name: ClassVar[str] = "zscore"
+
+    def location_scale(self, values: NDArray[np.float64]) -> tuple[float, float]:
+        """Mean and standard deviation."""
+        return float(values.mean()), float(values.std())
+
+
+class WhiteStripe(_Affine):
+    """Mean and deviation of normal-appearing white matter become the target's.
+
+    The stripe is the band of ±5 % of the voxels around the mode of white matter: the last mode of
+    the histogram in T1w, the largest elsewhere.
+    Source: Shinohara et al. 2014, NeuroImage: Clinical 6.
+    """
+
+    name: ClassVar[str] = "whitestripe"
+
+    def __init__(self, sequence: str = "T1w") -> None:
+        self._last_mode = sequence == "T1w"
+
+    def location_scale(self, values: NDArray[np.float64]) -> tuple[float, float]:
+        """Mean and deviation inside the stripe."""
+        from scipy.ndimage import gaussian_filter1d
+        from scipy.signal import argrelmax
+
+        top = np.quantile(values, 0.96) if self._last_mode else values.max()
+        counts, edges = np.histogram(values[values <= top], bins=128)
+        smooth = gaussian_filter1d(counts.astype(np.float64), 3)
+        peaks = argrelmax(smooth)[0]
+        peaks = peaks[smooth[peaks] > 0.1 * smooth.max()]
+        pick = int(peaks[-1]) if self._last_mode and len(peaks) else int(np.argmax(smooth))
+        share = float(np.mean(values < (edges[pick] + edges[pick + 1]) / 2))
+        low, high = np.quantile(values, (max(share - 0.05, 0.0), min(share + 0.05, 1.0)))
+        stripe = values[(values >= low) & (values <= high)]
+        return float(stripe.mean()), float(stripe.std())
+
+
+class HistogramMatching:
+    """Every masked intensity becomes the target's intensity of the same rank.
+
+    The target's distribution is pooled over its training scans, equally many values from each.
+    Source: Gonzalez & Woods, Digital Image Processing, 3.3.2; scikit-image's implementation.
+    """
+
+    name: ClassVar[str] = "histogram"
+
+    def fit(self, scans: Scans) -> HistogramMatching:
+        """Pool the quantiles of the target's training scans."""
+        from sgcd_core.metrics import intensity_quantiles
+
+        self._pool = np.concatenate([intensity_quantiles(i, m, 4096) for i, m in scans])
+        return self
+
+    def apply(self, image: Image, mask: Mask) -> Image:
+        """Match the scan's masked histogram to the pooled one."""
+        from skimage.exposure import match_histograms
+
+        out = np.zeros(image.shape, np.float64)
+        out[mask] = match_histograms(image[mask].astype(np.float64), self._pool)
+        return _inside(out, mask)
+
+
+#: Every baseline by the name used in `metrics.method`.
+BASELINES: tuple[str, ...] = ("raw", "nyul", "minmax", "zscore", "whitestripe", "histogram")
+
+
+def make_baseline(name: str, sequence: str) -> Baseline:
+    """A baseline that is not fit yet.
+
+    Raises:
+        UsageError: There is no baseline of this name.
+    """
+    if name == "whitestripe":
+        return WhiteStripe(sequence)
+    kinds: dict[str, type[Raw | Nyul | MinMax | ZScore | HistogramMatching]] = {
+        kind.name: kind for kind in (Raw, Nyul, MinMax, ZScore, HistogramMatching)
+    }
+    if name not in kinds:
+        raise UsageError(f"no method {name!r}; there are {', '.join(BASELINES)}.")
+    return kinds[name]()
