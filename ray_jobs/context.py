@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import subprocess
 import uuid
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from typing import Any
 from pipelines.catalog import Catalog
 from pipelines.lake import Lake
 from sgcd_core.errors import SgcdError
+from sgcd_core.io.store import is_s3, local_path
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +72,22 @@ def recorded(
             Catalog(lake).append("runs", [row])
         except SgcdError as error:  # the run's own end must not be lost for its record
             log.warning("event=run_not_recorded code=%s", error.code)
+
+
+def open_lake(uri: str, *, create: bool = False) -> Lake:
+    """The lake at `uri`; a local one by its absolute path, since workers may stand elsewhere.
+
+    Raises:
+        StorageError: LAKE-MISSING when there is none and `create` is false.
+    """
+    return Lake.open(absolute(uri), create=create)
+
+
+def absolute(uri: str) -> str:
+    """`uri` as every process of this machine understands it."""
+    if is_s3(uri):
+        return uri.rstrip("/")
+    return os.path.abspath(os.path.expanduser(local_path(uri)))
 
 
 def quoted(argument: str) -> str:

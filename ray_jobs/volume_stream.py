@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ray_jobs.context import quoted, recorded
+from ray_jobs.context import open_lake, quoted, recorded
 from ray_jobs.outcome import DONE, WITH_FAILURES, Outcome
 from ray_jobs.session import cpu_count, session
 from ray_jobs.settings import from_args
@@ -37,12 +37,11 @@ def unpacked(item: dict[str, Any]) -> Row:
 def prepare(args: Any) -> Outcome:
     """`sgcd prepare`: every usable scan of the lake onto the model grid."""
     from pipelines.catalog import Catalog
-    from pipelines.lake import Lake
     from pipelines.progress import Progress
     from pipelines.training_data import check_sites, prepared_ids
     from sgcd_core.errors import InputError
 
-    lake = Lake.open(args.lake)
+    lake = open_lake(args.lake)
     config = from_args(args)
     recipe = config.prepare.digest()
     scans = Catalog(lake).rows("scans").to_pylist()
@@ -76,7 +75,7 @@ def prepare(args: Any) -> Outcome:
     ):
         workers = args.workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
         done = 0
-        for row in prepare_stream(ray, todo, args.lake, config.prepare, workers):
+        for row in prepare_stream(ray, todo, lake.uri, config.prepare, workers, args.force):
             done += 1
             if row["status"] != "ok":
                 failed.append(row)
@@ -85,7 +84,7 @@ def prepare(args: Any) -> Outcome:
             raise RuntimeError(f"{len(todo)} scans went in, {done} rows came out")
         summary.update(prepared=done - len(failed), failed=len(failed), recipe=recipe)
     codes = Counter(row["code"] for row in failed)
-    lines = [f"failed {row['uri']}: [{row['code']}] {row['message']}" for row in failed]
+    lines = [failure_line(row) for row in failed]
     reasons = ", ".join(f"{n} {code}" for code, n in codes.most_common())
     text = f"prepared {done - len(failed)} scans, {skipped} were prepared before"
     text += f", {len(failed)} failed ({reasons})" if failed else ""
@@ -98,6 +97,13 @@ def prepare(args: Any) -> Outcome:
     return Outcome(text, next=follow, exit_code=code, lines=lines, data=data)
 
 
+def failure_line(row: Row) -> str:
+    """One line about a scan that could not be used."""
+    text = str(row["message"] or "").removeprefix(f"[{row['code']}] ")
+    text = text.removeprefix(f"{row['uri']}: ")
+    return f"failed {row['uri']}: [{row['code']}] {text}"
+
+
 def settings_words(args: Any) -> str:
     """The user's own settings again, for the next command that is suggested."""
     words = f" --preset {args.preset}" if args.preset else ""
@@ -106,15 +112,16 @@ def settings_words(args: Any) -> str:
 
 
 def prepare_stream(
-    ray: Any, todo: list[Row], lake_uri: str, config: PrepareConfig, workers: int
-) -> Any:
+    ray: Any, todo: list[Row], lake_uri: str, config: PrepareConfig, workers: int,
+    force: bool = False,
+) -> Any:  # fmt: skip
     """Yield one row per scan of `todo`, in the order they are done."""
     items = ray.data.from_items(
         [packed(row) for row in todo], override_num_blocks=len(todo)
     )  # a block a scan: a lost worker costs one scan
     rows = items.map(
         prepare_packed,
-        fn_kwargs={"lake_uri": lake_uri, "config": config},
+        fn_kwargs={"lake_uri": lake_uri, "config": config, "force": force},
         num_cpus=1,
         compute=ray.data.TaskPoolStrategy(size=workers),
     )
@@ -122,12 +129,15 @@ def prepare_stream(
         yield pickle.loads(batch["row"][0])
 
 
-def prepare_packed(item: dict[str, Any], lake_uri: str, config: PrepareConfig) -> dict[str, bytes]:
+def prepare_packed(
+    item: dict[str, Any], lake_uri: str, config: PrepareConfig, force: bool = False
+) -> dict[str, bytes]:
     """Prepare one scan; a scan that ends its worker again and again is set aside as a row."""
-    from pipelines.prepare import prepare_one
-
     from pipelines.lake import Lake
     from pipelines.ledger import MAX_ATTEMPTS, begin_attempt, end_attempts
+    from pipelines.prepare import prepare_one
+    from pipelines.training_data import COMPLETE
+    from sgcd_core.io.store import Store, join
 
     row = unpacked(item)
     lake = Lake(lake_uri.rstrip("/"))
@@ -135,6 +145,8 @@ def prepare_packed(item: dict[str, Any], lake_uri: str, config: PrepareConfig) -
     if begin_attempt(lake, key, row["scan_id"]) > MAX_ATTEMPTS:
         text = f"preparing it ended its worker {MAX_ATTEMPTS} times."
         return packed(row | {"status": "failed", "code": "SCAN-QUARANTINED", "message": text})
+    if force:
+        Store().delete(join(lake.prepared(config.digest(), row["scan_id"]), COMPLETE))
     done = row | prepare_one(row, lake, config)
     end_attempts(lake, key, row["scan_id"])
     return packed(done)
@@ -167,9 +179,8 @@ def training_stream(ray: Any, schedule: list[Row], lake_uri: str, config: SgcdCo
 
 def load_packed(item: dict[str, Any], lake_uri: str, recipe: str) -> dict[str, Any]:
     """Read the prepared volumes that one row of a schedule names."""
-    from pipelines.prepare import load_prepared
-
     from pipelines.lake import Lake
+    from pipelines.prepare import load_prepared
 
     row = unpacked(item)
     lake = Lake(lake_uri.rstrip("/"))

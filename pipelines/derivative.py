@@ -1,0 +1,151 @@
+"""Names and sidecars of the harmonized scans: one BIDS derivative data set per model version."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pipelines.lake import Lake
+from pipelines.schemas import RESULTS
+from sgcd_core.io.store import Store, join
+
+#: Label of the model grid in file names (BIDS entity `space`).
+SPACE = "MNI152rigid"
+#: Columns of a result that its sidecar repeats, each under its name in CamelCase.
+IN_SIDECAR = (
+    "scan_id", "model", "model_version", "target", "status", "code", "gradient_correlation",
+    "volume_drift", "outlier_score", "config_digest", "code_version",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Names:
+    """Addresses of what is written for one scan.
+
+    Attributes:
+        root: Root of the derivative data set.
+        stem: `sub-01/ses-1/anat/sub-01_ses-1_*T1w`: folder, entities and BIDS suffix.
+    """
+
+    root: str
+    stem: str
+
+    def _named(self, entities: str, ending: str) -> str:
+        head, _, suffix = self.stem.rpartition("_")
+        return join(self.root, f"{head}_{entities}_{suffix}{ending}")
+
+    @property
+    def native(self) -> str:
+        """Harmonized volume on the scan's own grid."""
+        return self._named("desc-harmonized", ".nii.gz")
+
+    @property
+    def sidecar(self) -> str:
+        """JSON beside it."""
+        return self._named("desc-harmonized", ".json")
+
+    @property
+    def model_grid(self) -> str:
+        """Harmonized volume on the model grid."""
+        return self._named(f"space-{SPACE}_desc-harmonized", ".nii.gz")
+
+    @property
+    def uncertainty(self) -> str:
+        """Standard deviation over the seeds, on the model grid."""
+        head, _, suffix = self.stem.rpartition("_")
+        name = f"{head}_space-{SPACE}_desc-harmonizedstd_{suffix}.nii.gz"
+        return join(self.root, name)
+
+
+_ENTITY = re.compile(r"_(?P<key>task|acq|ce|rec|dir|run|echo|part|chunk)-(?P<value>[A-Za-z0-9]+)")
+
+
+def stems(scans: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Output name of every scan: its own BIDS entities, made unique where two would collide.
+
+    Args:
+        scans: All rows of `scans` of the lake, so that a name depends on no request.
+
+    Returns:
+        scan_id → folder, entities and suffix. Two scans of one name (two data sets with a
+        subject 01) are told apart by `acq-` and the beginning of the scan_id.
+    """
+    out: dict[str, str] = {}
+    taken: set[str] = set()
+    for scan in sorted(scans, key=lambda s: (str(s["indexed_at"]), s["scan_id"])):
+        if not scan["subject"] or not scan["sequence"]:
+            continue
+        entities = _ENTITY.findall(str(scan["uri"]).rpartition("/")[2])
+        stem = _stem(scan, entities)
+        if stem in taken:
+            short = scan["scan_id"][:8]
+            rest = [(k, v) for k, v in entities if k != "acq"]
+            acq = "".join(v for k, v in entities if k == "acq")
+            stem = _stem(scan, [("acq", acq + short), *rest])
+        taken.add(stem)
+        out[scan["scan_id"]] = stem
+    return out
+
+
+def _stem(scan: Mapping[str, Any], entities: Sequence[tuple[str, str]]) -> str:
+    folder = [f"sub-{scan['subject']}"]
+    if scan["session"]:
+        folder.append(f"ses-{scan['session']}")
+    name = "_".join([*folder, *(f"{k}-{v}" for k, v in entities), scan["sequence"]])
+    return "/".join([*folder, "anat", name])
+
+
+def sidecar_bytes(row: Mapping[str, Any], *, source: str) -> bytes:
+    """The JSON sidecar of one result: BIDS's own keys, then the columns of `IN_SIDECAR`."""
+    values: dict[str, Any] = {
+        "Description": "Scan in the look of the target site, on its own grid.",
+        "Sources": [source],
+        "SkullStripped": True,
+    }
+    for name in IN_SIDECAR:
+        if row.get(name) is not None:
+            values[camel(name)] = row[name]
+    return (json.dumps(values, indent=2) + "\n").encode()
+
+
+def camel(name: str) -> str:
+    """`gradient_correlation` → `GradientCorrelation`."""
+    RESULTS.column(name)  # a name that is no column is a mistake of this program
+    return "".join(part.capitalize() for part in name.split("_"))
+
+
+def write_description(lake: Lake, key: str, code_version: str, sources: Sequence[str]) -> None:
+    """`dataset_description.json`, README and column descriptions of a derivative data set."""
+    store, root = Store(), lake.derivatives(key)
+    described = {
+        camel(name): {
+            "Description": RESULTS.column(name).description,
+            "Units": RESULTS.column(name).unit,
+        }
+        for name in IN_SIDECAR
+    }
+    description = {
+        "Name": f"Harmonized scans: {key}",
+        "BIDSVersion": "1.10.0",
+        "DatasetType": "derivative",
+        "GeneratedBy": [
+            {
+                "Name": "sgcd-lake",
+                "Version": code_version,
+                "Description": f"Semantic-guided conditional diffusion, model {key}",
+            }
+        ],
+        "SourceDatasets": [{"URL": uri} for uri in sources],
+        "SidecarColumns": described,
+    }
+    readme = (
+        f"Harmonized by SGCD Lake, model {key}. Research use only.\n\n"
+        "*_desc-harmonized_*.nii.gz lies on the grid of the scan it was made from;\n"
+        f"*_space-{SPACE}_desc-harmonized_*.nii.gz on the model grid, intensities in [0, 1].\n"
+    )
+    body = (json.dumps(description, indent=2) + "\n").encode()
+    store.write_bytes(join(root, "dataset_description.json"), body)
+    store.write_bytes(join(root, "README"), readme.encode())

@@ -1,0 +1,176 @@
+"""One scan from its address to its row: read, prepare, harmonize, guard, write, report.
+
+Commit order: volumes, then the sidecar, then (by the driver) the catalog row. A row never names
+an object that is not there.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pipelines.derivative import Names, sidecar_bytes
+from pipelines.lake import Lake
+from pipelines.ledger import MAX_ATTEMPTS, begin_attempt, model_key, worker_name
+from sgcd_core.config import SgcdConfig
+from sgcd_core.errors import InputError, SgcdError
+from sgcd_core.io.store import Store, sha256_hex
+
+if TYPE_CHECKING:
+    from sgcd_core.harmonizer import Harmonizer
+
+log = logging.getLogger(__name__)
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is the same for every scan of one harmonization.
+
+    Attributes:
+        lake: Where scans, models and outputs lie.
+        model: Name in the lake.
+        version: Its version.
+        target: Site whose look is the goal; None for the global model.
+        config: The model's settings with the user's laid over.
+        code_version: Of this program.
+        batch_id: Of this run.
+        samples: Seeds per scan; above 1 an uncertainty map is written.
+    """
+
+    lake: Lake
+    model: str
+    version: int
+    target: str | None
+    config: SgcdConfig
+    code_version: str
+    batch_id: str
+    samples: int = 1
+
+    @property
+    def key(self) -> str:
+        """Name and version as one word."""
+        return model_key(self.model, self.version)
+
+
+def harmonize_scan(scan: Mapping[str, Any], job: Job, harmonizer: Harmonizer, stem: str) -> Row:
+    """The `results` row of one scan. Never raises: a scan that fails is a row that says why.
+
+    Args:
+        scan: Row of `scans`.
+        job: What is the same for all.
+        harmonizer: The loaded model.
+        stem: Path of the output below the derivative's root, without suffix: see `derivative`.
+    """
+    row = blank_row(scan, job)
+    try:
+        tries = begin_attempt(job.lake, job.key, scan["scan_id"])
+        if tries > MAX_ATTEMPTS:
+            return quarantined(row)
+        _harmonize(scan, job, harmonizer, Names(job.lake.derivatives(job.key), stem), row)
+    except SgcdError as error:
+        row |= {"status": "failed", "code": error.code, "message": error.message}
+    except Exception as error:
+        # One of the two places where any failure becomes a row: a scan must not stop the others.
+        log.warning("event=scan_failed scan=%s error=%s", scan["scan_id"], type(error).__name__)
+        log.debug("event=scan_failed scan=%s", scan["scan_id"], exc_info=True)
+        text = f"an unexpected {type(error).__name__}; run again with --debug to see where."
+        row |= {"status": "failed", "code": "SCAN-FAILED", "message": text}
+    row["finished_at"] = datetime.now(UTC)
+    return row
+
+
+def blank_row(scan: Mapping[str, Any], job: Job) -> Row:
+    """The columns of a result that are known before anything is done."""
+    names = ("scan_id", "dataset", "subject", "session", "site", "sequence")
+    return {
+        **{name: scan[name] for name in names},
+        "model": job.model, "model_version": job.version, "target": job.target,
+        "status": "failed", "code": None, "message": None, "worker": worker_name(),
+        "config_digest": job.config.digest(), "code_version": job.code_version,
+        "batch_id": job.batch_id, "finished_at": datetime.now(UTC),
+    }  # fmt: skip
+
+
+def quarantined(row: Row) -> Row:
+    """The row of a scan that ended its worker too often."""
+    text = f"harmonizing it ended its worker {MAX_ATTEMPTS} times."
+    return row | {"status": "quarantined", "code": "SCAN-QUARANTINED", "message": text}
+
+
+def _harmonize(
+    scan: Mapping[str, Any], job: Job, harmonizer: Harmonizer, names: Names, row: Row
+) -> None:
+    """Fill `row` with what happened; raises where it cannot go on."""
+    from pipelines.prepare import load_native_mask, load_prepared, prepare_one
+    from pipelines.training_data import COMPLETE
+    from sgcd_core.io.nifti import encode_nifti, read_nifti
+    from sgcd_core.io.store import join
+    from sgcd_core.volume.guard import flags, guard_scores
+    from sgcd_core.volume.transport import carry_to_native
+
+    store, config, lake = Store(), job.config, job.lake
+    scan_id, sequence = scan["scan_id"], scan["sequence"]
+    if sequence not in config.sequences:
+        raise InputError(
+            f"sequence {sequence} is none of the model's ({', '.join(config.sequences)}).",
+            code="SCAN-SEQUENCE",
+        )  # fmt: skip
+    recipe = config.prepare.digest()
+    if not store.exists(join(lake.prepared(recipe, scan_id), COMPLETE)):
+        with _clock(row, "seconds_prepare"):
+            done = prepare_one(dict(scan), lake, config.prepare)
+        if done["status"] != "ok":
+            row |= {"status": "failed", "code": done["code"], "message": done["message"]}
+            return
+    with _clock(row, "seconds_read"):
+        native = read_nifti(
+            scan["uri"], store, max_inflated=config.prepare.max_inflated_bytes
+        )  # fmt: skip
+        files = load_prepared(lake, recipe, scan_id)
+        native_mask = load_native_mask(lake, recipe, scan_id)
+    mask = np.asarray(files.mask, dtype=bool)
+    with _clock(row, "seconds_model"):
+        result = harmonizer.harmonize(
+            files.image, mask, sequence=sequence, scan_id=scan_id, seed=config.seed,
+            samples=job.samples,
+        )  # fmt: skip
+        row["outlier_score"] = float(harmonizer.outlier_score(files.image, mask, sequence))
+    scores = guard_scores(files.image, result.image, mask)
+    row |= {name: float(value) for name, value in scores.items()}
+    found = flags(scores | {"outlier_score": row["outlier_score"]}, config.guard)
+    row["status"] = "flagged" if found else "ok"
+    if found:
+        row |= {"code": found[0][0], "message": " ".join(message for _, message in found)}
+    with _clock(row, "seconds_write"):
+        out = carry_to_native(
+            native, native_mask, files.geometry, result.image, mask, config.transport
+        )
+        data = encode_nifti(out, native)
+        store.write_bytes(names.model_grid, encode_nifti(result.image, files.geometry.model_affine))
+        if result.uncertainty is not None:
+            body = encode_nifti(result.uncertainty, files.geometry.model_affine)
+            store.write_bytes(names.uncertainty, body)
+        store.write_bytes(names.native, data)
+        row |= {
+            "output_uri": names.native, "output_sha256": sha256_hex(data),
+            "model_grid_uri": names.model_grid, "sidecar_uri": names.sidecar,
+        }  # fmt: skip
+    store.write_bytes(names.sidecar, sidecar_bytes(row, source=scan["uri"]))
+
+
+@contextmanager
+def _clock(row: Row, name: str) -> Iterator[None]:
+    started = time.perf_counter()
+    try:
+        yield
+    finally:
+        row[name] = time.perf_counter() - started
