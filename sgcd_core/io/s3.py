@@ -37,8 +37,8 @@ _SETTINGS = (
     "SGCD_S3_PATH_STYLE",
 )  # fmt: skip
 CONNECT_SECONDS = 3
-READ_SECONDS = 30
-ATTEMPTS = 4
+READ_SECONDS = 20
+ATTEMPTS = 3
 
 _lock = threading.Lock()
 _clients: dict[tuple[int, tuple[str | None, ...]], Any] = {}
@@ -165,8 +165,8 @@ def _etag(response: dict[str, Any]) -> str:
 
 def read(uri: str, max_bytes: int | None) -> bytes:
     """The object's bytes, at most `max_bytes`; a connection that breaks half way is tried again."""
-    from botocore.exceptions import HTTPClientError, IncompleteReadError
-    from botocore.exceptions import ResponseStreamingError as Broken
+    from botocore.exceptions import BotoCoreError
+    from urllib3.exceptions import HTTPError
 
     bucket, key = split(uri)
     for attempt in range(ATTEMPTS):
@@ -179,7 +179,7 @@ def read(uri: str, max_bytes: int | None) -> bytes:
                 )  # fmt: skip
             try:
                 return bytes(body.read())
-            except (HTTPClientError, IncompleteReadError, Broken) as error:
+            except (BotoCoreError, HTTPError, OSError) as error:
                 if attempt == ATTEMPTS - 1:
                     raise _problem(uri, error, writing=False) from error
         time.sleep(0.2 * 2**attempt)

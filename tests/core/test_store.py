@@ -1,0 +1,281 @@
+"""Store: local files and a real S3 server behave alike; errors come fast and with a code."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from sgcd_core.errors import InputError, SgcdError, StorageError
+from sgcd_core.io.store import ObjectInfo, Store, join, sha256_hex
+
+if TYPE_CHECKING:
+    from tests.conftest import S3Server
+
+ODD_NAMES = [
+    "plain.bin",
+    "with space.bin",
+    "hash#1.bin",
+    "100%25.bin",
+    "größe-脳.bin",
+    "a+b&c=d.bin",
+]
+
+
+@pytest.fixture(params=["local", pytest.param("s3", marks=pytest.mark.s3)])
+def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """An empty place: a folder, or a prefix of a real S3 server."""
+    if request.param == "local":
+        return str(tmp_path / "root")
+    server: S3Server = request.getfixturevalue("s3_server")
+    return server.uri(f"store-{tmp_path.name}")
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_what_is_written_is_read_back_and_listed_under_its_own_name(root: str, name: str) -> None:
+    store, uri = Store(), join(root, "a folder", name)
+    etag = store.write_bytes(uri, name.encode())
+    assert store.read_bytes(uri) == name.encode()
+    assert store.info(uri) == ObjectInfo(uri, len(name.encode()), etag)
+    assert [o.uri for o in store.list(root)] == [uri]
+    store.delete(uri)
+    assert not store.exists(uri)
+    store.delete(uri)  # absent is fine
+
+
+def test_an_overwrite_changes_the_etag_and_the_content(root: str) -> None:
+    store, uri = Store(), join(root, "x")
+    first = store.write_bytes(uri, b"one")
+    assert store.write_bytes(uri, b"two") != first
+    assert store.read_bytes(uri) == b"two"
+
+
+def test_of_many_writers_exactly_one_creates_the_object(root: str) -> None:
+    store, uri = Store(), join(root, "claim")
+
+    def claim(i: int) -> bool:
+        try:
+            store.write_bytes(uri, str(i).encode(), if_absent=True)
+        except FileExistsError:
+            return False
+        return True
+
+    with ThreadPoolExecutor(12) as pool:
+        won = [i for i, ok in enumerate(pool.map(claim, range(24))) if ok]
+    assert len(won) == 1
+    assert store.read_bytes(uri) == str(won[0]).encode()
+
+
+def test_listing_is_sorted_deep_and_never_reaches_a_sibling(root: str) -> None:
+    store = Store()
+    for key in ("sub-1/b", "sub-1/anat/a", "sub-10/c", "sub-1.txt"):
+        store.write_bytes(join(root, key), b".")
+    listed = [o.uri for o in store.list(join(root, "sub-1"))]
+    assert listed == [join(root, "sub-1/anat/a"), join(root, "sub-1/b")]
+    assert [o.uri for o in store.list(join(root, "sub-1/b"))] == [join(root, "sub-1/b")]
+    assert list(store.list(join(root, "sub-2"))) == []
+    assert store.has_any(join(root, "sub-10"))
+    assert not store.has_any(join(root, "sub-"))
+
+
+def test_a_missing_object_and_a_long_one_are_refused_by_code(root: str) -> None:
+    store, uri = Store(), join(root, "x")
+    with pytest.raises(InputError) as missing:
+        store.read_bytes(uri)
+    assert missing.value.code == "SCAN-MISSING"
+    store.write_bytes(uri, bytes(1000))
+    assert len(store.read_bytes(uri, max_bytes=1000)) == 1000
+    with pytest.raises(InputError) as big:
+        store.read_bytes(uri, max_bytes=999)
+    assert big.value.code == "SCAN-TOO-BIG"
+
+
+def test_a_folder_is_not_an_object(root: str) -> None:
+    store = Store()
+    store.write_bytes(join(root, "folder/x"), b"1")
+    assert not store.exists(join(root, "folder"))
+    with pytest.raises(InputError):
+        store.read_bytes(join(root, "folder"))
+
+
+def test_a_pickled_store_works(root: str) -> None:
+    Store().write_bytes(join(root, "x"), b"1")
+    assert pickle.loads(pickle.dumps(Store())).read_bytes(join(root, "x")) == b"1"
+
+
+def test_a_forked_child_reads_too(root: str) -> None:
+    store = Store()
+    store.write_bytes(join(root, "x"), b"1")
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if store.read_bytes(join(root, "x")) == b"1" else 1)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_file_addresses_are_decoded_and_plain_paths_are_not(tmp_path: Path) -> None:
+    path = tmp_path / "a b#%20.bin"
+    path.write_bytes(b"1")
+    store = Store()
+    assert store.read_bytes(path.as_uri()) == b"1"
+    assert store.read_bytes(str(path)) == b"1"
+    assert [o.uri for o in store.list(tmp_path.as_uri())] == [str(path)]
+    assert join(tmp_path.as_uri(), "x%41") == str(tmp_path / "x%41")
+
+
+def test_join() -> None:
+    assert join("s3://b/", "/k//", "", "x") == "s3://b/k/x"
+    assert join("/", "a") == "/a"
+    assert join("a", "b/") == "a/b"
+
+
+def test_a_reader_sees_the_old_or_the_new_content_only(tmp_path: Path) -> None:
+    store, uri = Store(), str(tmp_path / "x")
+    versions = {bytes([i]) * 200_000 for i in range(4)}
+    store.write_bytes(uri, next(iter(versions)))
+    stop = threading.Event()
+
+    def rewrite() -> None:
+        while not stop.is_set():
+            for data in versions:
+                store.write_bytes(uri, data)
+
+    writer = threading.Thread(target=rewrite)
+    writer.start()
+    try:
+        assert all(store.read_bytes(uri) in versions for _ in range(100))
+    finally:
+        stop.set()
+        writer.join()
+    assert [p.name for p in tmp_path.iterdir()] == ["x"]  # no temporary file is left
+
+
+def test_links_are_followed_once_and_a_broken_one_is_listed(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "x").write_bytes(b"1")
+    (tmp_path / "real" / "loop").symlink_to(tmp_path)
+    (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
+    listed = {Path(o.uri).name: o.etag for o in Store().list(str(tmp_path))}
+    assert set(listed) == {"x", "gone"}
+    assert listed["gone"] == ""
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_file_without_permission_is_denied(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    path.write_bytes(b"1")
+    path.chmod(0)
+    with pytest.raises(StorageError) as denied:
+        Store().read_bytes(str(path))
+    assert denied.value.code == "STORE-DENIED"
+
+
+@pytest.mark.parametrize(
+    "uri", ["gs://bucket/x", "https://host/x.nii", "file://elsewhere/x", "s3://", "s3://b ad!/x"]
+)
+def test_other_addresses_are_refused_with_advice(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SGCD_S3_ANON", "1")
+    with pytest.raises(StorageError) as error:
+        Store().read_bytes(uri)
+    assert error.value.code == "STORE-ADDRESS"
+    assert error.value.hint
+
+
+def test_writing_below_a_file_says_so(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(b"1")
+    with pytest.raises(StorageError) as error:
+        Store().write_bytes(str(tmp_path / "x" / "y"), b"1")
+    assert error.value.code == "STORE-WRITE"
+
+
+def _raises_in(seconds: float, uri: str, *, writing: bool = False) -> SgcdError:
+    start = time.monotonic()
+    with pytest.raises(SgcdError) as error:
+        Store().write_bytes(uri, b"1") if writing else Store().read_bytes(uri)
+    assert time.monotonic() - start < seconds
+    assert "lake-test-secret" not in str(error.value)
+    return error.value
+
+
+def test_an_endpoint_that_refuses_or_hangs_is_unreachable_in_seconds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("SGCD_S3_ANON", "1")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    assert _raises_in(20, "s3://lake/x").code == "STORE-UNREACHABLE"
+    assert _raises_in(20, "s3://lake/x", writing=True).code == "STORE-UNREACHABLE"
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "not an address")
+    assert _raises_in(5, "s3://lake/x").code == "STORE-UNREACHABLE"
+
+
+def test_transient_errors_are_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that answers 503, then breaks off half way, then answers whole."""
+    busy = b"HTTP/1.1 503 Slow Down\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+    head = b'HTTP/1.1 200 OK\r\nETag: "e"\r\nContent-Length: 10\r\nConnection: close\r\n\r\n'
+    answers = [busy, head + b"01234", head + b"0123456789"]
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve() -> None:
+            for answer in answers:
+                peer, _ = server.accept()
+                with peer:
+                    peer.recv(65536)
+                    peer.sendall(answer)
+
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.getsockname()[1]}")
+        monkeypatch.setenv("SGCD_S3_ANON", "1")
+        assert Store().read_bytes("s3://lake/x") == b"0123456789"
+        thread.join(5)
+
+
+@pytest.mark.s3
+def test_wrong_keys_are_denied_and_unknown_buckets_named(
+    s3_server: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert _raises_in(10, "s3://no-such-bucket/x").code == "SCAN-MISSING"
+    with pytest.raises(StorageError) as empty:
+        list(Store().list("s3://no-such-bucket/x"))
+    assert empty.value.code == "STORE-EMPTY"
+    with monkeypatch.context() as patch:
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+        assert _raises_in(10, s3_server.uri("x")).code == "STORE-DENIED"
+        assert _raises_in(10, s3_server.uri("x"), writing=True).code == "STORE-DENIED"
+        with pytest.raises(StorageError) as denied:
+            list(Store().list(s3_server.uri("x")))
+        assert denied.value.code == "STORE-DENIED"
+    with monkeypatch.context() as patch:
+        patch.setenv("SGCD_S3_ANON", "1")
+        assert _raises_in(10, s3_server.uri("x")).code == "STORE-DENIED"
+
+
+@pytest.mark.s3
+def test_listing_goes_on_past_one_page(s3_server: S3Server) -> None:
+    store, prefix = Store(), s3_server.uri("many")
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(lambda i: store.write_bytes(f"{prefix}/{i:04d}", b"."), range(1005)))
+    listed = [o.uri for o in store.list(prefix)]
+    assert listed == [f"{prefix}/{i:04d}" for i in range(1005)]
+
+
+@pytest.mark.s3
+def test_delta_reaches_the_same_store(s3_server: S3Server) -> None:
+    import pyarrow as pa
+    from deltalake import DeltaTable, write_deltalake
+
+    uri, options = s3_server.uri("delta-table"), Store().delta_options()
+    for _ in range(2):
+        write_deltalake(uri, pa.table({"a": [1]}), mode="append", storage_options=options)
+    assert DeltaTable(uri, storage_options=options).to_pyarrow_table().num_rows == 2
+    assert Store().has_any(uri)
+
+
+def test_sha256_hex() -> None:
+    assert sha256_hex(b"").startswith("e3b0c44298fc1c14")
