@@ -76,8 +76,6 @@ def stems(scans: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     out: dict[str, str] = {}
     taken: set[str] = set()
     for scan in sorted(scans, key=lambda s: (str(s["indexed_at"]), s["scan_id"])):
-        if not scan["subject"] or not scan["sequence"]:
-            continue
         entities = _ENTITY.findall(str(scan["uri"]).rpartition("/")[2])
         stem = _stem(scan, entities)
         if stem in taken:
@@ -91,10 +89,11 @@ def stems(scans: Sequence[Mapping[str, Any]]) -> dict[str, str]:
 
 
 def _stem(scan: Mapping[str, Any], entities: Sequence[tuple[str, str]]) -> str:
-    folder = [f"sub-{scan['subject']}"]
+    # A manifest may name no subject; the scan then stands for itself.
+    folder = [f"sub-{scan['subject'] or scan['scan_id'][:12]}"]
     if scan["session"]:
         folder.append(f"ses-{scan['session']}")
-    name = "_".join([*folder, *(f"{k}-{v}" for k, v in entities), scan["sequence"]])
+    name = "_".join([*folder, *(f"{k}-{v}" for k, v in entities), scan["sequence"] or "MRI"])
     return "/".join([*folder, "anat", name])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from pipelines.harmonize import Job
@@ -20,14 +21,16 @@ class HarmonizeActor:
 
     def __init__(self, job: Job, workers: int, gpus: bool) -> None:
         import torch
-        from sgcd_core.harmonizer import Harmonizer
 
+        from sgcd_core.harmonizer import Harmonizer
         from sgcd_core.io.store import Store
         from sgcd_core.modelpack import load_modelpack
 
         torch.set_num_threads(threads_per_worker(workers))
         pack = load_modelpack(job.lake.model(job.model, job.version), Store())
         self._job = job
+        # The user's settings of the sampler, laid over the model's own.
+        pack = replace(pack, config=job.config)
         self._harmonizer = Harmonizer(pack, device="cuda" if gpus else "cpu")
 
     def __call__(self, item: dict[str, Any]) -> dict[str, bytes]:

@@ -65,8 +65,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         _fail(args, "INTERNAL", text, SgcdError.exit_code)
         return SgcdError.exit_code
-    _print(args, outcome)
+    print_outcome(args, outcome)
     return outcome.exit_code
+
+
+def execute(words: Sequence[str]) -> tuple[Any, Outcome]:
+    """Parsed arguments and outcome of `sgcd WORDS…`; errors are raised, nothing is printed."""
+    args = build_parser().parse_args(list(words))
+    return args, _run(args)
 
 
 def _run(args: Any) -> Outcome:
@@ -76,7 +82,8 @@ def _run(args: Any) -> Outcome:
     return outcome
 
 
-def _print(args: Any, outcome: Outcome) -> None:
+def print_outcome(args: Any, outcome: Outcome) -> None:
+    """Tables, the summary line and the next command; or one JSON document."""
     if getattr(args, "json", False):
         document = {
             "command": args.command, "exit_code": outcome.exit_code,

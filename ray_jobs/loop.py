@@ -27,16 +27,19 @@ def schedule_steps(
     groups: Mapping[str, Sequence[Row]], config: SgcdConfig, steps: int, batch: int,
     *, site_balance: bool = True,
 ) -> list[Row]:  # fmt: skip
-    """Rows `{"step", "scans": {name: (scan_id, sequence index)}}`, `batch` of them per step.
+    """Rows `{"step", "scans": {role: (scan_id, sequence index, seed)}}`, `batch` of them per step.
+
+    A sample's randomness comes from its seed alone, so it is the same on any worker.
 
     Args:
-        groups: For each name (a role in the stage) the rows of `scans` to draw from.
+        groups: For each role in the stage the rows of `scans` to draw from.
         config: Gives the seed and the order of sequences.
         steps: Number of steps.
         batch: Volumes of each role per step, over all workers.
         site_balance: Every site and sequence equally often.
     """
     from pipelines.training_data import balanced_order
+    from sgcd_core.batch import sample_seed
 
     index = {name: i for i, name in enumerate(config.sequences)}
     orders = {
@@ -47,8 +50,12 @@ def schedule_steps(
         {
             "step": n // batch,
             "scans": {
-                name: (order[n]["scan_id"], index[order[n]["sequence"]])
-                for name, order in orders.items()
+                role: (
+                    order[n]["scan_id"],
+                    index[order[n]["sequence"]],
+                    sample_seed(config.seed, role, n),
+                )
+                for role, order in orders.items()
             },
         }
         for n in range(steps * batch)

@@ -13,6 +13,7 @@ from ray_jobs.models import find_trained, next_version
 from ray_jobs.outcome import Outcome
 from ray_jobs.session import session
 from ray_jobs.settings import from_args
+from ray_jobs.volume_stream import outlier_features
 from ray_jobs.watch import last_means
 from sgcd_core.config import SgcdConfig
 
@@ -20,13 +21,14 @@ log = logging.getLogger(__name__)
 
 NAME = "global"
 #: Settings Stage 1 does not read; changing them does not make another model.
-LATER = {"target_stage", "sampler", "transport", "guard", "preset"}
+LATER = {"target_stage", "global_sampler", "target_sampler", "transport", "guard", "preset"}
 
 
 def run(args: Any) -> Outcome:
     """Train, or say that this very model exists already."""
     from pipelines.catalog import Catalog
     from pipelines.training_data import data_digest, training_rows
+    from sgcd_core.global_stage import planned_steps
 
     lake = open_lake(args.lake)
     config = from_args(args)
@@ -37,14 +39,15 @@ def run(args: Any) -> Outcome:
     sites = sorted({row["site"] for row in rows})
     meta: dict[str, Any] = {
         "name": NAME, "kind": "global", "target": None, "training_sites": sites,
-        "sequences": sorted({row["sequence"] for row in rows}), "n_scans": len(rows),
+        "sequences": sorted({row["sequence"] for row in rows}), "scans": len(rows),
         "data_digest": data_digest(rows), "config_digest": stage_digest(config),
         "code_version": code_version(),
     }  # fmt: skip
-    steps = total_steps(config, len(rows))
+    stage = config.global_stage
+    steps = planned_steps(stage.steps, stage.epochs, len(rows), stage.batch_size)
     follow = f"sgcd suggest-target --lake {quoted(args.lake)}"
     found = find_trained(lake, NAME, meta)
-    plan = f"{steps} steps of {config.global_stage.batch_size} volumes on {len(rows)} scans of "
+    plan = f"{steps} steps of {stage.batch_size} volumes on {len(rows)} scans of "
     plan += f"{len(sites)} sites ({', '.join(sites)})"
     data = {"model": NAME, "version": found, "steps": steps, **meta}
     if found is not None:
@@ -59,18 +62,18 @@ def run(args: Any) -> Outcome:
     key = f"train-{meta['config_digest']}-{meta['data_digest']}"
     checkpoints = Checkpoints(lake.scratch(key))
     schedule = schedule_steps(
-        {"scan": rows}, config, steps, config.global_stage.batch_size,
-        site_balance=config.global_stage.site_balance,
+        {"scan": rows}, config, steps, stage.batch_size, site_balance=stage.site_balance,
     )  # fmt: skip
     workers = args.workers or 1
     with (
         recorded(lake, "train", config.digest()) as summary,
         session(args.ray_address, cpus=workers + 0.25, gpus=workers if args.gpus else 0) as ray,
     ):
+        features = outlier_features(ray, rows, lake.uri, config)
         history = fit(
             ray, train_worker, schedule, lake, config, checkpoints, label="train",
             total=steps, workers=workers, gpus=args.gpus,
-            extra={"meta": meta | {"version": version}},
+            extra={"meta": meta | {"version": version}, "features": features},
         )  # fmt: skip
         last = last_means(history)
         summary.update(model=NAME, version=version, steps=steps, **last)
@@ -79,14 +82,6 @@ def run(args: Any) -> Outcome:
     losses = ", ".join(f"{name} {value:.4g}" for name, value in last.items())
     text = f"trained {NAME} version {version}: {plan}, {seconds:.0f} s ({losses})"
     return Outcome(text, next=follow, data=data | {"version": version, "losses": last})
-
-
-def total_steps(config: SgcdConfig, n_scans: int) -> int:
-    """Optimizer steps of Stage 1: the setting, or epochs times the scans over the batch."""
-    stage = config.global_stage
-    if stage.epochs is None:
-        return stage.steps
-    return max(1, -(-stage.epochs * n_scans // stage.batch_size))
 
 
 def stage_digest(config: SgcdConfig, later: set[str] = LATER) -> str:
@@ -102,21 +97,23 @@ def stage_digest(config: SgcdConfig, later: set[str] = LATER) -> str:
 
 def train_worker(setup: dict[str, Any]) -> None:
     """The loop of one Ray Train worker, from the newest checkpoint to the last step."""
-    from sgcd_core.global_stage import GlobalStage
-
     from ray_jobs.volume_stream import to_batch
     from ray_jobs.worker import Worker
+    from sgcd_core.global_stage import GlobalStage
+    from sgcd_core.style.outlier import OutlierModel
 
     worker = Worker(setup)
-    config = worker.config
-    # Build on the device, then let Ray Train wrap the network for all-reduce.
-    stage = GlobalStage(config, device=worker.device)
+    # Build on the device, go on from the checkpoint, let Ray Train average the gradients.
+    stage = GlobalStage(worker.config, worker.total, worker.device)
     start, state = worker.checkpoints.load()
     if state is not None:
         stage.load_state_dict(state)
     stage.wrap(worker.prepare_network)
-    # One optimizer step per entry of the schedule.
+    # One optimizer step per step of the schedule.
+    every = worker.config.global_stage.checkpoint_every
     for step, columns in worker.steps(start):
-        losses = stage.step(to_batch(columns, "scan", worker.device), worker.seed(step))
-        worker.after_step(step, losses, stage.state_dict, config.global_stage.checkpoint_every)
-    worker.finish(stage.pack)
+        losses = stage.step(to_batch(columns, "scan"))
+        worker.after_step(step, losses, stage.state_dict, every)
+    # What the training scans look like goes into the model, to know a stranger by.
+    outliers = OutlierModel.fit(*setup["features"])
+    worker.finish(lambda meta: stage.pack(outliers, meta))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pickle
 from collections import Counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,6 +16,9 @@ from ray_jobs.outcome import DONE, WITH_FAILURES, Outcome
 from ray_jobs.session import cpu_count, session
 from ray_jobs.settings import from_args
 from sgcd_core.config import PrepareConfig, SgcdConfig
+
+if TYPE_CHECKING:
+    from sgcd_core.batch import Batch
 
 Row = dict[str, Any]
 
@@ -157,14 +160,13 @@ def training_stream(ray: Any, schedule: list[Row], lake_uri: str, config: SgcdCo
 
     Args:
         ray: The connected module.
-        schedule: Rows with `step`, and for each of the names in `row["scans"]` a scan_id and the
-            index of its sequence.
+        schedule: Rows with `step`, and in `scans` for each role (scan_id, sequence index, seed).
         lake_uri: Where the prepared volumes lie.
         config: Gives the recipe.
 
     Returns:
-        Data set whose rows have `step` and, for each name, `NAME_image` float32 (X, Y, Z),
-        `NAME_mask` uint8 (X, Y, Z) and `NAME_sequence`.
+        Data set whose rows have `step` and, for each role, `ROLE_image` float32 (X, Y, Z),
+        `ROLE_mask` uint8 (X, Y, Z), `ROLE_sequence` and `ROLE_seed`.
     """
     blocks = max(1, min(len(schedule), 4 * cpu_count(), len(schedule) // 8))
     items = ray.data.from_items([packed(row) for row in schedule], override_num_blocks=blocks)
@@ -185,27 +187,50 @@ def load_packed(item: dict[str, Any], lake_uri: str, recipe: str) -> dict[str, A
     row = unpacked(item)
     lake = Lake(lake_uri.rstrip("/"))
     out: dict[str, Any] = {"step": row["step"]}
-    for name, (scan_id, sequence) in row["scans"].items():
+    for role, (scan_id, sequence, seed) in row["scans"].items():
         files = load_prepared(lake, recipe, scan_id)
-        out[f"{name}_image"] = np.asarray(files.image, dtype=np.float32)
-        out[f"{name}_mask"] = np.asarray(files.mask, dtype=np.uint8)
-        out[f"{name}_sequence"] = sequence
+        out[f"{role}_image"] = np.asarray(files.image, dtype=np.float32)
+        out[f"{role}_mask"] = np.asarray(files.mask, dtype=np.uint8)
+        out[f"{role}_sequence"] = sequence
+        out[f"{role}_seed"] = seed
     return out
 
 
-def to_batch(columns: dict[str, Any], name: str, device: str) -> dict[str, Any]:
-    """The stage's batch from numpy columns.
+def outlier_features(
+    ray: Any, rows: list[Row], lake_uri: str, config: SgcdConfig
+) -> tuple[list[Any], list[int]]:
+    """Style features and sequence index of every training scan, for the outlier model."""
+    index = {name: i for i, name in enumerate(config.sequences)}
+    todo = [{"step": 0, "scans": {"scan": (r["scan_id"], index[r["sequence"]], 0)}} for r in rows]
+    found = ray.data.from_items([packed(item) for item in todo]).map(
+        features_packed,
+        fn_kwargs={"lake_uri": lake_uri, "recipe": config.prepare.digest()},
+        num_cpus=0.5,
+    )
+    found.context.execution_options.preserve_order = True
+    items = [unpacked(item) for item in found.take_all()]
+    return [item["features"] for item in items], [item["sequence"] for item in items]
 
-    Returns:
-        image float32 (B, 1, X, Y, Z) in [0, 1], mask bool (B, 1, X, Y, Z), sequence int64 (B,).
-    """
+
+def features_packed(item: dict[str, Any], lake_uri: str, recipe: str) -> dict[str, bytes]:
+    """Style features of one prepared scan."""
+    from sgcd_core.style.outlier import style_features
+
+    scan = load_packed(item, lake_uri, recipe)
+    features = style_features(scan["scan_image"], scan["scan_mask"].astype(bool))
+    return packed({"features": features, "sequence": scan["scan_sequence"]})
+
+
+def to_batch(columns: dict[str, Any], role: str) -> Batch:
+    """The stage's batch of one role, from numpy columns."""
     import torch
 
-    def tensor(key: str) -> torch.Tensor:
-        return torch.from_numpy(np.array(columns[f"{name}_{key}"])).to(device)
+    def tensor(name: str) -> Any:
+        return torch.from_numpy(np.array(columns[f"{role}_{name}"]))
 
     return {
         "image": tensor("image")[:, None],
         "mask": tensor("mask")[:, None].bool(),
         "sequence": tensor("sequence").long(),
+        "seed": tensor("seed").long(),
     }

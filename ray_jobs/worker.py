@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipelines.lake import Lake
 from ray_jobs.checkpoint import Checkpoints
@@ -12,6 +12,9 @@ from ray_jobs.session import threads_per_worker
 from sgcd_core.config import parse_config
 from sgcd_core.errors import ModelError
 from sgcd_core.io.store import Store
+
+if TYPE_CHECKING:
+    from sgcd_core.modelpack import ModelPack
 
 #: Steps between two reports to Ray Train, which all ranks make together.
 REPORT_EVERY = 10
@@ -43,10 +46,6 @@ class Worker:
         from ray.train.torch import prepare_model
 
         return prepare_model(network)
-
-    def seed(self, step: int) -> int:
-        """Seed of one step on this rank: the same in every run, different on every rank."""
-        return (self.config.seed * 1_000_003 + step) * 64 + self.rank
 
     def steps(self, start: int) -> Iterator[tuple[int, dict[str, Any]]]:
         """Number and columns of every step from `start` on."""
@@ -91,7 +90,7 @@ class Worker:
         if done % REPORT_EVERY == 0 or done == self.total:
             train.report({"step": done, **values})
 
-    def finish(self, pack: Callable[[dict[str, Any]], Any]) -> None:
+    def finish(self, pack: Callable[[dict[str, Any]], ModelPack]) -> None:
         """Rank 0 saves the model where the driver said."""
         if self.rank != 0:
             return

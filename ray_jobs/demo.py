@@ -1,0 +1,72 @@
+"""`sgcd demo`: the whole path on a small digital cohort, each step a command a user would type."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from typing import Any
+
+from ray_jobs.context import quoted
+from ray_jobs.outcome import Outcome, table
+from ray_jobs.session import session
+
+#: What the demo measures per site and sequence, and in which direction it should go.
+SHOWN = {"ssim": "up", "psnr": "up", "pcc": "up", "wasserstein": "down"}
+
+
+def run(args: Any) -> Outcome:
+    """Cohort, index, prepare, train, suggest-target, tune, harmonize, evaluate, report."""
+    started = time.monotonic()
+    cohort, lake = os.path.join(args.out, "cohort"), os.path.join(args.out, "lake")
+    words = ["--lake", lake]
+    with session():  # one Ray for all steps; each would start its own otherwise
+        _step(
+            args, "cohort", cohort, "--subjects", str(args.subjects), "--sites", str(args.sites),
+            "--traveling", str(args.traveling), "--seed", str(args.seed),
+        )  # fmt: skip
+        _step(args, "index", cohort, *words)
+        _step(args, "prepare", *words)
+        _step(args, "train", *words, "--set", f"global_stage.steps={args.train_steps}")
+        suggested = _step(args, "suggest-target", *words)
+        target = str(suggested.data["target"])
+        _step(
+            args, "tune", *words, "--target", target,
+            "--set", f"target_stage.steps={args.tune_steps}",
+            "--set", f"target_stage.encoder={args.encoder}",
+        )  # fmt: skip
+        model = ["--model", f"target-{target}"]
+        harmonized = _step(args, "harmonize", *words, *model)
+        evaluated = _step(args, "evaluate", *words, *model)
+        reported = _step(args, "report", *words, *model)
+    seconds = time.monotonic() - started
+    lines = ["", f"Traveling subjects, against their own scan at {target}:", ""]
+    lines += [*evaluated.data.get("table", []), "", *evaluated.data.get("verdict", [])]
+    lines += ["", f"report: {reported.data['report']}"]
+    data = {
+        "target": target, "seconds": round(seconds, 1), "report": reported.data["report"],
+        "rows": evaluated.data.get("rows", []), "counts": harmonized.data.get("counts", {}),
+    }  # fmt: skip
+    text = f"demo done in {seconds / 60:.1f} minutes; the lake is {lake}"
+    ask = "SELECT site, sequence, status, count(*) FROM results GROUP BY ALL"
+    follow = f'sgcd query "{ask}" --lake {quoted(lake)}'
+    code = max(harmonized.exit_code, evaluated.exit_code)
+    return Outcome(text, next=follow, exit_code=code, lines=lines, data=data)
+
+
+def _step(demo: Any, *words: str) -> Outcome:
+    """Print the command, run it as `sgcd` would, print its end."""
+    from ray_jobs.cli import execute, print_outcome
+
+    stream = sys.stderr if demo.json else sys.stdout
+    print(f"\n$ sgcd {' '.join(quoted(word) for word in words)}", file=stream, flush=True)
+    args, outcome = execute(words)
+    if not demo.json:
+        print_outcome(args, outcome)
+    return outcome
+
+
+def before_after(rows: list[dict[str, Any]]) -> list[str]:
+    """Text table of rows with site, sequence, seen, metric, raw, nyul, sgcd and n."""
+    header = ["site", "sequence", "seen", "metric", "raw", "nyul", "sgcd", "n"]
+    return table(header, [[row.get(name) for name in header] for row in rows])

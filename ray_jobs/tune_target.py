@@ -1,0 +1,139 @@
+"""`sgcd tune`: Stage 2 on Ray Train; makes `target-SITE` from a global model."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from ray_jobs.checkpoint import Checkpoints
+from ray_jobs.context import code_version, open_lake, quoted, recorded
+from ray_jobs.loop import fit, schedule_steps
+from ray_jobs.models import find_trained, next_version, resolve
+from ray_jobs.outcome import Outcome
+from ray_jobs.session import session
+from ray_jobs.settings import over_model
+from ray_jobs.train_global import stage_digest
+from ray_jobs.watch import last_means
+
+#: Settings Stage 2 does not read. It does read the samplers: it back-propagates through them.
+LATER = {"transport", "guard", "preset"}
+
+
+def run(args: Any) -> Outcome:
+    """Tune, or say that this very model exists already."""
+    from pipelines.catalog import Catalog
+    from pipelines.training_data import check_sites, check_target, data_digest, training_rows
+    from sgcd_core.errors import ModelError
+    from sgcd_core.global_stage import planned_steps
+    from sgcd_core.io.store import Store
+    from sgcd_core.modelpack import load_modelpack
+    from sgcd_core.style.encoder import load_encoder
+
+    lake = open_lake(args.lake)
+    catalog = Catalog(lake)
+    check_sites([args.target], catalog.rows("scans").to_pylist(), lake.uri)
+    parent, parent_version = resolve(lake, args.model)
+    pack = load_modelpack(lake.model(parent, parent_version), Store())
+    if pack.meta.get("kind") != "global":
+        raise ModelError(
+            f"{parent} is a target model already.", code="MODEL-FORMAT", where=args.model,
+            hint="Tune from a global model: --model global.",
+        )  # fmt: skip
+    config = over_model(args, pack.config)
+    rows = training_rows(catalog, config.prepare.digest(), sequences=config.sequences)
+    check_target(args.target, rows, config.sequences, lake.uri)
+    # A site that Stage 1 never saw is to stay unseen, unless it is the target itself.
+    seen = set(pack.meta.get("training_sites", [])) | {args.target}
+    rows = [row for row in rows if row["site"] in seen]
+    own = [row for row in rows if row["site"] == args.target]
+    known = {row["sequence"] for row in own}
+    others = [r for r in rows if r["site"] != args.target and r["sequence"] in known]
+    load_encoder(config.target_stage.encoder)  # missing weights are said before, not after
+    name, stage = f"target-{args.target}", config.target_stage
+    meta: dict[str, Any] = {
+        "name": name, "kind": "target", "target": args.target,
+        "parent": f"{parent}@{parent_version}",
+        "parent_weights": pack.weights_digest(), "sequences": sorted(known),
+        "target_scans": len(own),
+        "data_digest": data_digest(rows), "config_digest": stage_digest(config, LATER),
+        "code_version": code_version(),
+    }  # fmt: skip
+    steps = planned_steps(stage.steps, stage.epochs, len(rows), stage.batch_size)
+    follow = f"sgcd harmonize --lake {quoted(args.lake)} --model {quoted(name)}"
+    found = find_trained(lake, name, meta)
+    data = {**meta, "model": name, "version": found, "steps": steps}
+    if found is not None:
+        text = f"{name} version {found} was tuned with these settings on these scans; nothing to do"
+        return Outcome(text, next=follow, data=data)
+    version = next_version(lake, name)
+    plan = (
+        f"{steps} steps from {parent}@{parent_version}, {len(own)} scans of {args.target}, "
+        f"{len(others)} of other sites"
+    )
+    if args.dry_run:
+        return Outcome(f"would tune {name} version {version}: {plan}", data=data)
+    started = time.monotonic()
+    key = f"tune-{meta['config_digest']}-{meta['data_digest']}-{args.target}"
+    checkpoints = Checkpoints(lake.scratch(key))
+    schedule = schedule_steps(
+        {"source": others or own, "target": own}, config, steps, stage.batch_size
+    )
+    workers = args.workers or 1
+    index = {name: i for i, name in enumerate(config.sequences)}
+    extra = {
+        "meta": meta | {"version": version}, "target": args.target,
+        "parent": lake.model(parent, parent_version),
+        "target_scans": [(row["scan_id"], index[row["sequence"]]) for row in own],
+    }  # fmt: skip
+    with (
+        recorded(lake, "tune", config.digest()) as summary,
+        session(args.ray_address, cpus=workers + 0.25, gpus=workers if args.gpus else 0) as ray,
+    ):
+        history = fit(
+            ray, tune_worker, schedule, lake, config, checkpoints, label="tune", total=steps,
+            workers=workers, gpus=args.gpus, extra=extra,
+        )  # fmt: skip
+        last = last_means(history)
+        summary.update(model=name, version=version, steps=steps, **last)
+    checkpoints.clear()
+    seconds = time.monotonic() - started
+    losses = ", ".join(f"{loss} {value:.4g}" for loss, value in last.items())
+    text = f"tuned {name} version {version}: {plan}, {seconds:.0f} s ({losses})"
+    return Outcome(text, next=follow, data=data | {"version": version, "losses": last})
+
+
+def tune_worker(setup: dict[str, Any]) -> None:
+    """The loop of one Ray Train worker, from the newest checkpoint to the last step."""
+    from ray_jobs.volume_stream import load_packed, packed, to_batch
+    from ray_jobs.worker import Worker
+    from sgcd_core.io.store import Store
+    from sgcd_core.modelpack import load_modelpack
+    from sgcd_core.style.encoder import load_encoder
+    from sgcd_core.target_stage import TargetStage
+
+    worker = Worker(setup)
+    config = worker.config
+    encoder = load_encoder(config.target_stage.encoder)
+    pack = load_modelpack(setup["parent"], Store())
+    stage = TargetStage(pack, config, setup["target"], encoder, worker.device)
+    start, state = worker.checkpoints.load()
+    if state is not None:
+        stage.load_state_dict(state)
+    else:
+        # The target's mean style direction, once, one scan at a time.
+        recipe = config.prepare.digest()
+
+        def scans() -> Any:
+            for n, (scan_id, sequence) in enumerate(setup["target_scans"]):
+                item = packed({"step": 0, "scans": {"scan": (scan_id, sequence, n)}})
+                columns = load_packed(item, worker.lake.uri, recipe)
+                yield to_batch({k: [v] for k, v in columns.items()}, "scan")
+
+        stage.measure_target(scans())
+    stage.wrap(worker.prepare_network)
+    # One step on scans of other sites and scans of the target.
+    every = config.global_stage.checkpoint_every
+    for step, columns in worker.steps(start):
+        losses = stage.step(to_batch(columns, "source"), to_batch(columns, "target"))
+        worker.after_step(step, losses, stage.state_dict, every)
+    worker.finish(stage.pack)
