@@ -1,0 +1,110 @@
+"""The anatomy guard: what must not change when a scan's look does."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from sgcd_core.config import GuardConfig
+
+Array = NDArray[Any]
+
+_TISSUES = 3
+_BINS = 256
+
+
+def guard_scores(before: Array, after: Array, mask: Array) -> dict[str, float]:
+    """How much of the anatomy survived.
+
+    Args:
+        before: (X, Y, Z) float32, the prepared scan.
+        after: (X, Y, Z) float32, the harmonized scan on the same grid.
+        mask: (X, Y, Z) bool, the brain.
+
+    Returns:
+        `gradient_correlation`: Pearson correlation of the gradient magnitudes inside the eroded
+        mask, 1 when every edge stayed (any affine change of intensity leaves it at 1).
+        `volume_drift`: largest relative change of a tissue's volume, 0 when none changed; tissues
+        are the three k-means classes of intensity. NaN where the mask holds too little to tell.
+    """
+    inside = ndimage.binary_erosion(mask, iterations=1)
+    if inside.sum() < 10:
+        return {"gradient_correlation": float("nan"), "volume_drift": float("nan")}
+    edges = [gradient_magnitude(volume)[inside] for volume in (before, after)]
+    volumes = [tissue_volumes(volume[mask]) for volume in (before, after)]
+    drift = np.abs(volumes[1] - volumes[0]) / np.maximum(volumes[0], 1.0)
+    return {
+        "gradient_correlation": _correlation(edges[0], edges[1]),
+        "volume_drift": float(drift.max()),
+    }
+
+
+def flags(scores: dict[str, float], config: GuardConfig) -> list[tuple[str, str]]:
+    """Reasons to mark a result `flagged`: (code, sentence) each, empty when all is well.
+
+    Scores that are absent are not judged; a score that is NaN is a reason of its own kind.
+    """
+    out: list[tuple[str, str]] = []
+    correlation = scores.get("gradient_correlation")
+    if correlation is not None and not correlation >= config.min_gradient_correlation:
+        out.append((
+            "FLAG-ANATOMY",
+            f"gradient correlation {correlation:.3f}, expected at least "
+            f"{config.min_gradient_correlation}",
+        ))  # fmt: skip
+    drift = scores.get("volume_drift")
+    if drift is not None and not drift <= config.max_volume_drift:
+        out.append((
+            "FLAG-VOLUMES",
+            f"a tissue volume drifted by {drift:.1%}, expected at most "
+            f"{config.max_volume_drift:.0%}",
+        ))  # fmt: skip
+    outlier = scores.get("outlier_score")
+    if outlier is not None and not outlier <= config.max_outlier_score:
+        out.append((
+            "FLAG-UNLIKE-TRAINING",
+            f"outlier score {outlier:.1f}, expected at most {config.max_outlier_score}",
+        ))  # fmt: skip
+    return out
+
+
+def gradient_magnitude(volume: Array) -> Array:
+    """Length of the central-difference gradient, per voxel; (X, Y, Z) float32."""
+    parts = np.gradient(np.asarray(volume, np.float32))
+    out: Array = np.sqrt(np.sum([part**2 for part in parts], axis=0))
+    return out
+
+
+def tissue_volumes(values: Array) -> Array:
+    """Voxels in each of three intensity classes, darkest first; (3,) float64.
+
+    k-means in one dimension on a histogram: deterministic, and unchanged by gain and offset.
+    """
+    low, high = np.percentile(values, [0.5, 99.5])
+    if not high > low:
+        return np.array([values.size, 0, 0], float)
+    counts, edges = np.histogram(np.clip(values, low, high), bins=_BINS, range=(low, high))
+    level = (edges[:-1] + edges[1:]) / 2.0
+    centres = np.interp(
+        (np.arange(_TISSUES) + 0.5) / _TISSUES, np.cumsum(counts) / counts.sum(), level
+    )
+    for _ in range(100):
+        label = np.abs(level[:, None] - centres[None, :]).argmin(axis=1)
+        weight = np.bincount(label, counts, minlength=_TISSUES)
+        total = np.bincount(label, counts * level, minlength=_TISSUES)
+        new = np.where(weight > 0, total / np.maximum(weight, 1.0), centres)
+        if np.allclose(new, centres, rtol=0, atol=1e-9 * (high - low)):
+            break
+        centres = new
+    volumes: Array = np.bincount(label, counts, minlength=_TISSUES).astype(float)
+    return volumes
+
+
+def _correlation(a: Array, b: Array) -> float:
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    a, b = a - a.mean(), b - b.mean()
+    scale = float(np.sqrt((a @ a) * (b @ b)))
+    return float(a @ b) / scale if scale > 0 else float("nan")

@@ -1,0 +1,176 @@
+"""Rigid alignment of a brain with the template: mutual information, so any sequence will do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sgcd_core.errors import InputError
+from sgcd_core.volume.resample import bounding_box, resample_masked
+from sgcd_core.volume.template import template, template_centre
+
+Array = NDArray[Any]
+
+#: Both images are compared on grids of this side, mm.
+WORK_MM = 4.0
+#: Nods of the head that the search starts from, degrees (the angle scanners differ in most).
+START_PITCH = (-25.0, 0.0, 25.0)
+MAX_ROTATION_DEG = 60.0
+MAX_SHIFT_MM = 40.0
+MIN_OVERLAP = 0.6
+
+
+def centre_of_mass(mask: Array, affine: Array) -> Array:
+    """Mean position of the true voxels, mm, (3,) float64."""
+    voxel = np.array([_mean_index(mask, axis) for axis in range(3)])
+    centre: Array = np.asarray(affine, float)[:3, :3] @ voxel + np.asarray(affine, float)[:3, 3]
+    return centre
+
+
+def _mean_index(mask: Array, axis: int) -> float:
+    others = tuple(a for a in range(3) if a != axis)
+    count = mask.sum(axis=others, dtype=np.float64)
+    return float((count * np.arange(count.size)).sum() / count.sum())
+
+
+def centred(mask: Array, affine: Array) -> Array:
+    """(4, 4) world → template mm that only brings the centre of mass onto the template's."""
+    image, inside, grid = template(WORK_MM)
+    out = np.eye(4)
+    out[:3, 3] = centre_of_mass(inside, grid) - centre_of_mass(mask, affine)
+    return out
+
+
+def register_rigid(image: Array, mask: Array, affine: Array, *, where: str | None = None) -> Array:
+    """Rigid transform of a brain onto the ICBM152 template.
+
+    The search has a free isotropic scale, which is then dropped: the template brain is larger than
+    most, and a rigid search would push a small brain against one side of it.
+
+    Args:
+        image: (X, Y, Z) float32, any unit.
+        mask: (X, Y, Z) bool, the brain.
+        affine: (4, 4) voxel → world mm, RAS+.
+        where: Address for messages.
+
+    Returns:
+        (4, 4) float64, world mm → template mm, a rotation and a shift.
+
+    Raises:
+        InputError: SCAN-REGISTRATION when no plausible alignment was found.
+    """
+    import SimpleITK as sitk  # noqa: N813
+
+    fixed, fixed_mask, fixed_affine = template(WORK_MM)
+    moving, moving_mask, moving_affine = _axis_aligned(image, mask, affine)
+    fixed_itk, moving_itk = _to_itk(fixed, fixed_affine), _to_itk(moving, moving_affine)
+    fixed_com = centre_of_mass(fixed_mask, fixed_affine)
+    shift = centre_of_mass(moving_mask, moving_affine) - fixed_com
+
+    tries: list[tuple[float, Any]] = []
+    for pitch in START_PITCH:
+        start = sitk.Similarity3DTransform()
+        start.SetCenter(fixed_com.tolist())
+        start.SetTranslation(shift.tolist())
+        start.SetRotation((1.0, 0.0, 0.0), float(np.radians(pitch)))
+        tries.append(_search(fixed_itk, moving_itk, start, shrink=2, sigma_mm=4.0, iterations=60))
+    best = min(tries, key=lambda pair: pair[0])[1]
+    _, found = _search(fixed_itk, moving_itk, best, shrink=1, sigma_mm=0.0, iterations=60)
+
+    rotation = np.array(found.GetMatrix(), float).reshape(3, 3) / found.GetScale()
+    u, _, vt = np.linalg.svd(rotation)
+    rotation = u @ vt
+    centre = template_centre()
+    to_world = np.eye(4)
+    to_world[:3, :3] = rotation
+    to_world[:3, 3] = np.array(found.TransformPoint(centre.tolist())) - rotation @ centre
+    world_to_template: Array = np.linalg.inv(to_world)
+    _check(world_to_template, moving, moving_mask, moving_affine, where)
+    return world_to_template
+
+
+def rotation_degrees(transform: Array) -> float:
+    """Angle of the rotation in a (4, 4) rigid transform."""
+    cosine = (np.trace(transform[:3, :3]) - 1.0) / 2.0
+    return float(np.degrees(np.arccos(np.clip(cosine, -1.0, 1.0))))
+
+
+def _axis_aligned(image: Array, mask: Array, affine: Array) -> tuple[Array, Array, Array]:
+    """The brain on an axis-aligned world grid (ITK takes no sheared affine)."""
+    box = bounding_box(mask)
+    corners = np.array(
+        [[x, y, z, 1.0] for x in (box[0].start, box[0].stop) for y in (box[1].start, box[1].stop)
+         for z in (box[2].start, box[2].stop)]
+    )  # fmt: skip
+    world = corners @ np.asarray(affine, float)[:3].T
+    low, high = world.min(axis=0) - 5 * WORK_MM, world.max(axis=0) + 5 * WORK_MM
+    shape = tuple(int(np.ceil(side / WORK_MM)) + 1 for side in high - low)
+    grid = np.diag([WORK_MM, WORK_MM, WORK_MM, 1.0])
+    grid[:3, 3] = low
+    out, out_mask = resample_masked(image, mask, affine, grid, (shape[0], shape[1], shape[2]))
+    if not out_mask.any():
+        raise InputError("the brain mask is empty or too thin to align.", code="SCAN-NO-BRAIN")
+    top = float(np.percentile(out[out_mask], 99.5))
+    return np.clip(out, 0, top), out_mask, grid
+
+
+def _to_itk(volume: Array, affine: Array) -> Any:
+    """An ITK image whose physical space is RAS+ mm; both images use it, so ITK need not know."""
+    import SimpleITK as sitk  # noqa: N813
+
+    image = sitk.GetImageFromArray(np.ascontiguousarray(volume.transpose(2, 1, 0)))
+    image.SetSpacing([float(affine[a, a]) for a in range(3)])
+    image.SetOrigin([float(v) for v in affine[:3, 3]])
+    return image
+
+
+def _search(
+    fixed: Any, moving: Any, start: Any, *, shrink: int, sigma_mm: float, iterations: int
+) -> tuple[float, Any]:
+    """One level of the search; (metric, lower is better; the transform found)."""
+    import SimpleITK as sitk  # noqa: N813
+
+    method = sitk.ImageRegistrationMethod()
+    # One thread and every voxel: the same scan gives the same alignment on any worker.
+    method.SetNumberOfThreads(1)
+    method.SetNumberOfWorkUnits(1)
+    method.SetMetricAsMattesMutualInformation(numberOfHistogramBins=32)
+    method.SetMetricSamplingStrategy(method.NONE)
+    method.SetInterpolator(sitk.sitkLinear)
+    method.SetShrinkFactorsPerLevel([shrink])
+    method.SetSmoothingSigmasPerLevel([sigma_mm])
+    method.SmoothingSigmasAreSpecifiedInPhysicalUnitsOn()
+    method.SetOptimizerAsRegularStepGradientDescent(
+        learningRate=2.0 * shrink, minStep=0.02 * shrink, numberOfIterations=iterations,
+        relaxationFactor=0.6, gradientMagnitudeTolerance=1e-6,
+    )  # fmt: skip
+    method.SetOptimizerScalesFromPhysicalShift()
+    transform = sitk.Similarity3DTransform(start)
+    method.SetInitialTransform(transform, inPlace=True)
+    method.Execute(fixed, moving)
+    return float(method.GetMetricValue()), transform
+
+
+def _check(
+    world_to_template: Array, image: Array, mask: Array, affine: Array, where: str | None
+) -> None:
+    """Refuse an alignment that no head in a scanner could have."""
+    _, fixed_mask, fixed_affine = template(WORK_MM)
+    angle = rotation_degrees(world_to_template)
+    centre = world_to_template @ np.append(centre_of_mass(mask, affine), 1.0)
+    shift = float(np.linalg.norm(centre[:3] - centre_of_mass(fixed_mask, fixed_affine)))
+    _, laid = resample_masked(
+        image, mask, world_to_template @ affine, fixed_affine,
+        (fixed_mask.shape[0], fixed_mask.shape[1], fixed_mask.shape[2]),
+    )  # fmt: skip
+    overlap = 2.0 * float((laid & fixed_mask).sum()) / float(laid.sum() + fixed_mask.sum())
+    if angle > MAX_ROTATION_DEG or shift > MAX_SHIFT_MM or overlap < MIN_OVERLAP:
+        raise InputError(
+            f"the best alignment with the template turns {angle:.0f}°, shifts {shift:.0f} mm and "
+            f"overlaps {overlap:.2f}; expected at most {MAX_ROTATION_DEG:.0f}°, "
+            f"{MAX_SHIFT_MM:.0f} mm and at least {MIN_OVERLAP}.",
+            code="SCAN-REGISTRATION", where=where,
+            hint="Look at the scan; --set prepare.registration=none only centres it.",
+        )  # fmt: skip
