@@ -202,7 +202,7 @@ def test_a_folder_name_that_the_table_library_would_misread_is_refused(tmp_path:
 
 @pytest.mark.s3
 def test_the_same_on_s3(s3_server: Any) -> None:
-    catalog = Catalog(Lake(f"{s3_server.bucket_uri}/catalog-test"))
+    catalog = Catalog(Lake(s3_server.uri("catalog-test")))
     assert catalog.rows("results").num_rows == 0
     assert catalog.append("results", [result("s1", site=None)], txn="b") is True
     assert catalog.append("results", [result("s1", site=None)], txn="b") is False

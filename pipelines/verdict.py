@@ -1,0 +1,177 @@
+"""Numbers into tables and plain sentences: where a harmonized scan is closer to the truth.
+
+And where it is not: every site, sequence and measure is listed, and a tie is not a win.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from sgcd_core.metrics import MEASURES, bootstrap_interval
+
+METHOD_TITLES = {
+    "raw": "raw", "nyul": "Nyúl", "sgcd": "SGCD", "minmax": "min-max", "zscore": "z-score",
+    "whitestripe": "WhiteStripe", "histogram": "histogram matching",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over subjects with its 95 % bootstrap interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Line:
+    """One measure of one site or group, by method.
+
+    Attributes:
+        site: Site; empty for a group of sites.
+        sequence: BIDS suffix.
+        seen: Whether the sites are among the model's training sites; None when not known.
+        metric: Key of `MEASURES`.
+        n: Subjects.
+        scans: Scans.
+        by_method: Method → estimate.
+    """
+
+    site: str
+    sequence: str
+    seen: bool | None
+    metric: str
+    n: int
+    scans: int
+    by_method: dict[str, Estimate]
+
+    def closer(self, method: str, other: str) -> bool | None:
+        """Whether `method` is strictly better than `other`; None when one of them is missing."""
+        if method not in self.by_method or other not in self.by_method:
+            return None
+        a, b = self.by_method[method].mean, self.by_method[other].mean
+        return a > b if MEASURES[self.metric].higher_is_better else a < b
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What the metrics of one version of one model say.
+
+    Attributes:
+        lines: By site, sequence and measure.
+        groups: By sequence, seen or unseen, and measure.
+        verdict: The same in sentences.
+    """
+
+    lines: list[Line] = field(default_factory=list)
+    groups: list[Line] = field(default_factory=list)
+    verdict: list[str] = field(default_factory=list)
+
+
+def summarize(rows: Iterable[Mapping[str, Any]], *, seed: int = 0) -> Summary:
+    """Tables and sentences from rows of the table `metrics` of one model version."""
+    kept = [row for row in rows if row["metric"] in MEASURES]
+    lines, groups = _lines(kept, True, seed), _lines(kept, False, seed)
+    return Summary(lines, groups, verdict(groups))
+
+
+def _lines(rows: Sequence[Mapping[str, Any]], per_site: bool, seed: int) -> list[Line]:
+    """Rows put together by site (or by seen), sequence and measure; sorted, measures in order."""
+    order = list(MEASURES)
+    buckets: dict[tuple[Any, ...], dict[str, list[Mapping[str, Any]]]] = {}
+    for row in rows:
+        site = row["site"] or "" if per_site else ""
+        key = (row["sequence"] or "", row["seen"], site, order.index(row["metric"]))
+        buckets.setdefault(key, {}).setdefault(row["method"], []).append(row)
+    lines = []
+    # Seen before unseen, unknown last.
+    rank = {True: 0, False: 1, None: 2}
+    for key in sorted(buckets, key=lambda k: (k[0], rank[k[1]], k[2], k[3])):
+        sequence, seen, site, metric = key
+        methods = buckets[key]
+        longest = max(methods.values(), key=len)
+        lines.append(
+            Line(
+                site, sequence, seen, order[metric],
+                n=len({r["subject"] for r in longest}), scans=len(longest),
+                by_method={m: estimate(found, seed) for m, found in sorted(methods.items())},
+            )
+        )  # fmt: skip
+    return lines
+
+
+def estimate(rows: Sequence[Mapping[str, Any]], seed: int = 0) -> Estimate:
+    """Mean over subjects (each with the mean of its scans) and its interval."""
+    values = [float("nan") if r["value"] is None else float(r["value"]) for r in rows]
+    subjects = [r["subject"] for r in rows]
+    finite: dict[Any, list[float]] = {}
+    for value, subject in zip(values, subjects, strict=True):
+        if math.isfinite(value):
+            finite.setdefault(subject, []).append(value)
+    if not finite:
+        # Identical images have an infinite PSNR: that is a value, not a gap.
+        mean = math.inf if any(v == math.inf for v in values) else math.nan
+        return Estimate(mean, mean, mean)
+    low, high = bootstrap_interval(values, subjects, seed=seed)
+    return Estimate(float(np.mean([np.mean(v) for v in finite.values()])), low, high)
+
+
+def verdict(groups: Sequence[Line]) -> list[str]:
+    """A sentence for each sequence, seen or unseen, and rival, with the numbers."""
+    sentences = []
+    for sequence, seen in dict.fromkeys((g.sequence, g.seen) for g in groups):
+        lines = [g for g in groups if (g.sequence, g.seen) == (sequence, seen)]
+        sites = {True: "sites seen in training", False: "sites never seen in training"}
+        head = f"{sequence}, {sites.get(seen, 'all sites') if seen is not None else 'all sites'}"
+        people = max(line.n for line in lines)
+        head += f" ({people} {'subject' if people == 1 else 'subjects'})"
+        for rival in ("raw", "nyul"):
+            sentence = _compare(lines, rival)
+            if sentence:
+                sentences.append(f"{head}: {sentence}")
+    if not sentences:
+        sentences.append(
+            "No scan has a truth to compare with: no test subject was also scanned at the target "
+            "site. Only the distributions of the sites are compared."
+        )
+    return sentences
+
+
+def _compare(lines: Sequence[Line], rival: str) -> str:
+    """SGCD against one rival on every measure."""
+    name = "the raw scans" if rival == "raw" else METHOD_TITLES[rival]
+    wins: list[str] = []
+    losses: list[str] = []
+    for line in lines:
+        closer = line.closer("sgcd", rival)
+        if closer is None:
+            continue
+        ours, theirs = line.by_method["sgcd"].mean, line.by_method[rival].mean
+        text = (
+            f"{MEASURES[line.metric].title} "
+            f"({number(line.metric, ours)} against {number(line.metric, theirs)})"
+        )
+        (wins if closer else losses).append(text)
+    parts = []
+    if wins:
+        parts.append(f"SGCD is closer than {name} on {_and(wins)}")
+    if losses:
+        parts.append(f"SGCD is NOT closer than {name} on {_and(losses)}")
+    return "; ".join(parts) + "." if parts else ""
+
+
+def number(metric: str, value: float) -> str:
+    """A value with the digits that matter for its measure."""
+    if not math.isfinite(value):
+        return "∞" if value > 0 else "no value"
+    return f"{value:.2f}" if metric == "psnr" else f"{value:.4f}"
+
+
+def _and(items: Sequence[str]) -> str:
+    return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"
