@@ -1,7 +1,7 @@
-"""Errors a user can act on: each has a stable code, an exit code and a sentence that says what to do.
+"""Errors a user can act on: each has a stable code, an exit code and advice.
 
-Never put text from a header, a sidecar or a file's content in a message: it may identify a patient.
-URIs, shapes, labels the user typed and numbers are fine.
+Never put text from a header, a sidecar or a file's content in a message: it may identify a
+patient. URIs, shapes, labels the user typed and numbers are fine.
 """
 
 from __future__ import annotations
@@ -96,6 +96,11 @@ class SgcdError(Exception):
         self.where = where
         self.hint = hint
         super().__init__(str(self))
+
+    @property
+    def sentence(self) -> str:
+        """Message and advice without code and place: for a row that has a column for each."""
+        return f"{self.message} {self.hint}" if self.hint else self.message
 
     def __str__(self) -> str:
         place = f"{self.where}: " if self.where else ""

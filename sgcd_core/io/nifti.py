@@ -127,7 +127,7 @@ def decode_nifti(data: bytes, *, where: str, max_inflated: int = MAX_INFLATED) -
     voxels = _voxels(header, body)
     notes: list[tuple[str, str]] = []
     if trailing:
-        notes.append(("SCAN-CORRUPT", "unknown bytes follow the compressed image; left unread"))
+        notes.append(("SCAN-CORRUPT", "unknown bytes follow the compressed image; left unread."))
     bad = 0
     if header.dtype.startswith("float") or (header.slope, header.inter) != (1.0, 0.0):
         finite = np.isfinite(voxels)
@@ -139,7 +139,7 @@ def decode_nifti(data: bytes, *, where: str, max_inflated: int = MAX_INFLATED) -
         )  # fmt: skip
     if bad:
         voxels[~finite] = 0
-        notes.append(("SCAN-NONFINITE", f"{bad} voxels are NaN or infinite; they are read as 0"))
+        notes.append(("SCAN-NONFINITE", f"{bad} voxels are NaN or infinite; they are read as 0."))
     sides = np.linalg.norm(header.affine[:3, :3], axis=0)
     return NiftiScan(
         data=voxels,

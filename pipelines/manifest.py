@@ -1,0 +1,226 @@
+"""`sgcd index`: sources → one row of the `scans` table for each scan, whatever its state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+from pipelines.scan_list import Listed, absolute, list_source
+from sgcd_core.config import PrepareConfig
+from sgcd_core.errors import SgcdError
+from sgcd_core.io.store import Store, sha256_hex
+from sgcd_core.volume.checks import examine
+
+WORKERS = 4
+
+
+@dataclass
+class IndexResult:
+    """What indexing found.
+
+    Attributes:
+        rows: For the `scans` table: new scans, changed ones, and those that went away.
+        unchanged: Addresses whose row in the catalog is still right.
+        notes: Sentences about files that were left out and values not used.
+    """
+
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    unchanged: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def failed(self) -> int:
+        """How many rows cannot be used."""
+        return sum(row["status"] == "failed" for row in self.rows)
+
+
+def latest_by_uri(rows: Iterable[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """Rows of `scans` by address, for `index_sources(known=…)`; of several a usable one."""
+    by_uri: dict[str, Mapping[str, Any]] = {}
+    for row in rows:
+        if row["uri"] not in by_uri or row["status"] == "ok":
+            by_uri[row["uri"]] = row
+    return by_uri
+
+
+def index_sources(
+    sources: Sequence[str],
+    *,
+    site_from: str = "auto",
+    sequences: Sequence[str] = ("T1w", "T2w"),
+    store: Store | None = None,
+    known: Mapping[str, Mapping[str, Any]] | None = None,
+    config: PrepareConfig | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> IndexResult:
+    """Read and check every scan of the sources; a bad scan is a row with a code.
+
+    A scan whose address and etag are in `known` with status ok is not read again; its row comes
+    again only when the facts about it (site, age, …) changed. When a known file's content changed
+    or the file went away, the old scan_id comes with status failed, so that nothing reads it.
+
+    Args:
+        sources: BIDS trees, prefixes or CSV manifests; local, file:// or s3://.
+        site_from: Where the site is said; see `scan_list.list_source`.
+        sequences: BIDS suffixes that are wanted.
+        store: Where to read.
+        known: The catalog's rows by address; see `latest_by_uri`.
+        config: Its limits on voxel size and field of view are applied.
+        progress: Called with (done, all) after each scan.
+
+    Raises:
+        UsageError, InputError, StorageError: A source as a whole cannot be used.
+    """
+    store, config, known = store or Store(), config or PrepareConfig(), known or {}
+    result = IndexResult()
+    listed: dict[str, Listed] = {}
+    for source in sources:
+        found, notes = list_source(source, site_from=site_from, sequences=sequences, store=store)
+        result.notes += notes
+        for one in found:
+            listed.setdefault(one.object.uri, one)
+
+    def read(one: Listed) -> dict[str, Any]:
+        return _row(one, known.get(one.object.uri), store, config, sequences)
+
+    rows: list[dict[str, Any]] = []
+    with ThreadPoolExecutor(WORKERS) as pool:
+        for row in pool.map(read, listed.values()):
+            rows.append(row)
+            if progress is not None:
+                progress(len(rows), len(listed))
+    _mark_duplicates(rows, known, listed, store)
+    for row in rows:
+        old = known.get(row["uri"])
+        if old is not None and all(old.get(name) == row[name] for name in row):
+            result.unchanged.append(row["uri"])
+        else:
+            result.rows.append(row)
+    now = datetime.now(UTC)
+    folders = [f"{absolute(source).rstrip('/')}/" for source in sources]
+    result.rows += _gone(rows, known, folders, store)
+    result.rows = [row | {"indexed_at": now} for row in result.rows]
+    return result
+
+
+def _row(
+    one: Listed,
+    old: Mapping[str, Any] | None,
+    store: Store,
+    config: PrepareConfig,
+    sequences: Sequence[str],
+) -> dict[str, Any]:
+    uri, etag = one.object.uri, one.object.etag
+    row: dict[str, Any] = {
+        **one.facts, "uri": uri, "etag": etag, "bytes": one.object.size,
+        "shape": None, "voxel_mm": None, "status": "ok", "code": None, "message": None,
+    }  # fmt: skip
+    row["scan_id"] = sha256_hex(f"{uri}\n{etag}".encode())[:32]
+    try:
+        if not etag:  # a manifest gives the address only
+            info = store.info(uri)
+            row |= {"etag": info.etag, "bytes": info.size}
+        if old is not None and old["status"] == "ok" and old["etag"] == row["etag"]:
+            row |= {name: old[name] for name in ("scan_id", "bytes", "shape", "voxel_mm")}
+        else:
+            row |= _read(uri, store, config)
+    except SgcdError as error:
+        return _failed(row, error.code, error.sentence)
+    if row["status"] == "ok":
+        return _judge_facts(row, sequences)
+    return row
+
+
+def _read(uri: str, store: Store, config: PrepareConfig) -> dict[str, Any]:
+    """The columns that only the file's bytes can fill."""
+    data = store.read_bytes(uri, max_bytes=config.max_inflated_bytes)
+    scan, findings = examine(data, where=uri, config=config)
+    columns: dict[str, Any] = {"scan_id": sha256_hex(data)[:32], "bytes": len(data)}
+    if scan is not None:
+        columns["shape"] = list(scan.shape)
+        columns["voxel_mm"] = [round(side, 4) for side in scan.voxel_mm]
+    fatal = next((found for found in findings if found.fatal), None)
+    return columns if fatal is None else _failed(columns, fatal.code, fatal.message)
+
+
+def _failed(row: Mapping[str, Any], code: str, message: str) -> dict[str, Any]:
+    return {**row, "status": "failed", "code": code, "message": message}
+
+
+def _judge_facts(row: dict[str, Any], sequences: Sequence[str]) -> dict[str, Any]:
+    """Fail a readable scan whose source does not say what is needed."""
+    if row["sequence"] not in sequences:
+        return _failed(
+            row, "SCAN-SEQUENCE",
+            f"the sequence is not among {', '.join(sequences)}. Write it as BIDS does.",
+        )  # fmt: skip
+    if row["site"] is None:
+        return _failed(
+            row, "SCAN-NO-SITE",
+            "no site is known for this scan. Give a column site in participants.tsv or "
+            "sessions.tsv, or use --site-from.",
+        )  # fmt: skip
+    if row["subject"] is None:
+        return _failed(row, "MANIFEST-COLUMN", "the column subject is empty. Fill it in.")
+    return row
+
+
+def _mark_duplicates(
+    rows: list[dict[str, Any]],
+    known: Mapping[str, Mapping[str, Any]],
+    listed: Mapping[str, Listed],
+    store: Store,
+) -> None:
+    """Of equal bytes the known address keeps the scan, else the first listed; others fail."""
+    owner: dict[str, str] = {}
+    for uri, old in known.items():
+        if old["status"] == "ok":
+            owner[old["scan_id"]] = uri
+    current = {row["uri"]: row["scan_id"] for row in rows}
+    for i, row in enumerate(rows):
+        scan_id, uri = row["scan_id"], row["uri"]
+        first = owner.setdefault(scan_id, uri)
+        if first == uri:
+            continue
+        still = current[first] == scan_id if first in listed else _exists(first, store)
+        if not still:  # the file moved here
+            owner[scan_id] = uri
+            continue
+        rows[i] = _failed(
+            row | {"scan_id": sha256_hex(f"{scan_id}\n{uri}".encode())[:32]},
+            "SCAN-DUPLICATE",
+            f"holds the same bytes as {first}. Remove one of the two.",
+        )
+
+
+def _exists(uri: str, store: Store) -> bool:
+    try:
+        return store.exists(uri)
+    except SgcdError:
+        return True  # out of reach is not gone
+
+
+def _gone(
+    rows: Sequence[Mapping[str, Any]],
+    known: Mapping[str, Mapping[str, Any]],
+    folders: Sequence[str],
+    store: Store,
+) -> list[dict[str, Any]]:
+    """Known scans whose file was replaced by other bytes or is gone from a listed folder."""
+    ids = {row["scan_id"] for row in rows}
+    states = {row["uri"]: str(row["code"]) for row in rows}
+    gone = []
+    for uri, old in known.items():
+        if old["status"] != "ok" or old["scan_id"] in ids:
+            continue
+        if uri in states:
+            lost = not states[uri].startswith("STORE-")  # out of reach is not gone
+        else:
+            lost = any(uri.startswith(f) for f in folders) and not _exists(uri, store)
+        if lost:
+            columns = {name: value for name, value in old.items() if name != "recorded_at"}
+            gone.append(_failed(columns, "SCAN-MISSING", "the file is gone or was replaced."))
+    return gone

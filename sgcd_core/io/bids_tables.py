@@ -1,0 +1,154 @@
+"""participants.tsv and sessions.tsv: who was scanned, where, at what age."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from sgcd_core.errors import InputError
+from sgcd_core.io.store import Store, join
+
+#: Columns that may hold the site, the first one present wins; upper and lower case are the same.
+SITE_COLUMNS = (
+    "site", "site_id", "siteid", "site_name", "center", "centre", "scanner_site",
+    "acquisition_site", "scanner_id", "scanner",
+)  # fmt: skip
+_MISSING = frozenset(("", "n/a", "na", "nan", "none", "null", "unknown"))
+_AGE = re.compile(r"(\d+(?:\.\d*)?)\s*([YyMmWwDd]?)\+?")
+_YEARS = {"": 1.0, "Y": 1.0, "M": 1 / 12, "W": 7 / 365.25, "D": 1 / 365.25}
+_SEX = {"m": "M", "male": "M", "f": "F", "female": "F", "o": "O", "other": "O"}
+_MAX_TEXT = 64_000_000
+
+
+def cell(row: Mapping[str, str], *names: str) -> str | None:
+    """The first of these columns that the row has, None where its value says missing."""
+    for name in names:
+        if name in row:
+            value = row[name].strip()
+            return None if value.lower() in _MISSING else value
+    return None
+
+
+def parse_age(text: str | None) -> float | None:
+    """Years from "34", "34.5", "89+", "034Y" or "006M"; None for anything else or beyond 130."""
+    match = _AGE.fullmatch(text.strip()) if text else None
+    if match is None:
+        return None
+    years = round(float(match[1]) * _YEARS[match[2].upper()], 4)
+    return years if years <= 130 else None
+
+
+def parse_sex(text: str | None) -> str | None:
+    """F, M or O; None for anything else."""
+    return _SEX.get((text or "").strip().lower())
+
+
+def parse_split(text: str | None) -> str | None:
+    """train or test; None for anything else."""
+    value = (text or "").strip().lower()
+    return value if value in ("train", "test") else None
+
+
+def read_table(uri: str, store: Store, *, delimiter: str = "\t") -> list[dict[str, str]]:
+    """Rows of a delimited text file, column names in lower case; short rows are filled with "".
+
+    Raises:
+        InputError: BIDS-INVALID when it is not UTF-8 text or two columns have one name; else as
+            for `Store.read_bytes`.
+    """
+    try:
+        text = store.read_bytes(uri, max_bytes=_MAX_TEXT).decode("utf-8-sig")
+        plain = delimiter == "\t"  # BIDS tables know no quotes
+        lines = list(
+            csv.reader(
+                io.StringIO(text, newline=""),
+                delimiter=delimiter,
+                quoting=csv.QUOTE_NONE if plain else csv.QUOTE_MINIMAL,
+            )
+        )
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise InputError(
+            "is not a table in UTF-8 text.", code="BIDS-INVALID", where=uri,
+            hint="Save it as UTF-8, one row a line.",
+        ) from error  # fmt: skip
+    lines = [line for line in lines if any(value.strip() for value in line)]
+    if not lines:
+        return []
+    names = [name.strip().strip('"').lower() for name in lines[0]]
+    if len(set(names)) < len(names):
+        raise InputError("two columns have the same name.", code="BIDS-INVALID", where=uri)
+    rows = []
+    for line in lines[1:]:
+        values = [value.strip().strip('"') for value in line]
+        values += [""] * (len(names) - len(values))
+        rows.append(dict(zip(names, values, strict=False)))
+    return rows
+
+
+@dataclass(frozen=True)
+class Person:
+    """What the tables say of one subject in one session; None where they say nothing."""
+
+    site: str | None = None
+    session_site: str | None = None
+    age: float | None = None
+    sex: str | None = None
+    split: str | None = None
+
+
+class People:
+    """Looks up subjects in the tables of one data set; each file is read once.
+
+    participants.tsv may hold one row a subject, or, with a column session_id, one a session.
+    """
+
+    def __init__(self, root: str, tables: set[str], store: Store) -> None:
+        self._root, self._tables, self._store = root, tables, store
+        self.notes: list[str] = []
+        self._participants: dict[tuple[str, str | None], dict[str, str]] = {}
+        uri = join(root, "participants.tsv")
+        # A source below the root does not list the root's table: look for it.
+        if uri in tables or store.exists(uri):
+            self._load(uri)
+        self._sessions: dict[str, dict[str, dict[str, str]]] = {}
+
+    def _load(self, uri: str) -> None:
+        for row in read_table(uri, self._store):
+            subject = cell(row, "participant_id")
+            if subject is None:
+                continue
+            key = subject.removeprefix("sub-"), _session_of(row)
+            if key in self._participants:
+                self.notes.append(f"{uri}: sub-{key[0]} has two rows; the first is used")
+            else:
+                self._participants[key] = row
+
+    def _session_rows(self, subject: str) -> dict[str, dict[str, str]]:
+        if subject not in self._sessions:
+            name = f"sub-{subject}"
+            uri = join(self._root, name, f"{name}_sessions.tsv")
+            rows = read_table(uri, self._store) if uri in self._tables else []
+            self._sessions[subject] = {s: row for row in rows if (s := _session_of(row))}
+        return self._sessions[subject]
+
+    def of(self, subject: str, session: str | None) -> Person:
+        """What is known of a subject; a session's own row wins for age and split."""
+        row = self._participants.get((subject, session)) or {}
+        base = self._participants.get((subject, None), {})
+        own = self._session_rows(subject).get(session, {}) if session else {}
+        ages = [parse_age(cell(r, "age")) for r in (own, row, base)]
+        return Person(
+            site=cell(row, *SITE_COLUMNS) or cell(base, *SITE_COLUMNS),
+            session_site=cell(own, *SITE_COLUMNS),
+            age=next((a for a in ages if a is not None), None),
+            sex=next((s for r in (row, base) if (s := parse_sex(cell(r, "sex", "gender")))), None),
+            split=next((s for r in (own, row, base) if (s := parse_split(cell(r, "split")))), None),
+        )
+
+
+def _session_of(row: Mapping[str, str]) -> str | None:
+    session = cell(row, "session_id", "session")
+    return session.removeprefix("ses-") if session else None
