@@ -1,0 +1,222 @@
+"""Pictures of scans and numbers as PNG bytes. Colours are told apart without colour vision."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipelines.verdict import METHOD_TITLES, Line
+from sgcd_core.metrics import MEASURES
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Image = NDArray[np.float32]
+
+INK = "#1f2933"
+MUTED = "#7b8794"
+#: Okabe & Ito's palette.
+COLOURS = {
+    "before": "#b0bac5", "after": "#0072b2", "target": "#d55e00",
+    "raw": "#b0bac5", "nyul": "#e69f00", "sgcd": "#0072b2",
+}  # fmt: skip
+
+
+def _figure(width: float, height: float) -> Figure:
+    """A figure that needs no display and no pyplot state."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _png(figure: Figure, dpi: int = 130) -> bytes:
+    out = io.BytesIO()
+    # Without the software's name and version the bytes are the same on every machine.
+    figure.savefig(out, format="png", dpi=dpi, metadata={"Software": None})
+    return out.getvalue()
+
+
+def _plain(axes: Any) -> None:
+    """Only the lines that carry information."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(MUTED)
+    axes.tick_params(colors=INK, labelsize=8)
+
+
+def three_planes(image: Image) -> Image:
+    """Middle sagittal, coronal and axial slices side by side, (rows, columns), front and top up.
+
+    Args:
+        image: float32, (X, Y, Z), RAS+, [0, 1].
+    """
+    x, y, z = (n // 2 for n in image.shape)
+    # A little off the midline: the sagittal plane between the hemispheres shows no cortex.
+    x = min(image.shape[0] - 1, x + image.shape[0] // 10)
+    planes = [np.rot90(image[x]), np.rot90(image[:, y]), np.rot90(image[:, :, z])]
+    height = max(p.shape[0] for p in planes)
+    padded = []
+    for plane in planes:
+        missing = height - plane.shape[0]
+        padded.append(np.pad(plane, ((missing // 2, missing - missing // 2), (1, 1))))
+    return np.concatenate(padded, axis=1).astype(np.float32)
+
+
+def slice_png(image: Image, height: int = 220) -> bytes:
+    """`three_planes` as a grey PNG about `height` pixels high; 0 is black and 1 white."""
+    from PIL import Image as Picture
+
+    planes = three_planes(image)
+    grey = Picture.fromarray((np.clip(planes, 0, 1) * 255).round().astype(np.uint8), mode="L")
+    scale = max(1, height / planes.shape[0])
+    size = (round(planes.shape[1] * scale), round(planes.shape[0] * scale))
+    out = io.BytesIO()
+    grey.resize(size, Picture.Resampling.BICUBIC).save(out, format="PNG", optimize=True)
+    return out.getvalue()
+
+
+def montage(rows: Sequence[tuple[str, Image, Image, Image | None]]) -> bytes:
+    """Before, after and the target's look, one scan a row.
+
+    Args:
+        rows: Label, raw prepared scan, harmonized scan, and the same subject's scan at the target
+            site or None; float32, (X, Y, Z), RAS+, [0, 1].
+    """
+    columns = ("before", "after", "same person at the target site")
+    width = 3 if any(row[3] is not None for row in rows) else 2
+    figure = _figure(3.6 * width, 1.75 * max(1, len(rows)) + 0.3)
+    grid = figure.subplots(max(1, len(rows)), width, squeeze=False)
+    for axes, (label, *images) in zip(grid, rows, strict=False):
+        for axis, image, title in zip(axes, images, columns, strict=False):
+            axis.set_axis_off()
+            if image is not None:
+                axis.imshow(three_planes(image), cmap="gray", vmin=0, vmax=1)
+            if axis in grid[0]:
+                axis.set_title(title, fontsize=9, color=INK)
+        axes[0].text(
+            -0.02, 0.5, label, rotation=90, va="center", ha="right", fontsize=8, color=INK,
+            transform=axes[0].transAxes,
+        )  # fmt: skip
+    return _png(figure)
+
+
+def histograms(
+    sites: Mapping[str, tuple[NDArray[np.float64], NDArray[np.float64]]],
+    target: NDArray[np.float64] | None,
+    *,
+    sequence: str,
+) -> bytes:
+    """Mean masked histogram of each site before and after, with the target's behind.
+
+    Args:
+        sites: Site → (before, after), each (bins,), shares over [0, 1].
+        target: The target's mean histogram, (bins,), or None.
+        sequence: For the title.
+    """
+    columns = min(3, max(1, len(sites)))
+    lines = -(-max(1, len(sites)) // columns)
+    figure = _figure(3.2 * columns, 2.0 * lines + 0.5)
+    grid = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True)
+    for axes in grid.flat[len(sites) :]:
+        axes.set_axis_off()
+    for axes, (site, (before, after)) in zip(grid.flat, sites.items(), strict=False):
+        at = (np.arange(len(before)) + 0.5) / len(before)
+        if target is not None:
+            axes.fill_between(at, target, color=COLOURS["target"], alpha=0.22, lw=0, label="target")
+        axes.plot(at, before, color=MUTED, lw=1.3, ls=(0, (4, 2)), label="before")
+        axes.plot(at, after, color=COLOURS["after"], lw=1.6, label="after")
+        axes.set_title(site, fontsize=9, color=INK, loc="left")
+        axes.set_yticks([])
+        axes.set_xlim(0, 1)
+        _plain(axes)
+        axes.spines["left"].set_visible(False)
+    figure.supxlabel(f"{sequence} intensity inside the brain, prepared scan", fontsize=8, color=INK)
+    if sites:
+        handles, labels = grid[0][0].get_legend_handles_labels()
+        figure.legend(
+            handles, labels, loc="outside upper right", ncols=3, fontsize=8, frameon=False
+        )
+    return _png(figure)
+
+
+def bars(lines: Sequence[Line], *, sequence: str) -> bytes:
+    """Each measure as bars by site and method, with 95 % bootstrap intervals."""
+    kept = [line for line in lines if line.sequence == sequence]
+    metrics = [m for m in MEASURES if any(line.metric == m for line in kept)]
+    figure = _figure(3.1 * max(1, len(metrics)), 2.6)
+    grid = figure.subplots(1, max(1, len(metrics)), squeeze=False)[0]
+    for axes, metric in zip(grid, metrics, strict=False):
+        rows = [line for line in kept if line.metric == metric]
+        methods = [m for m in METHOD_TITLES if any(m in line.by_method for line in rows)]
+        width = 0.8 / max(1, len(methods))
+        ends: list[float] = []
+        for number, method in enumerate(methods):
+            at = [i + (number - (len(methods) - 1) / 2) * width for i in range(len(rows))]
+            found = [line.by_method.get(method) for line in rows]
+            means = [e.mean if e and np.isfinite(e.mean) else np.nan for e in found]
+            spread = np.abs(
+                [[e.mean - e.low, e.high - e.mean] if e else [np.nan] * 2 for e in found]
+            ).T
+            spread[~np.isfinite(spread)] = 0
+            colour = COLOURS.get(method, MUTED)
+            axes.bar(at, means, width * 0.92, color=colour, label=METHOD_TITLES[method])
+            axes.errorbar(at, means, spread, fmt="none", ecolor=INK, elinewidth=0.8, capsize=1.5)
+            ends += [e.low for e in found if e] + [e.high for e in found if e]
+        finite = [e for e in ends if np.isfinite(e)]
+        if finite and metric != "wasserstein":
+            # Similarities crowd near 1: the axis starts just below the smallest value, and says so.
+            pad = 0.15 * (max(finite) - min(finite) or 1e-3)
+            axes.set_ylim(min(finite) - 2 * pad, max(finite) + pad)
+        measure = MEASURES[metric]
+        unit = "" if measure.unit == "1" else f", {measure.unit}"
+        better = "higher is closer" if measure.higher_is_better else "lower is closer"
+        axes.set_title(f"{measure.title}{unit} ({better})", fontsize=8, color=INK, loc="left")
+        names = [line.site + ("" if line.seen is not False else "\n(unseen)") for line in rows]
+        axes.set_xticks(range(len(rows)), names, rotation=0 if len(rows) < 4 else 35)
+        _plain(axes)
+    if metrics:
+        handles, labels = grid[0].get_legend_handles_labels()
+        figure.legend(
+            handles, labels, loc="outside upper right", ncols=len(labels), fontsize=8, frameon=False
+        )
+    return _png(figure)
+
+
+def distance_matrix(
+    names: Sequence[str],
+    before: NDArray[np.float64],
+    after: NDArray[np.float64],
+    *,
+    sequence: str,
+) -> bytes:
+    """Distances between the sites' mean histograms before and after, on one colour scale.
+
+    Args:
+        names: Sites, in the order of the matrices.
+        before: (N, N), fraction of the intensity range.
+        after: (N, N).
+        sequence: For the title.
+    """
+    side = 1.1 + 0.5 * len(names)
+    figure = _figure(2 * side + 0.6, side + 0.5)
+    grid = figure.subplots(1, 2)
+    top = max(float(before.max()), float(after.max()), 1e-6)
+    for axes, matrix, title in zip(grid, (before, after), ("before", "after"), strict=True):
+        axes.imshow(matrix, cmap="Blues", vmin=0, vmax=top)
+        axes.set_xticks(range(len(names)), names, rotation=35, ha="right")
+        axes.set_yticks(range(len(names)), names)
+        axes.tick_params(length=0, labelsize=8, colors=INK)
+        axes.spines[:].set_visible(False)
+        axes.set_title(f"{sequence} {title}", fontsize=9, color=INK, loc="left")
+        for i, row in enumerate(matrix):
+            for j, value in enumerate(row):
+                colour = "white" if value > 0.6 * top else INK
+                text = f"{value:.3f}".lstrip("0")
+                axes.text(j, i, text, ha="center", va="center", fontsize=7, color=colour)
+    return _png(figure)
