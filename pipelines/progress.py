@@ -60,6 +60,14 @@ class Progress:
         elif time.monotonic() - self._spoke >= EVERY_SECONDS:
             self._line("progress")
 
+    def reach(self, done: int, total: int | None = None) -> None:
+        """`done` units of `total` are behind us, whatever was said before."""
+        if total is not None and total != self.total:
+            self.total = total
+            if self._bar is not None:
+                self._bar.total = total
+        self.update(done - self.done)
+
     def close(self) -> None:
         """Show the last state."""
         if self._bar is not None:

@@ -8,11 +8,8 @@ import time
 from typing import Any
 
 from ray_jobs.context import quoted
-from ray_jobs.outcome import Outcome, table
+from ray_jobs.outcome import Outcome
 from ray_jobs.session import session
-
-#: What the demo measures per site and sequence, and in which direction it should go.
-SHOWN = {"ssim": "up", "psnr": "up", "pcc": "up", "wasserstein": "down"}
 
 
 def run(args: Any) -> Outcome:
@@ -23,7 +20,7 @@ def run(args: Any) -> Outcome:
     with session():  # one Ray for all steps; each would start its own otherwise
         _step(
             args, "cohort", cohort, "--subjects", str(args.subjects), "--sites", str(args.sites),
-            "--traveling", str(args.traveling), "--seed", str(args.seed),
+            "--traveling", str(args.traveling), "--mm", str(args.mm), "--seed", str(args.seed),
         )  # fmt: skip
         _step(args, "index", cohort, *words)
         _step(args, "prepare", *words)
@@ -64,9 +61,3 @@ def _step(demo: Any, *words: str) -> Outcome:
     if not demo.json:
         print_outcome(args, outcome)
     return outcome
-
-
-def before_after(rows: list[dict[str, Any]]) -> list[str]:
-    """Text table of rows with site, sequence, seen, metric, raw, nyul, sgcd and n."""
-    header = ["site", "sequence", "seen", "metric", "raw", "nyul", "sgcd", "n"]
-    return table(header, [[row.get(name) for name in header] for row in rows])

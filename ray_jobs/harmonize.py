@@ -16,10 +16,10 @@ from pipelines.harmonize import Job, Row, blank_row
 from pipelines.ledger import end_attempts
 from ray_jobs.context import code_version, open_lake, quoted, recorded
 from ray_jobs.models import meta_of, resolve
-from ray_jobs.outcome import DONE, WITH_FAILURES, Outcome
+from ray_jobs.outcome import DONE, WITH_FAILURES, Outcome, failure_line
 from ray_jobs.session import cpu_count, session
 from ray_jobs.settings import over_model
-from ray_jobs.volume_stream import failure_line, packed
+from ray_jobs.volume_stream import packed
 
 log = logging.getLogger(__name__)
 

@@ -86,8 +86,16 @@ def resolve(lake: Lake, reference: str) -> tuple[str, int]:
 
 
 def _alias(lake: Lake, name: str, alias: str) -> int | None:
-    """Version behind a registry alias; None when the registry has none."""
-    from pipelines import tracking
+    """Version of the lake behind an alias of the MLflow registry; None when it has none."""
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
 
-    version: int | None = tracking.version_of_alias(lake, name, alias)
-    return version
+    from pipelines.tracking import tracking_uri
+
+    try:
+        client = MlflowClient(tracking_uri=tracking_uri(lake))
+        number = client.get_model_version_by_alias(name, alias).tags.get("lake_version", "")
+    except (MlflowException, SQLAlchemyError, OSError):
+        return None
+    return int(number) if number.isdigit() else None

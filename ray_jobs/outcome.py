@@ -49,3 +49,10 @@ def table(header: list[str], rows: list[list[Any]]) -> list[str]:
         return "  ".join(parts).rstrip()
 
     return [line(header), line(["-" * w for w in widths]), *(line(row) for row in cells)]
+
+
+def failure_line(row: dict[str, Any]) -> str:
+    """One line about a scan that could not be used: address, code, sentence."""
+    text = str(row["message"] or "").removeprefix(f"[{row['code']}] ")
+    text = text.removeprefix(f"{row['uri']}: ")
+    return f"failed {row['uri']}: [{row['code']}] {text}"

@@ -141,9 +141,10 @@ def _demo(sub: Any) -> None:
         "sgcd demo --out work/demo", lake=False,
     )  # fmt: skip
     p.add_argument("--out", default="sgcd-demo", metavar="DIR", help="default: %(default)s")
-    p.add_argument("--subjects", type=_positive, default=15, help="default: %(default)s")
+    p.add_argument("--subjects", type=_positive, default=20, help="default: %(default)s")
     p.add_argument("--sites", type=_positive, default=4, help="default: %(default)s")
     p.add_argument("--traveling", type=_positive, default=2, help="default: %(default)s")
+    p.add_argument("--mm", type=float, default=2.0, help="voxel side, default: %(default)s")
     p.add_argument("--train-steps", type=_positive, default=200, help="default: %(default)s")
     p.add_argument("--tune-steps", type=_positive, default=60, help="default: %(default)s")
     p.add_argument("--encoder", default="mri-dino", help="style encoder, default: %(default)s")
@@ -156,12 +157,15 @@ def _cohort(sub: Any) -> None:
         "sgcd cohort work/cohort --subjects 12 --sites 4 --traveling 2", lake=False,
     )  # fmt: skip
     p.add_argument("out", metavar="OUT", help="a new folder, or one that an earlier run made")
-    p.add_argument("--subjects", type=_positive, default=12, help="default: %(default)s")
-    p.add_argument("--sites", type=_positive, default=4, help="default: %(default)s")
-    p.add_argument("--traveling", type=int, default=2, help="seen at every site (test split)")
+    p.add_argument("--subjects", type=_positive, default=20, help="to train on (20)")
+    p.add_argument("--sites", type=_positive, default=4, help="that these visit, in turn (4)")
+    p.add_argument("--traveling", type=int, default=2, help="to test on, seen at every site (2)")
+    p.add_argument("--unseen-sites", type=int, default=1, help="that only these visit (1)")
     p.add_argument("--anatomy", metavar="DIR", help="label maps; default: nilearn's template")
-    p.add_argument("--mm", type=float, default=2.0, help="voxel side, default: %(default)s")
-    p.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    p.add_argument("--mm", type=float, default=2.0, help="voxel side (2)")
+    p.add_argument("--head", action="store_true", help="keep skull and skin (label maps only)")
+    p.add_argument("--seed", type=int, default=0, help="draws people and scanners (0)")
+    p.add_argument("--workers", type=_positive, metavar="N", help="processes (default: all CPUs)")
 
 
 def _index(sub: Any) -> None:
@@ -172,8 +176,11 @@ def _index(sub: Any) -> None:
     p.add_argument("sources", nargs="+", metavar="SOURCE")
     p.add_argument(
         "--site-from", default="auto", metavar="HOW",
-        help="auto, participants, session, sidecar:KEY or column:NAME (default: %(default)s)",
+        help="auto, participants, session, sidecar or column (default: %(default)s)",
     )  # fmt: skip
+    p.add_argument(
+        "--sequences", nargs="+", default=["T1w", "T2w"], metavar="T1w", help="default: T1w T2w"
+    )
     p.add_argument("--dry-run", action="store_true", help="count, change nothing")
 
 
@@ -253,9 +260,9 @@ def _query(sub: Any) -> None:
         'sgcd query "SELECT site, count(*) FROM scans GROUP BY site" --lake LAKE',
     )  # fmt: skip
     p.add_argument("sql", metavar="SQL")
-    p.add_argument("--format", choices=("table", "csv", "parquet"), default="table")
+    p.add_argument("--format", choices=("table", "csv", "parquet", "json"), default="table")
     p.add_argument("--out", metavar="FILE", help="where csv or parquet goes (default: stdout)")
-    p.add_argument("--as-of", type=int, metavar="VERSION", help="the tables at this version")
+    p.add_argument("--as-of", metavar="WHEN", help="7, results=7,scans=3 or a date")
 
 
 def _status(sub: Any) -> None:

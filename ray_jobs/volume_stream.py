@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ray_jobs.context import open_lake, quoted, recorded
-from ray_jobs.outcome import DONE, WITH_FAILURES, Outcome
+from ray_jobs.outcome import DONE, WITH_FAILURES, Outcome, failure_line
 from ray_jobs.session import cpu_count, session
 from ray_jobs.settings import from_args
 from sgcd_core.config import PrepareConfig, SgcdConfig
@@ -98,13 +98,6 @@ def prepare(args: Any) -> Outcome:
     }
     code = WITH_FAILURES if failed else DONE
     return Outcome(text, next=follow, exit_code=code, lines=lines, data=data)
-
-
-def failure_line(row: Row) -> str:
-    """One line about a scan that could not be used."""
-    text = str(row["message"] or "").removeprefix(f"[{row['code']}] ")
-    text = text.removeprefix(f"{row['uri']}: ")
-    return f"failed {row['uri']}: [{row['code']}] {text}"
 
 
 def settings_words(args: Any) -> str:

@@ -1,0 +1,222 @@
+"""The commands that need no cluster: each parses nothing and computes nothing, it only asks."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ray_jobs.context import absolute, open_lake, quoted, recorded
+from ray_jobs.outcome import DONE, WITH_FAILURES, Outcome, failure_line, table
+from sgcd_core.errors import InputError, StorageError
+
+if TYPE_CHECKING:
+    from pipelines.verdict import Line
+
+
+def check(args: Any) -> Outcome:
+    """`sgcd check`: a line and a stable code for each scan; needs no lake."""
+    from pipelines.check import check_uris, render_lines
+    from pipelines.progress import Progress
+
+    with Progress("check", None) as progress:
+        rows = check_uris(args.scans, progress=progress.reach)
+    unfit = [row for row in rows if not row["usable"]]
+    text = f"{len(rows) - len(unfit)} of {len(rows)} scans can be used"
+    codes = Counter(row["code"] for row in unfit)
+    if codes:
+        text += f" ({', '.join(f'{n} {code}' for code, n in codes.most_common())})"
+    if not unfit:
+        code, follow = DONE, "sgcd index SOURCE --lake LAKE"
+    elif len(unfit) < len(rows):
+        code, follow = WITH_FAILURES, "sgcd index SOURCE --lake LAKE"
+    else:  # nothing here can be used: the data, or the store they should lie in
+        out_of_reach = all(str(name).startswith("STORE-") for name in codes)
+        code = StorageError.exit_code if out_of_reach else InputError.exit_code
+        follow = ""
+    lines = render_lines(rows)
+    return Outcome(text, next=follow, exit_code=code, lines=lines, data={"scans": rows})
+
+
+def cohort(args: Any) -> Outcome:
+    """`sgcd cohort`: a BIDS tree of digital traveling subjects."""
+    from pipelines.cohort.make import make_cohort
+    from pipelines.progress import Progress
+    from ray_jobs.session import cpu_count
+
+    with Progress("cohort", None) as progress:
+
+        def tell(done: int, total: int, subject: str) -> None:
+            progress.reach(done, total)
+
+        made = make_cohort(
+            absolute(args.out), subjects=args.subjects, sites=args.sites,
+            traveling=args.traveling, unseen_sites=args.unseen_sites,
+            anatomy=args.anatomy and absolute(args.anatomy), mm=args.mm, seed=args.seed,
+            head=args.head, progress=tell, workers=args.workers or cpu_count(),
+        )  # fmt: skip
+    text = (
+        f"{made.scans} scans of {made.subjects} + {made.traveling} subjects at "
+        f"{len(made.sites)} + {len(made.unseen_sites)} sites in {args.out} ({made.written} new)"
+    )
+    follow = f"sgcd index {quoted(args.out)} --lake LAKE"
+    return Outcome(text, next=follow, data=made.row())
+
+
+def index(args: Any) -> Outcome:
+    """`sgcd index`: sources into the table `scans`; a bad scan is a row that says why."""
+    from pipelines.catalog import Catalog
+    from pipelines.lake import Lake
+    from pipelines.manifest import index_sources, latest_by_uri
+    from pipelines.progress import Progress
+    from sgcd_core.io.store import Store
+
+    # The lake is made only once the sources are known to hold something.
+    lake = Lake(absolute(args.lake))
+    exists = Store().exists(lake.marker)
+    known = latest_by_uri(Catalog(lake).rows("scans").to_pylist()) if exists else {}
+    with Progress("index", None) as progress:
+        found = index_sources(
+            [source if "://" in source else absolute(source) for source in args.sources],
+            site_from=args.site_from, sequences=args.sequences, known=known,
+            progress=progress.reach,
+        )  # fmt: skip
+    bad = [row for row in found.rows if row["status"] != "ok"]
+    lines = [f"note: {note}" for note in found.notes] + [failure_line(row) for row in bad]
+    sites = Counter(row["site"] or "-" for row in found.rows if row["status"] == "ok")
+    text = f"{len(found.rows)} scans new or changed, {len(found.unchanged)} unchanged"
+    text += f", {len(bad)} cannot be used" if bad else ""
+    if sites:
+        text += f"; sites: {', '.join(f'{site} {n}' for site, n in sorted(sites.items()))}"
+    data = {
+        "new": len(found.rows), "unchanged": len(found.unchanged), "sites": dict(sites),
+        "failed": [{k: row[k] for k in ("scan_id", "uri", "code", "message")} for row in bad],
+        "notes": found.notes,
+    }  # fmt: skip
+    if args.dry_run:
+        return Outcome(f"would list: {text}", lines=lines, data=data)
+    lake = open_lake(args.lake, create=True)
+    with recorded(lake, "index") as summary:
+        Catalog(lake).append("scans", found.rows)
+        summary.update(new=len(found.rows), unchanged=len(found.unchanged), failed=len(bad))
+    follow = f"sgcd prepare --lake {quoted(args.lake)}"
+    code = WITH_FAILURES if bad else DONE
+    return Outcome(text, next=follow, exit_code=code, lines=lines, data=data)
+
+
+def suggest(args: Any) -> Outcome:
+    """`sgcd suggest-target`: the sites by how alike their own scans look."""
+    from pipelines.catalog import Catalog
+    from pipelines.target_site import suggest_target
+    from ray_jobs.settings import from_args
+
+    lake = open_lake(args.lake)
+    rows = suggest_target(Catalog(lake), lake, from_args(args).prepare.digest())
+    if not rows:
+        raise InputError(
+            "no site has two prepared training scans of one sequence.", code="LAKE-EMPTY",
+            where=lake.uri, hint="Run `sgcd prepare --lake LAKE` first.",
+        )  # fmt: skip
+    header = list(rows[0])
+    best = rows[0]["site"]
+    lines = [*table(header, [[row[name] for name in header] for row in rows]), ""]
+    text = f"{best} has the lowest mean distance between its own scans"
+    follow = f"sgcd tune --lake {quoted(args.lake)} --target {quoted(best)}"
+    return Outcome(text, next=follow, lines=lines, data={"target": best, "rows": rows})
+
+
+def query(args: Any) -> Outcome:
+    """`sgcd query`: locked SQL over the tables."""
+    from pipelines.query import format_result, run_query
+
+    found = run_query(open_lake(args.lake), args.sql, as_of=args.as_of)
+    if args.json:
+        return Outcome(f"{found.num_rows} rows", data={"rows": found.to_pylist()})
+    body = format_result(found, args.format)
+    if args.out:
+        Path(args.out).write_bytes(body)
+        return Outcome(f"{found.num_rows} rows in {args.out}")
+    sys.stdout.buffer.write(body)
+    sys.stdout.buffer.flush()
+    return Outcome("" if args.format != "table" else f"{found.num_rows} rows")
+
+
+def evaluate(args: Any) -> Outcome:
+    """`sgcd evaluate`: metrics per scan and per site into the catalog, the verdict in words."""
+    from pipelines.evaluate import evaluate as measure
+    from pipelines.progress import Progress
+    from pipelines.tracking import Tracker
+    from ray_jobs.models import meta_of, resolve
+    from ray_jobs.settings import over_model
+    from sgcd_core.io.store import Store
+    from sgcd_core.modelpack import load_modelpack
+
+    lake = open_lake(args.lake)
+    name, version = resolve(lake, args.model)
+    config = over_model(args, load_modelpack(lake.model(name, version), Store()).config)
+    sites = meta_of(lake, name, version).get("training_sites")
+    if args.dry_run:
+        return Outcome(f"would evaluate {name}@{version}")
+    tags = {"model": name, "version": str(version)}
+    with (
+        recorded(lake, "evaluate", config.digest()) as summary,
+        Progress("evaluate", None) as progress,
+        Tracker.start(lake, "evaluate", config, tags) as tracker,
+    ):
+        found = measure(lake, name, version, config, training_sites=sites, progress=progress.reach)
+        rows = found.site_rows
+        tracker.log_metrics(
+            {
+                f"{row['site']}/{row['sequence']}/{row['method']}/{row['metric']}": row["after"]
+                for row in rows
+                if isinstance(row["after"], float)
+            }
+        )
+        summary.update(model=name, version=version, pairs=found.pairs, skipped=len(found.skipped))
+    lines = ["", *before_after(found.summary.lines), "", *found.verdict, ""]
+    text = f"evaluated {name}@{version}: {found.pairs} scans compared with their truth"
+    if found.skipped:
+        text += f", {len(found.skipped)} could not be compared"
+    text += "" if found.written else " (already in the tables)"
+    data = {
+        "model": name, "version": version, "pairs": found.pairs, "skipped": found.skipped,
+        "rows": rows, "verdict": found.verdict, "table": before_after(found.summary.lines),
+    }  # fmt: skip
+    follow = f"sgcd report --lake {quoted(args.lake)} --model {quoted(args.model)}"
+    return Outcome(text, next=follow, lines=lines, data=data)
+
+
+def before_after(lines: Sequence[Line]) -> list[str]:
+    """One row per site, sequence and measure: every method's mean over subjects."""
+    from pipelines.verdict import number
+
+    methods = sorted(
+        {method for line in lines for method in line.by_method},
+        key=lambda method: (method == "sgcd", method != "raw", method),
+    )
+    rows = [
+        [
+            line.site, line.sequence, {True: "yes", False: "no", None: "-"}[line.seen],
+            line.metric, line.n,
+            *(
+                number(line.metric, line.by_method[m].mean) if m in line.by_method else "-"
+                for m in methods
+            ),
+        ]
+        for line in lines
+    ]  # fmt: skip
+    return table(["site", "sequence", "seen", "measure", "subjects", *methods], rows)
+
+
+def report(args: Any) -> Outcome:
+    """`sgcd report`: one self-contained page."""
+    from pipelines.report import write_report
+
+    from ray_jobs.models import resolve
+
+    lake = open_lake(args.lake)
+    name, version = resolve(lake, args.model)
+    uri = write_report(lake, name, version, out=args.out and absolute(args.out))
+    return Outcome(f"report: {uri}", data={"report": uri})
