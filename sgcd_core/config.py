@@ -114,15 +114,23 @@ class SamplerConfig(Settings):
     """How an image is drawn from the model."""
 
     t_start: int = Field(999, ge=1, description="timestep noise is added to; t_0 of the method")
+    t_reverse: int | None = Field(
+        None, ge=1, description="timestep generation starts at, if not t_start (paper as printed)"
+    )
     steps: int = Field(1, ge=1, description="network evaluations down to 0 (T_r)")
     invert_steps: int = Field(4, ge=1, description="network evaluations of DDIM inversion (T_f)")
     start: Literal["noise", "inversion"] = Field(
-        "noise", description="noise: seeded FDP of the scan; inversion: DDIM upwards"
+        "noise", description="noise: seeded forward process; inversion: DDIM upwards"
     )
-    kind: Literal["ddim", "anchored"] = Field(
-        "ddim", description="anchored: Eqs. 10-11 as printed"
-    )
+    kind: Literal["ddim", "anchored"] = Field("ddim", description="anchored: Eqs. 10-11 as printed")
     seeds: int = Field(1, ge=1, description="outputs averaged")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        top = self.t_reverse or self.t_start
+        if self.steps > top + 1 or self.invert_steps > self.t_start + 1:
+            raise ValueError("steps and invert_steps cannot exceed the timesteps they span")
+        return self
 
 
 class GlobalConfig(Settings):
@@ -144,7 +152,6 @@ class GlobalConfig(Settings):
     t_power: float = Field(
         0.5, gt=0, description="t is drawn as T·u^p: below 1 favours the noisy end"
     )
-    crop: tuple[int, int, int] | None = Field(None, description="train on random crops, voxels")
     site_balance: bool = True
     precision: Literal["bf16", "fp32"] = "bf16"
     checkpoint_every: int = Field(100, ge=1)
@@ -162,7 +169,8 @@ class TargetConfig(Settings):
         "mri-dino",
         description="statistics | mri-dino | biomedclip | clip, optionally NAME:weights-uri",
     )
-    slices_per_plane: int = Field(3, ge=1)
+    slices_per_plane: int = Field(1, ge=1)
+    style_every: int = Field(2, ge=1, description="steps between two evaluations of L_S and L_R")
     weight_style: float = Field(0.1, ge=0, description="L_S, Eq. 12")
     weight_reconstruction: float = Field(0.1, ge=0, description="L_R, Eq. 13")
     weight_anatomy: float = Field(0.1, ge=0, description="gradient term; 0 in preset paper")
@@ -187,7 +195,9 @@ class GuardConfig(Settings):
 
     min_gradient_correlation: float = Field(0.75, ge=-1, le=1)
     max_volume_drift: float = Field(0.25, ge=0, description="relative, largest of the tissues")
-    max_outlier_score: float = Field(4.0, gt=0, description="robust z against training sites")
+    max_outlier_score: float = Field(
+        4.0, gt=0, description="distance to training scans, in typical distances"
+    )
 
 
 class SgcdConfig(Settings):
@@ -201,7 +211,8 @@ class SgcdConfig(Settings):
     schedule: ScheduleConfig = ScheduleConfig()
     network: NetworkConfig = NetworkConfig()
     record: RecordConfig = RecordConfig()
-    sampler: SamplerConfig = SamplerConfig()
+    global_sampler: SamplerConfig = SamplerConfig()
+    target_sampler: SamplerConfig = SamplerConfig()
     global_stage: GlobalConfig = GlobalConfig()
     target_stage: TargetConfig = TargetConfig()
     transport: TransportConfig = TransportConfig()
@@ -209,20 +220,18 @@ class SgcdConfig(Settings):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.sampler.t_start >= self.schedule.timesteps:
-            raise ValueError(
-                f"sampler.t_start={self.sampler.t_start} must be below "
-                f"schedule.timesteps={self.schedule.timesteps}"
-            )
+        for name in ("global_sampler", "target_sampler"):
+            top = getattr(self, name).t_start
+            if top >= self.schedule.timesteps:
+                raise ValueError(
+                    f"{name}.t_start={top} must be below "
+                    f"schedule.timesteps={self.schedule.timesteps}"
+                )
         if self.network.prediction == "residual" and not self.condition.content_channel:
             raise ValueError("network.prediction=residual needs condition.content_channel=true")
         factor = 2 ** (len(self.network.channels) - 1)
-        for name, sides in (
-            ("prepare.shape", self.prepare.shape),
-            ("global_stage.crop", self.global_stage.crop or ()),
-        ):
-            if any(s % factor for s in sides):
-                raise ValueError(f"{name}={tuple(sides)} must be multiples of {factor}")
+        if any(side % factor for side in self.prepare.shape):
+            raise ValueError(f"prepare.shape={self.prepare.shape} must be multiples of {factor}")
         return self
 
 
@@ -232,7 +241,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "small": {
         "prepare": {"shape": (96, 112, 96), "mm": 2.0},
         "network": {"channels": (16, 32, 64, 64)},
-        "global_stage": {"steps": 4000, "crop": (48, 56, 48), "batch_size": 2},
+        "global_stage": {"steps": 4000},
         "target_stage": {"steps": 400},
     },
     "paper": {
@@ -247,9 +256,10 @@ PRESETS: dict[str, dict[str, Any]] = {
             "prediction": "epsilon",
         },
         "record": {"decay": 0.2, "order": "update_then_compare"},
-        "sampler": {
-            "t_start": 35, "steps": 25, "invert_steps": 35, "start": "inversion",
-            "kind": "anchored",
+        "global_sampler": {"t_start": 999, "steps": 25},
+        "target_sampler": {
+            "t_start": 35, "t_reverse": 25, "steps": 25, "invert_steps": 35,
+            "start": "inversion", "kind": "anchored",
         },
         "global_stage": {
             "epochs": 300, "learning_rate": 1e-4, "warmup_steps": 0, "schedule": "constant",
@@ -259,6 +269,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "target_stage": {
             "epochs": 30, "learning_rate": 1e-6, "encoder": "biomedclip", "weight_style": 1.0,
             "weight_reconstruction": 1.0, "weight_anatomy": 0.0, "target_denoising": 0.0,
+            "slices_per_plane": 3, "style_every": 1,
             "backprop": "chain", "precision": "fp32",
         },
     },

@@ -7,6 +7,7 @@ stride need not agree with the grid, and `reversed_step` fails at the top (MONAI
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -43,7 +44,7 @@ def generate(
 
     x̂0 is computed afresh at every step. The last x equals the last x̂0.
     """
-    for t, t_next in zip(grid[:-1], grid[1:], strict=True):
+    for t, t_next in pairwise(grid):
         x0, eps = denoiser(x, _batch_of(t, x))
         x = ddim_step(schedule, x0, eps, t_next)
         yield x0, x
@@ -56,7 +57,7 @@ def invert(schedule: Schedule, denoiser: Denoiser, x: Tensor, grid: list[int]) -
     lower end, the usual DDIM inversion; at the clean end this avoids a network call at t = -1.
     """
     rising = grid[::-1]
-    for t, t_next in zip(rising[:-1], rising[1:], strict=True):
+    for t, t_next in pairwise(rising):
         if t == CLEAN:
             x0_known = x
             _, eps = denoiser(x, _batch_of(t_next, x))
@@ -75,7 +76,7 @@ def generate_anchored(
     At the clean end the result is the anchor, whatever the network does; so the walk stops at the
     last noisy timestep, t = 0.
     """
-    for t, t_next in zip(grid[:-1], grid[1:], strict=True):
+    for t, t_next in pairwise(grid):
         _, eps = denoiser(x, _batch_of(t, x))
         x = ddim_step(schedule, anchor, eps, max(t_next, 0))
     return x

@@ -38,7 +38,7 @@ def build_network(config: SgcdConfig) -> nn.Module:
         num_class_embeds=len(config.sequences),
         use_flash_attention=True,
     )
-    return network.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload, no-any-return]
+    return network.to(memory_format=torch.channels_last_3d)  # type: ignore[no-any-return]
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ class _KernelSums(torch.autograd.Function):
         ctx.save_for_backward(values, centers)
         ctx.bandwidth = bandwidth
         sums = torch.zeros_like(centers)
-        for part in values.split(CHUNK):
+        for part in torch.split(values, CHUNK):
             sums += torch.exp(-0.5 * ((part[:, None] - centers) / bandwidth) ** 2).sum(0)
         return sums
 
@@ -29,7 +29,7 @@ class _KernelSums(torch.autograd.Function):
         (grad,) = grads
         out = torch.empty_like(values)
         start = 0
-        for part in values.split(CHUNK):
+        for part in torch.split(values, CHUNK):
             z = (part[:, None] - centers) / ctx.bandwidth
             weight = torch.exp(-0.5 * z**2) * (-z / ctx.bandwidth)
             out[start : start + part.numel()] = weight @ grad
@@ -49,7 +49,7 @@ def soft_histogram(values: Tensor, bins: int = 100, bandwidth: float = 0.01) -> 
         (K,) float32, sums to 1 (to 0 if no value lies near [0, 1]).
     """
     centers = torch.linspace(0, 1, bins, device=values.device, dtype=values.dtype)
-    sums: Tensor = _KernelSums.apply(values, centers, bandwidth)  # type: ignore[no-untyped-call]
+    sums: Tensor = _KernelSums.apply(values, centers, bandwidth)
     return sums / (sums.sum() + 1e-8)
 
 

@@ -7,6 +7,7 @@ condition is taken from a randomly recoloured scan, while the denoising target s
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -43,7 +44,7 @@ def build_condition(
     image: Tensor,
     mask: Tensor,
     config: ConditionConfig,
-    generator: torch.Generator | None = None,
+    generators: Sequence[torch.Generator] | None = None,
 ) -> Condition:
     """Condition of `image` (B, 1, X, Y, Z) in [0, 1] with `mask` (B, 1, X, Y, Z) bool.
 
@@ -51,11 +52,11 @@ def build_condition(
         image: Prepared scans.
         mask: Brain masks.
         config: Which channels, and how strong the augmentation.
-        generator: With one and `contrast_augmentation`, style is randomized first (training).
-            None takes the scan as it is (inference).
+        generators: With them and `contrast_augmentation`, each sample's style is randomized
+            first (training). None takes the scans as they are (inference).
     """
-    if generator is not None and config.contrast_augmentation:
-        image = augment_contrast(image, mask, config, generator)
+    if generators is not None and config.contrast_augmentation:
+        image = augment_contrast(image, mask, config, generators)
     parts = []
     content = to_network(image) if config.content_channel else None
     if config.gradient_channel:
@@ -101,7 +102,7 @@ def masked_quantiles(image: Tensor, mask: Tensor, levels: tuple[float, ...]) -> 
 
 
 def augment_contrast(
-    image: Tensor, mask: Tensor, config: ConditionConfig, generator: torch.Generator
+    image: Tensor, mask: Tensor, config: ConditionConfig, generators: Sequence[torch.Generator]
 ) -> Tensor:
     """The same anatomy in a random style: monotone remap, smooth bias, blur, noise.
 
@@ -112,12 +113,14 @@ def augment_contrast(
         image: (B, 1, X, Y, Z) float32 in [0, 1].
         mask: (B, 1, X, Y, Z) bool.
         config: Strengths.
-        generator: CPU generator; the same state gives the same styles.
+        generators: A CPU generator a sample; the same state gives the same style, whatever the
+            batch.
 
     Returns:
         (B, 1, X, Y, Z) float32 in [0, 1], 0 outside the mask.
     """
-    out = torch.stack([_one_style(sample, config, generator) for sample in image])
+    pairs = zip(image, generators, strict=True)
+    out = torch.stack([_one_style(sample, config, generator) for sample, generator in pairs])
     limits = masked_quantiles(out, mask, (0.005, 0.995))
     low, high = limits[:, 0].view(-1, 1, 1, 1, 1), limits[:, 1].view(-1, 1, 1, 1, 1)
     out = ((out - low) / (high - low).clamp(min=1e-6)).clamp(0, 1)

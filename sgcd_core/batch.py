@@ -1,0 +1,72 @@
+"""A batch of prepared scans, as the two training stages take it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import TypedDict
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sgcd_core.errors import InputError
+
+
+class Batch(TypedDict):
+    """Prepared scans of one step.
+
+    Keys:
+        image: (B, 1, X, Y, Z) float32 in [0, 1], 0 outside the mask.
+        mask: (B, 1, X, Y, Z) bool.
+        sequence: (B,) int64, index into `config.sequences`.
+        seed: (B,) int64; all randomness of a sample comes from its seed, so a global batch gives
+            the same losses however it is split over workers.
+    """
+
+    image: Tensor
+    mask: Tensor
+    sequence: Tensor
+    seed: Tensor
+
+
+def make_batch(
+    images: Sequence[NDArray[np.float32]],
+    masks: Sequence[NDArray[np.bool_]],
+    sequences: Sequence[str],
+    seeds: Sequence[int],
+    known: Sequence[str],
+) -> Batch:
+    """Stack (X, Y, Z) volumes into a batch; `known` is `config.sequences`.
+
+    Raises:
+        InputError: SCAN-SEQUENCE, a sequence the model does not know.
+    """
+    for name in sequences:
+        if name not in known:
+            raise InputError(
+                f"sequence {name!r} is not one of {', '.join(known)}.", code="SCAN-SEQUENCE"
+            )
+    return Batch(
+        image=torch.from_numpy(np.stack(images).astype(np.float32))[:, None],
+        mask=torch.from_numpy(np.stack(masks).astype(bool))[:, None],
+        sequence=torch.tensor([list(known).index(name) for name in sequences]),
+        seed=torch.tensor(list(seeds), dtype=torch.int64),
+    )
+
+
+def sample_seed(run_seed: int, *labels: str | int) -> int:
+    """A 62-bit seed from the run's seed and what the sample is (step, scan …)."""
+    text = "/".join(str(part) for part in (run_seed, *labels))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 2
+
+
+def to_device(batch: Batch, device: torch.device | str) -> Batch:
+    """The batch with its tensors on `device`; seeds stay on the CPU."""
+    return Batch(
+        image=batch["image"].to(device),
+        mask=batch["mask"].to(device),
+        sequence=batch["sequence"].to(device),
+        seed=batch["seed"],
+    )

@@ -1,0 +1,208 @@
+"""Stage 1: one denoiser for all sites and sequences, pulled to a common look by the record.
+
+Shapes: B batch, X Y Z voxels of the model grid. Algorithm 1 of the paper, with the corrections
+that docs/method.md lists.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sgcd_core.batch import Batch, to_device
+from sgcd_core.config import GlobalConfig, SgcdConfig
+from sgcd_core.diffusion.network import ConditionalDenoiser, build_network
+from sgcd_core.diffusion.schedule import Schedule
+from sgcd_core.errors import ModelError
+from sgcd_core.losses import gradient_loss, prediction_loss
+from sgcd_core.modelpack import ModelPack
+from sgcd_core.style.outlier import OutlierModel
+from sgcd_core.style.record import Record, statistics_of
+from sgcd_core.volume.condition import build_condition, from_network, to_network
+
+
+def planned_steps(steps: int, epochs: int | None, scans: int, batch_size: int) -> int:
+    """Optimizer steps of a run: `steps`, or as many as `epochs` passes over `scans` take."""
+    return steps if epochs is None else epochs * math.ceil(scans / batch_size)
+
+
+def learning_rate(config: GlobalConfig, step: int, total: int) -> float:
+    """Linear warm-up, then constant or a cosine to zero."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    if config.schedule == "constant":
+        return config.learning_rate
+    done = (step - config.warmup_steps) / max(1, total - config.warmup_steps)
+    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+class GlobalStage:
+    """State of Stage 1: network, optimizer, record, step count.
+
+    Args:
+        config: All settings; `config.seed` fixes the initial weights.
+        total_steps: Length of the run, for the learning-rate schedule.
+        device: Where the network lives.
+    """
+
+    def __init__(
+        self, config: SgcdConfig, total_steps: int, device: torch.device | str = "cpu"
+    ) -> None:
+        torch.manual_seed(config.seed)
+        self.config = config
+        self.total_steps = total_steps
+        self.device = torch.device(device)
+        self.schedule = Schedule.from_config(config.schedule)
+        self.network: nn.Module = build_network(config).to(self.device)
+        self.record = Record(len(config.sequences), config.record)
+        self.optimizer = torch.optim.Adam(
+            self.network.parameters(), lr=config.global_stage.learning_rate
+        )
+        self.done = 0
+
+    def wrap(self, wrapper: Callable[[nn.Module], nn.Module]) -> None:
+        """Replace the network by `wrapper(network)`, for example DDP, keeping its parameters."""
+        self.network = wrapper(self.network)
+
+    def step(self, batch: Batch) -> dict[str, float]:
+        """One optimizer step on `batch`.
+
+        Returns:
+            `loss` and its parts `noise` (L_N), `gradient` (L_G), `record` (L_E), and
+            `learning_rate`, all of this worker's share of the batch.
+
+        Raises:
+            ModelError: TRAIN-DIVERGED, the loss is not finite.
+        """
+        stage = self.config.global_stage
+        rate = learning_rate(stage, self.done, self.total_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        batch = to_device(batch, self.device)
+        self.network.train()
+        losses, statistics, weight = self._losses(batch)
+        losses["record"] = self.record.compare_and_update(statistics, batch["sequence"], weight)
+        loss = (
+            stage.weight_noise * losses["noise"]
+            + stage.weight_gradient * losses["gradient"]
+            + stage.weight_record * losses["record"]
+        )
+        if not torch.isfinite(loss):
+            raise ModelError(
+                f"the loss is {float(loss.detach())} at step {self.done}.",
+                code="TRAIN-DIVERGED",
+                hint="Lower global_stage.learning_rate, or set global_stage.precision=fp32.",
+            )
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(self.network.parameters(), stage.clip_norm)
+        self.optimizer.step()
+        self.done += 1
+        values = {name: float(value.detach()) for name, value in losses.items()}
+        return {"loss": float(loss.detach()), **values, "learning_rate": rate}
+
+    def _losses(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        """L_N and L_G, and the statistics of x̂0 with their weights, for L_E."""
+        config, stage = self.config, self.config.global_stage
+        image, mask = batch["image"], batch["mask"]
+        drawn = draw(batch, self.schedule.timesteps, stage.t_power)
+        denoiser, x_t, output = predict(
+            self.network, self.schedule, config, batch, drawn, stage.precision
+        )
+        target = self.schedule.training_target(
+            config.network.prediction, to_network(image), drawn.noise, drawn.t, denoiser.content
+        )
+        estimate, _ = denoiser.split(output, x_t, drawn.t)
+        estimate = from_network(estimate).clamp(0, 1) * mask
+        weight = torch.ones_like(drawn.t, dtype=torch.float32)
+        if stage.x0_weight == "snr":
+            weight = self.schedule.clean_weight(config.network.prediction, drawn.t)
+        inside = loss_region(config, mask)
+        losses = {
+            "noise": prediction_loss(output, target, inside, stage.loss).mean(),
+            "gradient": (weight * gradient_loss(estimate, image, mask)).mean(),
+        }
+        return losses, statistics_of(estimate, mask, config.record), weight
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a resumed run needs; tensors and plain values only."""
+        return {
+            "network": unwrapped(self.network).state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "record": self.record.state_dict(),
+            "done": self.done,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state_dict` was taken."""
+        unwrapped(self.network).load_state_dict(state["network"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.record.load_state_dict(state["record"])
+        self.done = int(state["done"])
+
+    def pack(self, outliers: OutlierModel, meta: dict[str, Any]) -> ModelPack:
+        """The trained model; `meta` is completed with kind and sequences."""
+        state = {f"record.{k}": v for k, v in self.record.state_dict().items()}
+        state |= {"alpha_bars": self.schedule.alpha_bars, **outliers.state_dict()}
+        return ModelPack(
+            config=self.config,
+            network=unwrapped(self.network).state_dict(),
+            state=state,
+            meta={"kind": "global", "sequences": list(self.config.sequences), **meta},
+        )
+
+
+class Draw:
+    """Timesteps, noise and generators of one batch, each sample from its own seed."""
+
+    def __init__(self, t: Tensor, noise: Tensor, generators: list[torch.Generator]) -> None:
+        self.t, self.noise, self.generators = t, noise, generators
+
+
+def draw(batch: Batch, timesteps: int, t_power: float) -> Draw:
+    """t = ⌊T·u^p⌋ and Gaussian noise for each sample; generators go on to the augmentation."""
+    generators = [torch.Generator().manual_seed(int(seed)) for seed in batch["seed"]]
+    device = batch["image"].device
+    u = torch.stack([torch.rand((), generator=g) for g in generators])
+    t = (timesteps * u**t_power).long().clamp(max=timesteps - 1).to(device)
+    shape = batch["image"].shape[1:]
+    noise = torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
+    return Draw(t, noise, generators)
+
+
+def predict(
+    network: nn.Module,
+    schedule: Schedule,
+    config: SgcdConfig,
+    batch: Batch,
+    drawn: Draw,
+    precision_name: str,
+) -> tuple[ConditionalDenoiser, Tensor, Tensor]:
+    """Noise a batch, take its style-free condition and ask the network: (denoiser, x_t, output)."""
+    x_t = schedule.add_noise(to_network(batch["image"]), drawn.noise, drawn.t)
+    condition = build_condition(batch["image"], batch["mask"], config.condition, drawn.generators)
+    denoiser = ConditionalDenoiser(
+        network,
+        schedule,
+        config,
+        condition.channels,
+        condition.content,
+        batch["sequence"],
+        precision_name,
+    )
+    return denoiser, x_t, denoiser.output(x_t, drawn.t)
+
+
+def loss_region(config: SgcdConfig, mask: Tensor) -> Tensor | None:
+    """Where L_N counts: the brain for predictions of the image, everywhere for noise."""
+    return mask if config.network.prediction in ("x0", "residual") else None
+
+
+def unwrapped(network: nn.Module) -> nn.Module:
+    """The network inside a DDP wrapper, or the network itself."""
+    inner = getattr(network, "module", network)
+    return inner if isinstance(inner, nn.Module) else network

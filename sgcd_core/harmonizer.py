@@ -1,0 +1,199 @@
+"""Scan in, scan out: a modelpack bound to a device, for any number of prepared scans."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from sgcd_core.config import SamplerConfig, SgcdConfig
+from sgcd_core.diffusion.network import ConditionalDenoiser, build_network
+from sgcd_core.diffusion.sampler import noise_for, starting_image, walk_down
+from sgcd_core.diffusion.schedule import Schedule
+from sgcd_core.errors import InputError, ModelError
+from sgcd_core.modelpack import ModelPack
+from sgcd_core.style.outlier import OutlierModel, style_features
+from sgcd_core.volume.condition import build_condition, from_network, to_network
+
+
+@dataclass(frozen=True)
+class Harmonized:
+    """A harmonized volume on the model grid.
+
+    Attributes:
+        image: (X, Y, Z) float32 in [0, 1], RAS+, 0 outside the mask.
+        uncertainty: Voxelwise standard deviation over the samples, or None for one sample.
+        seconds: Wall time of the network.
+    """
+
+    image: NDArray[np.float32]
+    uncertainty: NDArray[np.float32] | None
+    seconds: float
+
+
+class Harmonizer:
+    """A trained model, ready to run.
+
+    Args:
+        pack: Global model (the common domain comes out) or target model (the target's look does).
+        device: Where the networks run.
+    """
+
+    def __init__(self, pack: ModelPack, device: torch.device | str = "cpu") -> None:
+        self.config = pack.config
+        self.device = torch.device(device)
+        self.schedule = Schedule(pack.state["alpha_bars"])
+        self.is_target = pack.global_network is not None
+        self.outliers = OutlierModel.from_state(pack.state)
+        self.network = _frozen(self.config, pack.network, self.device)
+        first = pack.global_network if pack.global_network is not None else pack.network
+        self.global_network = _frozen(self.config, first, self.device)
+
+    @torch.inference_mode()
+    def harmonize(
+        self,
+        image: NDArray[np.float32],
+        mask: NDArray[np.bool_],
+        sequence: str,
+        scan_id: str,
+        *,
+        seed: int = 0,
+        samples: int = 1,
+    ) -> Harmonized:
+        """Harmonize one prepared scan. The same arguments give the same voxels.
+
+        Args:
+            image: (X, Y, Z) float32 in [0, 1], model grid, RAS+, 0 outside the mask.
+            mask: (X, Y, Z) bool.
+            sequence: One of the model's sequences.
+            scan_id: Seeds the noise, with `seed`.
+            seed: The run's seed.
+            samples: Outputs drawn; more than one also gives their mean and deviation.
+
+        Raises:
+            InputError: SCAN-SEQUENCE, SCAN-EMPTY.
+            ModelError: MODEL-GRID.
+        """
+        started = time.perf_counter()
+        x, inside, label = self._tensors(image, mask, sequence)
+        sampler = self.config.target_sampler if self.is_target else self.config.global_sampler
+        draws = max(samples, sampler.seeds)
+        outputs = torch.stack(
+            [self._draw(x, inside, label, scan_id, seed, i)[0, 0] for i in range(draws)]
+        )
+        spread = outputs.std(dim=0, unbiased=False) if samples > 1 else None
+        return Harmonized(
+            image=outputs.mean(0).cpu().numpy().astype(np.float32),
+            uncertainty=None if spread is None else spread.cpu().numpy().astype(np.float32),
+            seconds=time.perf_counter() - started,
+        )
+
+    def outlier_score(
+        self, image: NDArray[np.float32], mask: NDArray[np.bool_], sequence: str
+    ) -> float:
+        """How unlike the training scans this prepared scan is; 1 is usual (`OutlierModel`)."""
+        index = list(self.config.sequences).index(sequence)
+        return self.outliers.score(style_features(image, mask), index)
+
+    def _tensors(
+        self, image: NDArray[np.float32], mask: NDArray[np.bool_], sequence: str
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        config = self.config
+        if sequence not in config.sequences:
+            raise InputError(
+                f"the model knows {', '.join(config.sequences)}, not {sequence!r}.",
+                code="SCAN-SEQUENCE",
+            )
+        if image.shape != config.prepare.shape or mask.shape != image.shape:
+            raise ModelError(
+                f"the model works on {config.prepare.shape}, the scan was prepared on "
+                f"{image.shape}.",
+                code="MODEL-GRID",
+                hint="Run `sgcd prepare` with the model's settings.",
+            )
+        if not mask.any():
+            raise InputError("the brain mask is empty.", code="SCAN-EMPTY")
+        x = torch.from_numpy(np.ascontiguousarray(image, np.float32))[None, None].to(self.device)
+        inside = torch.from_numpy(np.ascontiguousarray(mask, bool))[None, None].to(self.device)
+        label = torch.tensor([config.sequences.index(sequence)], device=self.device)
+        return x, inside, label
+
+    def _draw(
+        self, x: Tensor, mask: Tensor, label: Tensor, scan_id: str, seed: int, index: int
+    ) -> Tensor:
+        noise = noise_for(scan_id, seed, index, tuple(x.shape)).to(self.device)
+        aligned = global_image(
+            self.global_network, self.schedule, self.config, x, mask, label, noise
+        )
+        if not self.is_target:
+            return aligned
+        return target_image(
+            self.network, self.schedule, self.config, x, aligned, mask, label, noise,
+            inverter=self.global_network,
+        )  # fmt: skip
+
+
+def global_image(
+    network: nn.Module, schedule: Schedule, config: SgcdConfig, image: Tensor, mask: Tensor,
+    sequence: Tensor, noise: Tensor,
+) -> Tensor:  # fmt: skip
+    """I' of Stage 1: noise the scan to t_start, then DDIM down to 0 (Eq. 9).
+
+    All volumes (B, 1, X, Y, Z); `image` and the result in [0, 1], 0 outside the mask.
+    """
+    denoiser = sampling_denoiser(network, schedule, config, image, mask, sequence)
+    return _sample(schedule, config.global_sampler, denoiser, denoiser, image, mask, noise)
+
+
+def target_image(
+    network: nn.Module, schedule: Schedule, config: SgcdConfig, image: Tensor, aligned: Tensor,
+    mask: Tensor, sequence: Tensor, noise: Tensor, inverter: nn.Module,
+) -> Tensor:  # fmt: skip
+    """I_{X→T} of Stage 2: the globally aligned image goes up, then down with the tuned network.
+
+    Args:
+        network: Tuned network.
+        schedule: Noise schedule.
+        config: All settings.
+        image: The scan I_X; the condition is taken from it.
+        aligned: I'_X of Stage 1.
+        mask: Brain mask.
+        sequence: (B,) labels.
+        noise: Used where the sampler starts from noise.
+        inverter: Network of the way up (the frozen Stage 1 network).
+    """
+    down = sampling_denoiser(network, schedule, config, image, mask, sequence)
+    up = sampling_denoiser(inverter, schedule, config, image, mask, sequence)
+    return _sample(schedule, config.target_sampler, up, down, aligned, mask, noise)
+
+
+def sampling_denoiser(
+    network: nn.Module, schedule: Schedule, config: SgcdConfig, image: Tensor, mask: Tensor,
+    sequence: Tensor,
+) -> ConditionalDenoiser:  # fmt: skip
+    """Denoiser with the scan's own condition, x̂0 clipped."""
+    condition = build_condition(image, mask, config.condition)
+    return ConditionalDenoiser(
+        network, schedule, config, condition.channels, condition.content, sequence,
+        config.target_stage.precision, clip=True,
+    )  # fmt: skip
+
+
+def _sample(
+    schedule: Schedule, sampler: SamplerConfig, up: ConditionalDenoiser,
+    down: ConditionalDenoiser, clean: Tensor, mask: Tensor, noise: Tensor,
+) -> Tensor:  # fmt: skip
+    anchor = to_network(clean)
+    x = starting_image(schedule, sampler, up, anchor, noise)
+    x = walk_down(schedule, sampler, down, x, anchor)
+    return from_network(x).clamp(0, 1) * mask
+
+
+def _frozen(config: SgcdConfig, weights: dict[str, Tensor], device: torch.device) -> nn.Module:
+    network = build_network(config)
+    network.load_state_dict(weights)
+    return network.to(device).eval().requires_grad_(False)

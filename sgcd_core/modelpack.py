@@ -1,0 +1,151 @@
+"""A model and everything a run needs with it, in one folder: weights, record, recipe, digests.
+
+Layout: `network.safetensors`, `global_network.safetensors` (target models: the frozen Stage 1
+network), `state.safetensors` (record, schedule, outlier model), `config.yaml`, `MODEL_CARD.md`
+and, written last, `pack.json` with the metadata and the SHA-256 of every file.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+from torch import Tensor
+
+from sgcd_core.config import SgcdConfig, parse_config
+from sgcd_core.errors import InputError, ModelError
+from sgcd_core.io.store import Store, join, sha256_hex
+
+FORMAT = 1
+_PACK = "pack.json"
+
+
+@dataclass
+class ModelPack:
+    """What a trained model consists of.
+
+    Attributes:
+        config: The resolved settings it was trained with.
+        network: Weights of the denoiser.
+        state: Record (`record.*`), schedule (`alpha_bars`) and outlier model (`outliers.*`).
+        global_network: Frozen Stage 1 weights beside a target model's, else None.
+        meta: name, kind (`global` or `target`), target, training_sites, sequences, scans,
+            data_digest, parent, code_version and whatever the trainer adds.
+    """
+
+    config: SgcdConfig
+    network: dict[str, Tensor]
+    state: dict[str, Tensor]
+    global_network: dict[str, Tensor] | None = None
+    meta: dict[str, Any] = field(default_factory=dict)
+
+    def weights_digest(self) -> str:
+        """SHA-256 over the network's weights alone."""
+        from safetensors.torch import save
+
+        return sha256_hex(save(_flat(self.network)))
+
+
+def _flat(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous CPU copies in key order, as safetensors wants them."""
+    return {key: tensors[key].detach().cpu().contiguous().clone() for key in sorted(tensors)}
+
+
+def save_modelpack(uri: str, pack: ModelPack, store: Store | None = None) -> dict[str, str]:
+    """Write `pack` under `uri`; its presence is complete once `pack.json` is there.
+
+    Returns:
+        SHA-256 of each file.
+    """
+    from safetensors.torch import save
+
+    store = store or Store()
+    files = {
+        "network.safetensors": save(_flat(pack.network)),
+        "state.safetensors": save(_flat(pack.state)),
+        "config.yaml": yaml.safe_dump(
+            pack.config.model_dump(mode="json"), sort_keys=False
+        ).encode(),
+        "MODEL_CARD.md": model_card(pack).encode(),
+    }
+    if pack.global_network is not None:
+        files["global_network.safetensors"] = save(_flat(pack.global_network))
+    digests = {}
+    for name, data in files.items():
+        store.write_bytes(join(uri, name), data)
+        digests[name] = sha256_hex(data)
+    body = {"format": FORMAT, "meta": pack.meta, "sha256": digests}
+    store.write_bytes(join(uri, _PACK), json.dumps(body, indent=2, sort_keys=True).encode())
+    return digests
+
+
+def has_modelpack(uri: str, store: Store | None = None) -> bool:
+    """Whether a complete modelpack lies under `uri`."""
+    return (store or Store()).exists(join(uri, _PACK))
+
+
+def load_modelpack(uri: str, store: Store | None = None) -> ModelPack:
+    """Read a modelpack and check every file against its digest.
+
+    Raises:
+        ModelError: MODEL-MISSING, MODEL-FORMAT or MODEL-DIGEST.
+    """
+    from safetensors.torch import load
+
+    store = store or Store()
+    try:
+        body = json.loads(store.read_bytes(join(uri, _PACK), max_bytes=10_000_000))
+    except InputError as error:
+        raise ModelError(
+            "there is no model here.", code="MODEL-MISSING", where=uri,
+            hint="Train one with `sgcd train` or `sgcd tune`, or name another with --model.",
+        ) from error  # fmt: skip
+    except ValueError as error:
+        raise ModelError(f"{_PACK} is not JSON.", code="MODEL-FORMAT", where=uri) from error
+    if body.get("format") != FORMAT:
+        raise ModelError(
+            f"has format {body.get('format')}, this version reads {FORMAT}.",
+            code="MODEL-FORMAT", where=uri,
+        )  # fmt: skip
+    files = {}
+    for name, digest in body["sha256"].items():
+        data = store.read_bytes(join(uri, name))
+        if sha256_hex(data) != digest:
+            raise ModelError(
+                f"{name} does not match its recorded SHA-256.", code="MODEL-DIGEST", where=uri,
+                hint="The file was changed or damaged; train again or restore it.",
+            )  # fmt: skip
+        files[name] = data
+    parent = files.get("global_network.safetensors")
+    return ModelPack(
+        config=parse_config(yaml.safe_load(files["config.yaml"])),
+        network=load(files["network.safetensors"]),
+        state=load(files["state.safetensors"]),
+        global_network=load(parent) if parent is not None else None,
+        meta=body["meta"],
+    )
+
+
+def model_card(pack: ModelPack) -> str:
+    """The model in words and figures, Markdown."""
+    meta = pack.meta
+    rows = "\n".join(f"| {key} | {meta[key]} |" for key in sorted(meta) if key != "metrics")
+    shape, mm = pack.config.prepare.shape, pack.config.prepare.mm
+    return f"""# Model card: {meta.get("name", "unnamed")}
+
+Conditional 3D diffusion model that removes a scanner's look from brain MRI (SGCD).
+Preset `{pack.config.preset}`, grid {shape[0]}×{shape[1]}×{shape[2]} at {mm} mm,
+settings digest {pack.config.digest()}.
+
+| what | value |
+|---|---|
+{rows}
+
+## Limits
+- For research. Not a medical device; do not base a diagnosis on a harmonized image.
+- Brain-extracted T1w and T2w of adults like those it was trained on; other scans are marked by
+  their distance to the training scans (`outlier_score`).
+- Lesions: it was not trained on any. Compare with the input before reading one.
+"""

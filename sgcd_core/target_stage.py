@@ -1,0 +1,296 @@
+"""Stage 2: the denoiser learns one site's look from its own scans and a style encoder.
+
+Algorithm 2 of the paper, with the corrections that docs/method.md lists. Besides the style losses
+L_S and L_R there are two options: plain denoising of the target's own scans under the style-free
+condition (`target_denoising`), and an anatomy term. The Stage 1 network stays frozen.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from sgcd_core.batch import Batch, to_device
+from sgcd_core.config import SgcdConfig
+from sgcd_core.diffusion.ddim import ddim_step
+from sgcd_core.diffusion.network import ConditionalDenoiser, build_network
+from sgcd_core.diffusion.sampler import reverse_grid, starting_image
+from sgcd_core.diffusion.schedule import Schedule
+from sgcd_core.errors import InputError, ModelError
+from sgcd_core.global_stage import draw, loss_region, predict, unwrapped
+from sgcd_core.harmonizer import global_image, sampling_denoiser
+from sgcd_core.losses import (
+    gradient_loss,
+    prediction_loss,
+    style_direction_loss,
+    style_reconstruction_loss,
+)
+from sgcd_core.modelpack import ModelPack
+from sgcd_core.style.encoder import StyleEncoder, embed_batch
+from sgcd_core.style.slices import SlicePlan, plan_slices
+from sgcd_core.volume.condition import from_network, to_network
+
+
+class TargetStage:
+    """State of Stage 2: frozen and tuned network, optimizer, style directions, step count.
+
+    Args:
+        pack: A global model. Its weights are never changed.
+        config: All settings; network, schedule and grid must be the pack's.
+        target: Name of the target site.
+        encoder: Frozen style encoder Ψ.
+        device: Where the networks live.
+    """
+
+    def __init__(
+        self, pack: ModelPack, config: SgcdConfig, target: str, encoder: StyleEncoder,
+        device: torch.device | str = "cpu",
+    ) -> None:  # fmt: skip
+        torch.manual_seed(config.seed)
+        self.config, self.target, self.parent = config, target, pack
+        self.device = torch.device(device)
+        self.schedule = Schedule(pack.state["alpha_bars"])
+        self.frozen = build_network(config)
+        self.frozen.load_state_dict(pack.network)
+        self.frozen.to(self.device).eval().requires_grad_(False)
+        self.network: nn.Module = copy.deepcopy(self.frozen).requires_grad_(True)
+        self.encoder = encoder.to(self.device)
+        self.optimizer = torch.optim.Adam(
+            self.network.parameters(), lr=config.target_stage.learning_rate
+        )
+        self.directions: dict[int, Tensor] = {}
+        self.done = 0
+
+    def wrap(self, wrapper: Callable[[nn.Module], nn.Module]) -> None:
+        """Replace the tuned network by `wrapper(network)`, for example DDP."""
+        self.network = wrapper(self.network)
+
+    @torch.no_grad()
+    def measure_target(self, batches: Iterable[Batch]) -> None:
+        """Mean style direction S_T of each sequence over the target's scans (Eq. 12).
+
+        Fewer and steadier than one embedding a step. Must run before `step`.
+        """
+        sums: dict[int, Tensor] = {}
+        counts: dict[int, int] = {}
+        for raw in batches:
+            batch = to_device(raw, self.device)
+            directions = self._direction(batch["image"], self._aligned(batch), _plans(self, batch))
+            for index, row in zip(batch["sequence"].tolist(), directions, strict=True):
+                sums[index] = sums.get(index, torch.zeros_like(row)) + row
+                counts[index] = counts.get(index, 0) + 1
+        self.directions = {k: sums[k] / counts[k] for k in sums}
+
+    def step(self, source: Batch, target: Batch) -> dict[str, float]:
+        """One optimizer step (one for each of the last k generative steps, stepwise).
+
+        Args:
+            source: Scans of any site.
+            target: Scans of the target site.
+
+        Returns:
+            `loss` and its parts: `denoising`, and on the steps where style is evaluated `style`
+            (L_S), `reconstruction` (L_R) and `anatomy`.
+
+        Raises:
+            InputError: TARGET-SEQUENCE, the target has no scan of a source's sequence.
+            ModelError: TRAIN-DIVERGED.
+        """
+        stage = self.config.target_stage
+        source, target = to_device(source, self.device), to_device(target, self.device)
+        for index in source["sequence"].tolist():
+            if index not in self.directions:
+                raise InputError(
+                    f"site {self.target!r} has no {self.config.sequences[index]} scan.",
+                    code="TARGET-SEQUENCE",
+                )
+        self.network.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        losses: dict[str, float] = {}
+        if stage.target_denoising > 0:
+            loss = self._denoising(target)
+            losses["denoising"] = float(loss.detach())
+            self._backward(stage.target_denoising * loss)
+        if self.done % stage.style_every == 0 and (
+            stage.weight_style > 0 or stage.weight_reconstruction > 0 or stage.weight_anatomy > 0
+        ):
+            if stage.weight_style > 0 or stage.weight_anatomy > 0:
+                wanted = torch.stack([self.directions[i] for i in source["sequence"].tolist()])
+                losses |= self._styled(source, wanted, "style", stage.weight_style)
+            if stage.weight_reconstruction > 0:
+                own = self._direction(target["image"], self._aligned(target), _plans(self, target))
+                losses |= self._styled(target, own, "reconstruction", stage.weight_reconstruction)
+        self._optimize()
+        self.done += 1
+        return {"loss": sum(losses.values()), **losses}
+
+    def _denoising(self, batch: Batch) -> Tensor:
+        """Plain denoising of target scans under the style-free condition."""
+        config = self.config
+        drawn = draw(batch, self.schedule.timesteps, config.global_stage.t_power)
+        denoiser, _, output = predict(
+            self.network, self.schedule, config, batch, drawn, config.target_stage.precision
+        )
+        wanted = self.schedule.training_target(
+            config.network.prediction, to_network(batch["image"]), drawn.noise, drawn.t,
+            denoiser.content,
+        )  # fmt: skip
+        inside = loss_region(config, batch["mask"])
+        return prediction_loss(output, wanted, inside, config.global_stage.loss).mean()
+
+    def _styled(self, batch: Batch, wanted: Tensor, name: str, weight: float) -> dict[str, float]:
+        """Translate `batch`, compare its style direction with `wanted` and back-propagate."""
+        stage = self.config.target_stage
+        aligned, plans = self._aligned(batch), _plans(self, batch)
+        with torch.no_grad():
+            base = embed_batch(self.encoder, aligned, plans)
+        denoiser = sampling_denoiser(
+            self.network, self.schedule, self.config, batch["image"], batch["mask"],
+            batch["sequence"],
+        )  # fmt: skip
+        found: dict[str, float] = {}
+
+        def backward(x0: Tensor) -> None:
+            image = from_network(x0).clamp(0, 1) * batch["mask"]
+            moved = embed_batch(self.encoder, image, plans) - base
+            compare = style_direction_loss if name == "style" else style_reconstruction_loss
+            loss = compare(moved, wanted).mean()
+            found[name] = float(loss.detach())
+            total = weight * loss
+            if name == "style" and stage.weight_anatomy > 0:
+                anatomy = gradient_loss(image, batch["image"], batch["mask"]).mean()
+                found["anatomy"] = float(anatomy.detach())
+                total = total + stage.weight_anatomy * anatomy
+            self._backward(total)
+
+        with torch.no_grad():
+            x = self._start(batch, aligned)
+        if stage.backprop == "chain":
+            backward(self._whole_chain(denoiser, x, to_network(aligned)))
+        else:
+            self._stepwise(denoiser, x, backward)
+        return found
+
+    def _stepwise(
+        self, denoiser: ConditionalDenoiser, x: Tensor, backward: Callable[[Tensor], None]
+    ) -> None:
+        """Loss on x̂0 at each of the last k steps, then step and detach: one graph in memory."""
+        grid = reverse_grid(self.config.target_sampler)
+        first_trained = len(grid) - 1 - self.config.target_stage.last_k
+        for position, (t, t_next) in enumerate(pairwise(grid)):
+            steps = torch.full((x.shape[0],), t, dtype=torch.long, device=x.device)
+            with torch.set_grad_enabled(position >= first_trained):
+                x0, eps = denoiser(x, steps)
+                if position >= first_trained:
+                    backward(x0)
+                    if t_next >= 0:
+                        self._optimize()
+            with torch.no_grad():
+                x = ddim_step(self.schedule, x0.detach(), eps.detach(), t_next)
+
+    def _whole_chain(self, denoiser: ConditionalDenoiser, x: Tensor, anchor: Tensor) -> Tensor:
+        """The generated image with the graph of all steps, activations recomputed.
+
+        With kind `anchored` the last step would return the anchor whatever the network does
+        (Eq. 11 at t = 0), so the last noisy image is returned, as in `generate_anchored`.
+        """
+        config = self.config.target_sampler
+        for t, t_next in pairwise(reverse_grid(config)):
+            steps = torch.full((x.shape[0],), t, dtype=torch.long, device=x.device)
+            x0, eps = checkpoint(denoiser, x, steps, use_reentrant=False)
+            if config.kind == "anchored":
+                x = ddim_step(self.schedule, anchor, eps, max(t_next, 0))
+            else:
+                x = ddim_step(self.schedule, x0, eps, t_next)
+        return x
+
+    def _start(self, batch: Batch, aligned: Tensor) -> Tensor:
+        up = sampling_denoiser(
+            self.frozen, self.schedule, self.config, batch["image"], batch["mask"],
+            batch["sequence"],
+        )  # fmt: skip
+        return starting_image(
+            self.schedule, self.config.target_sampler, up, to_network(aligned), _noise(batch)
+        )
+
+    @torch.no_grad()
+    def _aligned(self, batch: Batch) -> Tensor:
+        return global_image(
+            self.frozen, self.schedule, self.config, batch["image"], batch["mask"],
+            batch["sequence"], _noise(batch),
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def _direction(self, image: Tensor, aligned: Tensor, plans: list[SlicePlan]) -> Tensor:
+        """S = Ψ(I) - Ψ(I') of Eq. 12, (B, E)."""
+        return embed_batch(self.encoder, image, plans) - embed_batch(self.encoder, aligned, plans)
+
+    def _backward(self, loss: Tensor) -> None:
+        if not torch.isfinite(loss):
+            raise ModelError(
+                f"the loss is {float(loss.detach())} at step {self.done}.",
+                code="TRAIN-DIVERGED",
+                hint="Lower target_stage.learning_rate, or set target_stage.precision=fp32.",
+            )
+        loss.backward()  # type: ignore[no-untyped-call]
+
+    def _optimize(self) -> None:
+        nn.utils.clip_grad_norm_(self.network.parameters(), self.config.target_stage.clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a resumed run needs; tensors and plain values only."""
+        return {
+            "network": unwrapped(self.network).state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "directions": dict(self.directions),
+            "done": self.done,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state_dict` was taken."""
+        unwrapped(self.network).load_state_dict(state["network"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.directions = {int(k): v.to(self.device) for k, v in state["directions"].items()}
+        self.done = int(state["done"])
+
+    def pack(self, meta: dict[str, Any]) -> ModelPack:
+        """The target model: tuned weights beside the untouched Stage 1 weights and state."""
+        inherited = ("training_sites", "scans", "data_digest", "sequences")
+        from_parent = {k: self.parent.meta[k] for k in inherited if k in self.parent.meta}
+        return ModelPack(
+            config=self.config,
+            network=unwrapped(self.network).state_dict(),
+            state=dict(self.parent.state),
+            global_network=dict(self.parent.network),
+            meta={
+                **from_parent,
+                "kind": "target",
+                "target": self.target,
+                "encoder": self.encoder.name,
+                "parent_weights": self.parent.weights_digest(),
+                **meta,
+            },
+        )
+
+
+def _plans(stage: TargetStage, batch: Batch) -> list[SlicePlan]:
+    count = stage.config.target_stage.slices_per_plane
+    return [plan_slices(mask[0].cpu(), count) for mask in batch["mask"]]
+
+
+def _noise(batch: Batch) -> Tensor:
+    """Noise of the sampler, from the samples' seeds."""
+    shape = batch["image"].shape[1:]
+    rows = [
+        torch.randn(shape, generator=torch.Generator().manual_seed(int(s) ^ 0x5A5A))
+        for s in batch["seed"]
+    ]
+    return torch.stack(rows).to(batch["image"].device)
