@@ -21,7 +21,7 @@ _FORMAT = 1
 
 @dataclass(frozen=True)
 class Geometry:
-    """The way from a scan's stored voxels to the model grid. Exact: floats survive JSON bit for bit.
+    """The way from a scan's stored voxels to the model grid, exact also after a JSON round trip.
 
     Attributes:
         native_shape: Stored grid of the scan.
@@ -62,7 +62,7 @@ class Geometry:
         return out
 
     def scale(self, values: Array) -> Array:
-        """Scan intensities on the model's scale, float32: 0 at `intensity_low`, 1 at the high end."""
+        """Scan intensities on the model's scale, float32: 0 at the low end, 1 at the high end."""
         span = self.intensity_high - self.intensity_low
         out: Array = ((values - np.float32(self.intensity_low)) / np.float32(span)).astype(
             np.float32, copy=False

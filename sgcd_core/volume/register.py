@@ -37,7 +37,7 @@ def _mean_index(mask: Array, axis: int) -> float:
 
 def centred(mask: Array, affine: Array) -> Array:
     """(4, 4) world → template mm that only brings the centre of mass onto the template's."""
-    image, inside, grid = template(WORK_MM)
+    _, inside, grid = template(WORK_MM)
     out = np.eye(4)
     out[:3, 3] = centre_of_mass(inside, grid) - centre_of_mass(mask, affine)
     return out

@@ -1,7 +1,8 @@
 """Which voxels are brain: the mask a scan brings along, or deepbet's.
 
-deepbet (Fisch et al. 2024, Radiology: AI 6:e230483) runs in a process of its own: its wheel installs
-a top-level package `data` and pulls a GUI toolkit, neither of which a worker should hold.
+deepbet (Fisch et al. 2024, Computers in Biology and Medicine 179:108845) runs in a process of its
+own: its wheel installs a top-level package `data` and pulls a GUI toolkit, neither of which a worker
+should hold.
 `python -m sgcd_core.volume.strip IN.npy OUT.npy` is that process.
 """
 
@@ -38,13 +39,9 @@ _NO_DEEPBET = 3
 
 def background(data: Array) -> float:
     """The value that most of the eight corner voxels hold."""
-    values, counts = np.unique(data[::_last(data, 0), ::_last(data, 1), ::_last(data, 2)],
-                               return_counts=True)  # fmt: skip
+    corners = data[np.ix_([0, -1], [0, -1], [0, -1])]
+    values, counts = np.unique(corners, return_counts=True)
     return float(values[counts.argmax()])
-
-
-def _last(data: Array, axis: int) -> int:
-    return max(data.shape[axis] - 1, 1)
 
 
 def nonzero_brain(data: Array, value: float = 0.0) -> Array:

@@ -1,0 +1,68 @@
+"""The anatomy guard: quiet when only the look changes, loud when the anatomy does."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy import ndimage
+
+from sgcd_core.config import GuardConfig
+from sgcd_core.volume.guard import flags, guard_scores
+
+
+@pytest.fixture(scope="module")
+def brain() -> tuple[np.ndarray, np.ndarray]:
+    grid = np.stack(np.meshgrid(*[np.linspace(-1, 1, n) for n in (40, 48, 40)], indexing="ij"))
+    mask = (grid**2).sum(axis=0) < 0.8
+    rng = np.random.default_rng(0)
+    folds = ndimage.gaussian_filter(rng.standard_normal(mask.shape), 2)
+    folds /= folds[mask].std()
+    tissue = 0.2 + 0.3 * (folds > -0.5) + 0.35 * (folds > 0.4) + rng.normal(0, 0.02, mask.shape)
+    return np.where(mask, tissue, 0).astype(np.float32), mask
+
+
+def test_an_affine_change_of_intensity_leaves_both_scores_perfect(brain: tuple) -> None:
+    image, mask = brain
+    scores = guard_scores(image, np.where(mask, 0.5 * image + 0.3, 0), mask)
+    assert scores["gradient_correlation"] == pytest.approx(1.0, abs=1e-5)
+    assert scores["volume_drift"] < 0.01
+    assert flags(scores, GuardConfig()) == []
+
+
+def test_a_mild_contrast_change_is_not_flagged(brain: tuple) -> None:
+    image, mask = brain
+    scores = guard_scores(image, np.where(mask, np.clip(image, 0, 1) ** 0.8, 0), mask)
+    assert flags(scores, GuardConfig()) == []
+
+
+def test_another_anatomy_is_flagged(brain: tuple) -> None:
+    image, mask = brain
+    scores = guard_scores(image, np.where(mask, image[::-1], 0), mask)
+    assert scores["gradient_correlation"] < 0.3
+    assert [code for code, _ in flags(scores, GuardConfig())] == ["FLAG-ANATOMY"]
+
+
+def test_a_shrunken_tissue_is_flagged(brain: tuple) -> None:
+    image, mask = brain
+    bright = (image > 0.68) & mask
+    thinner = ndimage.binary_erosion(bright)
+    after = np.where(bright & ~thinner, 0.5, image).astype(np.float32)
+    codes = [code for code, _ in flags(guard_scores(image, after, mask), GuardConfig())]
+    assert "FLAG-VOLUMES" in codes
+
+
+def test_the_scores_do_not_change_from_run_to_run(brain: tuple) -> None:
+    image, mask = brain
+    after = np.sqrt(np.clip(image, 0, 1))
+    assert guard_scores(image, after, mask) == guard_scores(image, after, mask)
+
+
+def test_a_score_that_cannot_be_computed_is_flagged_and_an_absent_one_is_not() -> None:
+    nan = float("nan")
+    codes = [c for c, _ in flags({"gradient_correlation": nan, "volume_drift": nan}, GuardConfig())]
+    assert codes == ["FLAG-ANATOMY", "FLAG-VOLUMES"]
+    assert flags({}, GuardConfig()) == []
+
+
+def test_a_scan_unlike_the_training_sites_is_flagged() -> None:
+    assert [c for c, _ in flags({"outlier_score": 9.0}, GuardConfig())] == ["FLAG-UNLIKE-TRAINING"]
