@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+import traceback
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -74,8 +75,12 @@ def prepare_one(row: dict[str, Any], lake: Lake, config: PrepareConfig) -> dict[
         out.update(status="failed", code=error.code, message=str(error), prepared_uri=None)
     except Exception as error:
         # Boundary: one scan that fails in a way nobody foresaw must not end the run. The text of
-        # the exception may quote a header, so only its type is kept.
-        log.exception("event=prepare_failed scan_id=%s", row.get("scan_id"))
+        # the exception may quote a header, so only its type and place are kept.
+        log.error(
+            "event=prepare_failed scan_id=%s error=%s\n%s",
+            row.get("scan_id"), type(error).__name__,
+            "".join(traceback.format_tb(error.__traceback__)),
+        )  # fmt: skip
         out.update(
             status="failed", code="SCAN-FAILED", prepared_uri=None,
             message=f"[SCAN-FAILED] preparation ended with {type(error).__name__}; see the log.",

@@ -1,8 +1,8 @@
 """Which voxels are brain: the mask a scan brings along, or deepbet's.
 
 deepbet (Fisch et al. 2024, Computers in Biology and Medicine 179:108845) runs in a process of its
-own: its wheel installs a top-level package `data` and pulls a GUI toolkit, neither of which a worker
-should hold.
+own: its wheel installs a top-level package `data` and pulls a GUI toolkit, and a worker should hold
+neither.
 `python -m sgcd_core.volume.strip IN.npy OUT.npy` is that process.
 """
 

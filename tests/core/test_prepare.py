@@ -207,7 +207,7 @@ def test_a_head_without_a_tool_says_what_to_install(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *a: None if name == "deepbet" else real(name, *a)
     )
-    with pytest.raises(InputError, match="SCAN-NEEDS-STRIPPING.*pip install"):
+    with pytest.raises(InputError, match=r"SCAN-NEEDS-STRIPPING.*pip install"):
         prepare_scan(head(), PrepareConfig(), sequence="T1w")
 
 
