@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -81,13 +82,16 @@ class Tracker:
             )
 
     def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
-        """Numbers of one step; names may hold letters, digits, `_-./ ` only."""
+        """Numbers of one step. In names, characters that MLflow refuses become `_`."""
 
         def send() -> None:
             from mlflow.entities import Metric
 
             now = int(time.time() * 1000)
-            values = [Metric(name, float(v), now, step) for name, v in metrics.items()]
+            values = [
+                Metric(re.sub(r"[^/\w.\- :]", "_", name), float(v), now, step)
+                for name, v in metrics.items()
+            ]
             for first in range(0, len(values), 500):
                 self._client.log_batch(self.run_id, metrics=values[first : first + 500])
 

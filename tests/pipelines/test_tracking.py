@@ -37,7 +37,7 @@ def test_a_run_holds_settings_metrics_figures_and_the_model(lake: Lake) -> None:
     config = SgcdConfig(seed=7)
     with Tracker.start(lake, "train", config, {"code_version": "1.2"}) as tracker:
         for step in range(3):
-            tracker.log_metrics({"loss": 3.0 - step, "site/A.psnr": 20.0}, step)
+            tracker.log_metrics({"loss": 3.0 - step, "São (3 T)/T1w": 20.0}, step)
         tracker.log_figure("montage", b"\x89PNG")
         tracker.log_pack({"weights.safetensors": b"w", "sub/record.json": b"{}"})
         run_id = tracker.run_id
@@ -49,6 +49,7 @@ def test_a_run_holds_settings_metrics_figures_and_the_model(lake: Lake) -> None:
     assert got.data.tags["code_version"] == "1.2"
     history = client(lake).get_metric_history(run_id, "loss")
     assert [(m.step, m.value) for m in history] == [(0, 3.0), (1, 2.0), (2, 1.0)]
+    assert got.data.metrics["São _3 T_/T1w"] == 20.0
     folder = Path(client(lake).download_artifacts(run_id, ""))
     assert (folder / "figures/montage.png").read_bytes() == b"\x89PNG"
     assert (folder / "modelpack/sub/record.json").read_bytes() == b"{}"

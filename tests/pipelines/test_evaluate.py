@@ -1,0 +1,156 @@
+"""A perfect model is closer everywhere, a useless one is said to be, and nothing counts twice."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fake_lake import add_scan, brain, fake_lake, make_config
+
+from pipelines.catalog import Catalog
+from pipelines.evaluate import SITE_DISTANCE, evaluate, find_truth
+from pipelines.lake import Lake
+from pipelines.verdict import summarize
+from sgcd_core.errors import ModelError
+
+
+def perfect(scan, truth):
+    return truth * 0.999
+
+
+def useless(scan, truth):
+    return 1 - scan
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    lake, config = fake_lake(str(tmp_path_factory.mktemp("good")), perfect)
+    return lake, evaluate(lake, "target-T", 1, config, training_sites=["T", "A"]), config
+
+
+def test_each_test_scan_is_scored_by_each_method_on_each_measure(good):
+    lake, found, _ = good
+    rows = Catalog(lake).frame("metrics")
+    assert found.written
+    assert found.pairs == 4  # two people at A and B
+    assert len(rows) == 4 * 3 * 4
+    assert set(rows.method) == {"raw", "nyul", "sgcd"}
+    assert set(rows.site) == {"A", "B"}
+    assert set(rows[rows.site == "A"].seen) == {True}
+    assert set(rows[rows.site == "B"].seen) == {False}
+    assert (rows.reference != rows.scan_id).all()
+    assert rows.subject.str.startswith("x").all(), "training subjects are not scored"
+
+
+def test_a_perfect_model_is_closer_than_raw_and_nyul_on_everything(good):
+    _, found, _ = good
+    assert all(line.closer("sgcd", "raw") for line in found.summary.lines)
+    assert all(line.closer("sgcd", "nyul") for line in found.summary.lines)
+    assert not any("NOT" in sentence for sentence in found.verdict)
+    heads = [sentence.split(":")[0] for sentence in found.verdict]
+    assert (
+        heads
+        == ["T1w, sites seen in training (2 subjects)"] * 2
+        + ["T1w, sites never seen in training (2 subjects)"] * 2
+    )
+
+
+def test_site_metrics_hold_before_after_and_an_interval(good):
+    lake, _, _ = good
+    rows = Catalog(lake).frame("site_metrics")
+    ssim = rows[(rows.metric == "ssim") & (rows.method == "sgcd")]
+    assert sorted(ssim.site) == ["A", "B"]
+    assert (ssim.after > ssim.before).all()
+    assert ((ssim.low <= ssim.after) & (ssim.after <= ssim.high)).all()
+    assert set(ssim.n) == {2}
+    distance = rows[(rows.metric == SITE_DISTANCE) & (rows.method == "sgcd")]
+    assert (distance.after < 0.5 * distance.before).all()
+    assert set(distance.n) == {5}  # three training and two traveling people
+
+
+def test_evaluating_again_adds_nothing(good):
+    lake, first, config = good
+    before = {t: Catalog(lake).version(t) for t in ("metrics", "site_metrics")}
+    again = evaluate(lake, "target-T", 1, config, training_sites=["T", "A"])
+    assert again.written is False
+    assert {t: Catalog(lake).version(t) for t in before} == before
+    assert again.verdict == first.verdict
+
+
+def test_a_useless_model_is_said_to_be(tmp_path):
+    lake, config = fake_lake(str(tmp_path), useless, sites=("A",))
+    found = evaluate(lake, "target-T", 1, config, training_sites=["T", "A"])
+    assert len(found.verdict) == 2
+    for rival, sentence in zip(("the raw scans", "Nyúl"), found.verdict, strict=True):
+        assert f"SGCD is NOT closer than {rival} on SSIM" in sentence
+        assert "SGCD is closer" not in sentence
+
+
+def test_a_copy_is_not_closer_than_raw(tmp_path):
+    lake, config = fake_lake(str(tmp_path), lambda scan, truth: scan, sites=("A",))
+    found = evaluate(lake, "target-T", 1, config)
+    assert found.verdict[0].startswith("T1w, all sites (2 subjects): SGCD is NOT closer than the")
+    assert "; " not in found.verdict[0]
+
+
+def test_without_traveling_subjects_the_sites_are_still_compared(tmp_path):
+    lake, config = fake_lake(str(tmp_path), perfect, traveling=0)
+    found = evaluate(lake, "target-T", 1, config)
+    assert found.pairs == 0
+    assert found.verdict[0].startswith("No scan has a truth to compare with")
+    sgcd = [r for r in found.site_rows if r["method"] == "sgcd"]
+    assert {r["site"] for r in sgcd} == {"A", "B"}
+    assert all(r["after"] < r["before"] for r in sgcd)
+
+
+def test_one_unreadable_output_is_named_and_the_others_are_scored(tmp_path):
+    lake, config = fake_lake(str(tmp_path), perfect, sites=("A",))
+    rows = Catalog(lake).rows("results").to_pylist()
+    bad = next(r for r in rows if r["subject"] == "x0" and r["site"] == "A")
+    Path(bad["model_grid_uri"]).write_bytes(b"not a scan")
+    found = evaluate(lake, "target-T", 1, config)
+    assert found.pairs == 1
+    assert list(found.skipped) == [bad["scan_id"]]
+    assert found.skipped[bad["scan_id"]].startswith("SCAN-")
+
+
+def test_the_truth_only_serves_for_comparison(tmp_path):
+    """Nyúl's output for a test scan does not change when the subject's target scan does."""
+    numbers = []
+    for seed in (100, 200):
+        lake, config = fake_lake(str(tmp_path / str(seed)), perfect, sites=("A",), traveling=1)
+        other, mask = brain(seed, "T1w")
+        add_scan(lake, config, other, mask, subject="x0", site="T", sequence="T1w", split="test")
+        found = evaluate(lake, "target-T", 1, config)
+        nyul = [r for r in found.site_rows if r["method"] == "nyul"]
+        numbers.append([r["after"] for r in nyul if r["metric"] == SITE_DISTANCE])
+    assert numbers[0] == numbers[1]
+
+
+def test_a_scan_training_may_have_seen_is_no_truth():
+    scan = {"dataset": "d", "subject": "1", "sequence": "T1w", "site": "A", "split": "test"}
+    base = scan | {"site": "T", "status": "ok", "session": "1", "scan_id": "t"}
+    assert find_truth(scan, [base], "T") == base
+    assert find_truth(scan, [base | {"split": "train"}], "T") is None
+    assert find_truth(scan, [base | {"dataset": "other"}], "T") is None
+    assert find_truth(scan, [base | {"sequence": "T2w"}], "T") is None
+    assert find_truth(scan | {"split": "train"}, [base], "T") is None
+
+
+def test_nothing_harmonized_is_an_error(tmp_path):
+    with pytest.raises(ModelError) as caught:
+        evaluate(Lake(str(tmp_path)), "m", 1, make_config())
+    assert caught.value.code == "MODEL-MISSING"
+
+
+def test_infinite_and_missing_values_are_summarized():
+    base = {"site": "A", "sequence": "T1w", "seen": None, "metric": "psnr", "subject": "1"}
+    rows = [
+        base | {"method": "sgcd", "value": np.inf},
+        base | {"method": "raw", "value": 20.0},
+        base | {"method": "nyul", "value": None},
+    ]
+    summary = summarize(rows)
+    assert "PSNR (∞ against 20.00)" in summary.verdict[0]
+    assert summary.lines[0].closer("sgcd", "nyul") is False

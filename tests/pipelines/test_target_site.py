@@ -1,0 +1,47 @@
+"""The most uniform site comes first."""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+import numpy as np
+import pytest
+from fake_lake import add_scan, brain, make_config
+
+from pipelines.catalog import Catalog
+from pipelines.lake import Lake
+from pipelines.target_site import mean_pairwise, suggest_target
+from sgcd_core.errors import InputError
+
+
+def test_sites_are_sorted_by_the_distance_between_their_own_scans(tmp_path):
+    lake, config, rows = Lake(str(tmp_path)), make_config(), []
+    spread = {"uniform": 0.0, "mixed": 0.5, "single": 0.0}
+    for site, strength in spread.items():
+        for number in range(1 if site == "single" else 3):
+            image, mask = brain(number, "T1w")
+            image = np.where(mask, image ** (1 + strength * number), 0).astype(np.float32)
+            who = {"subject": f"{site}{number}", "site": site, "sequence": "T1w"}
+            rows.append(add_scan(lake, config, image, mask, **who, split="train"))
+    odd, mask = brain(7, "T1w")
+    who = {"subject": "t", "site": "uniform", "sequence": "T1w"}
+    rows.append(add_scan(lake, config, odd**5, mask, **who, split="test"))
+    Catalog(lake).append("scans", rows)
+    found = suggest_target(Catalog(lake), lake, config.prepare.digest())
+    assert [r["site"] for r in found] == ["uniform", "mixed", "single"]
+    assert [r["n"] for r in found] == [3, 3, 1]
+    assert found[0]["distance"] < 0.05 < found[1]["distance"]
+    assert found[2]["distance"] is None
+
+
+def test_the_mean_over_pairs_is_that_of_all_pairs_one_by_one():
+    quantiles = np.sort(np.random.default_rng(0).random((6, 40)), axis=1)
+    pairs = [np.abs(a - b).mean() for a, b in combinations(quantiles, 2)]
+    assert mean_pairwise(quantiles) == pytest.approx(np.mean(pairs))
+    assert mean_pairwise(quantiles[:1]) is None
+
+
+def test_nothing_prepared_is_an_error(tmp_path):
+    with pytest.raises(InputError) as caught:
+        suggest_target(Catalog(Lake(str(tmp_path))), Lake(str(tmp_path)), "x")
+    assert caught.value.code == "LAKE-EMPTY"
