@@ -41,8 +41,9 @@ class Gunzip:
                     "the compressed stream is damaged.", code="SCAN-CORRUPT", where=self._where,
                     hint="Copy the file again from its source.",
                 ) from error  # fmt: skip
-            self._position += len(chunk)
-            self._position -= len(self._member.unconsumed_tail) + len(self._member.unused_data)
+            member = self._member  # at its end zlib may repeat unused_data in unconsumed_tail
+            left = member.unused_data if member.eof else member.unconsumed_tail
+            self._position += len(chunk) - len(left)
             pieces.append(piece)
             size -= len(piece)
             if self._member.eof:

@@ -105,9 +105,11 @@ def _shape(raw: Any, where: str) -> tuple[int, int, int]:
 def _qform(raw: Any) -> NDArray[np.float64]:
     """The quaternion's affine, as `nifti_quatern_to_mat44` computes it."""
     b, c, d = (float(raw[f"quatern_{x}"]) for x in "bcd")
+    if not np.isfinite((b, c, d)).all():
+        return np.full((4, 4), np.nan)
     a2 = 1.0 - (b * b + c * c + d * d)
     if a2 < 1e-7:
-        norm = np.sqrt(b * b + c * c + d * d)
+        norm = float(np.sqrt(b * b + c * c + d * d))
         a, b, c, d = 0.0, b / norm, c / norm, d / norm
     else:
         a = float(np.sqrt(a2))

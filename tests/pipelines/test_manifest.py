@@ -1,0 +1,239 @@
+"""`sgcd index`: one row a scan, the site from where it is said, and nothing read twice."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from pipelines.lake import Lake
+from pipelines.manifest import IndexResult, index_sources, latest_by_uri
+from sgcd_core.errors import InputError, StorageError, UsageError
+from sgcd_core.io.store import Store
+
+if TYPE_CHECKING:
+    from tests.conftest import S3Server
+
+MakeScan = Callable[..., bytes]
+NAME = "sub-{0}/anat/sub-{0}_T1w.nii.gz"
+
+
+class CountingStore(Store):
+    """Counts how many scans are read."""
+
+    def __init__(self) -> None:
+        self.scans_read = 0
+
+    def read_bytes(self, uri: str, *, max_bytes: int | None = None) -> bytes:
+        self.scans_read += uri.endswith((".nii", ".nii.gz"))
+        return super().read_bytes(uri, max_bytes=max_bytes)
+
+
+@pytest.fixture
+def tree(tmp_path: Path, make_scan: MakeScan) -> Path:
+    """Two subjects with sites, one of them cut short, and one without a site."""
+    root = tmp_path / "bids"
+    for i, subject in enumerate(("1", "2", "3")):
+        path = root / NAME.format(subject)
+        path.parent.mkdir(parents=True)
+        path.write_bytes(make_scan(i) if subject != "2" else make_scan(i)[:-30])
+    (root / "participants.tsv").write_text(
+        "participant_id\tage\tsex\tsite\tsplit\nsub-1\t40\tF\tA\ttest\nsub-2\t50\tM\tB\tn/a\n"
+    )
+    return root
+
+
+def by_subject(result: IndexResult) -> dict[str, dict[str, Any]]:
+    return {row["subject"]: row for row in result.rows}
+
+
+def remembered(*results: IndexResult) -> dict[str, Any]:
+    """What the catalog holds after appending these results: the latest row of each scan_id."""
+    latest = {row["scan_id"]: row for result in results for row in result.rows}
+    return latest_by_uri(latest.values())
+
+
+def test_each_scan_has_one_row_whatever_its_state(tree: Path) -> None:
+    result = index_sources([str(tree)])
+    rows = by_subject(result)
+    assert [(s, r["status"], r["code"]) for s, r in rows.items()] == [
+        ("1", "ok", None), ("2", "failed", "SCAN-TRUNCATED"), ("3", "failed", "SCAN-NO-SITE"),
+    ]  # fmt: skip
+    one = rows["1"]
+    assert (one["site"], one["age"], one["sex"], one["split"]) == ("A", 40, "F", "test")
+    assert (one["dataset"], one["sequence"], one["shape"]) == ("bids", "T1w", [60, 70, 60])
+    assert len({row["scan_id"] for row in result.rows}) == 3
+    assert result.failed == 2
+
+
+def test_rows_fit_the_catalog(tree: Path, tmp_lake: Lake) -> None:
+    from pipelines.catalog import Catalog
+
+    catalog = Catalog(tmp_lake)
+    first = index_sources([str(tree)])
+    catalog.append("scans", first.rows)
+    stored = catalog.rows("scans").to_pylist()
+    assert len(stored) == 3
+    again = index_sources([str(tree)], known=latest_by_uri(stored))
+    assert again.rows == []
+    assert len(again.unchanged) == 3
+
+
+def test_an_unchanged_scan_is_not_read_again_but_new_facts_are_taken(tree: Path) -> None:
+    store = CountingStore()
+    first = index_sources([str(tree)], store=store)
+    assert store.scans_read == 3
+    (tree / "participants.tsv").write_text("participant_id\tsite\nsub-1\tnew\nsub-3\tC\n")
+    second = index_sources([str(tree)], store=store, known=remembered(first))
+    assert store.scans_read == 5  # the two that failed are tried again
+    rows = by_subject(second)
+    assert rows["1"]["site"] == "new"
+    assert rows["1"]["scan_id"] == by_subject(first)["1"]["scan_id"]
+    assert rows["1"]["shape"] == [60, 70, 60]
+    assert rows["3"]["status"] == "ok"
+
+
+def test_a_replaced_and_a_removed_file_leave_no_usable_row_behind(
+    tree: Path, make_scan: MakeScan
+) -> None:
+    (tree / "participants.tsv").write_text("participant_id\tsite\nsub-1\tA\nsub-3\tC\n")
+    first = index_sources([str(tree)])
+    old = by_subject(first)
+    (tree / NAME.format("1")).write_bytes(make_scan(77))
+    (tree / NAME.format("3")).unlink()
+    second = index_sources([str(tree)], known=remembered(first))
+    states = {row["scan_id"]: (row["status"], row["code"]) for row in second.rows}
+    assert states[old["1"]["scan_id"]] == ("failed", "SCAN-MISSING")
+    assert states[old["3"]["scan_id"]] == ("failed", "SCAN-MISSING")
+    assert sum(state == ("ok", None) for state in states.values()) == 1
+
+
+def test_equal_bytes_under_two_names_are_two_rows(tree: Path) -> None:
+    shutil.copytree(tree / "sub-1", tree / "sub-0")
+    (tree / "sub-0/anat/sub-1_T1w.nii.gz").rename(tree / "sub-0/anat/sub-0_T1w.nii.gz")
+    with (tree / "participants.tsv").open("a") as file:
+        file.write("sub-0\t40\tF\tA\tn/a\n")
+    fresh = by_subject(index_sources([str(tree)]))
+    assert fresh["0"]["status"] == "ok"  # the first listed keeps the scan
+    assert fresh["1"]["code"] == "SCAN-DUPLICATE"
+    assert fresh["0"]["scan_id"] != fresh["1"]["scan_id"]
+
+    (tree / "sub-0").rename(tree.parent / "aside")
+    first = index_sources([str(tree)])
+    (tree.parent / "aside").rename(tree / "sub-0")
+    later = index_sources([str(tree)], known=remembered(first))
+    assert by_subject(later)["0"]["code"] == "SCAN-DUPLICATE"  # the known address keeps the scan
+    assert str(tree / NAME.format("1")) in later.unchanged
+    third = index_sources([str(tree)], known=remembered(first, later))
+    assert third.rows == []
+
+
+def test_a_moved_file_keeps_its_scan_id(tree: Path) -> None:
+    first = index_sources([str(tree)])
+    moved = tree.rename(tree.parent / "moved")
+    second = by_subject(index_sources([str(moved)], known=remembered(first)))
+    assert second["1"]["status"] == "ok"
+    assert second["1"]["scan_id"] == by_subject(first)["1"]["scan_id"]
+    assert second["1"]["uri"].startswith(str(moved))
+
+
+def test_sites_come_from_where_the_user_says(tree: Path, make_scan: MakeScan) -> None:
+    folder = tree / "sub-4" / "ses-x" / "anat"
+    folder.mkdir(parents=True)
+    (folder / "sub-4_ses-x_T1w.nii.gz").write_bytes(make_scan(9))
+    fields = {"InstitutionName": "General Hospital", "MagneticFieldStrength": 3,
+              "Manufacturer": "M", "ManufacturersModelName": "N"}  # fmt: skip
+    (folder / "sub-4_ses-x_T1w.json").write_text(json.dumps(fields))
+    (tree / "sub-4" / "sub-4_sessions.tsv").write_text("session_id\tsite\nses-x\ttravel\n")
+    with (tree / "participants.tsv").open("a") as file:
+        file.write("sub-4\t20\tM\thome\tn/a\n")
+    found = {how: by_subject(index_sources([str(tree)], site_from=how))["4"]
+             for how in ("auto", "participants", "session", "sidecar")}  # fmt: skip
+    assert {how: row["site"] for how, row in found.items()} == {
+        "auto": "travel", "participants": "home", "session": "travel",
+        "sidecar": "General Hospital",
+    }  # fmt: skip
+    row = found["auto"]
+    assert (row["field_strength"], row["manufacturer"], row["model_name"]) == (3, "M", "N")
+    assert row["sidecar_uri"].endswith("sub-4_ses-x_T1w.json")
+    with pytest.raises(UsageError):
+        index_sources([str(tree)], site_from="moon")
+
+
+def test_a_manifest_lists_scans_anywhere(tmp_path: Path, make_scan: MakeScan) -> None:
+    (tmp_path / "in").mkdir()
+    for i, name in enumerate(("a b.nii.gz", "c,d.nii.gz", "e.nii.gz", "f.nii.gz")):
+        (tmp_path / "in" / name).write_bytes(make_scan(i))
+    table = tmp_path / "scans.csv"
+    table.write_text(
+        "\ufeffURI,subject,sequence,site,session,age,extra\n"
+        "in/a b.nii.gz,sub-1,T1w,A,ses-x,33,zzz\n"
+        '"in/c,d.nii.gz",2,T2w,B,,,\n'
+        f"{(tmp_path / 'in/e.nii.gz').as_uri()},3,FLAIR,A,,,\n"
+        "in/f.nii.gz,4,T1w,n/a,,,\n"
+        "in/missing.nii.gz,5,T1w,A,,,\n"
+    )
+    result = index_sources([str(table)])
+    rows = by_subject(result)
+    assert {s: r["code"] for s, r in rows.items()} == {
+        "1": None, "2": None, "3": "SCAN-SEQUENCE", "4": "SCAN-NO-SITE", "5": "SCAN-MISSING",
+    }  # fmt: skip
+    assert (rows["1"]["session"], rows["1"]["age"], rows["1"]["dataset"]) == ("x", 33, "scans")
+    assert rows["2"]["uri"] == str(tmp_path / "in/c,d.nii.gz")
+    assert "1 other columns" in result.notes[0]
+    store = CountingStore()
+    again = index_sources([str(table)], store=store, known=remembered(result))
+    assert again.rows == []
+
+
+def test_a_manifest_without_its_columns_says_which(tmp_path: Path) -> None:
+    table = tmp_path / "scans.csv"
+    table.write_text("uri;subject\nx.nii;1\n")
+    with pytest.raises(InputError) as error:
+        index_sources([str(table)])
+    assert error.value.code == "MANIFEST-COLUMN"
+    assert "sequence, site" in str(error.value)
+
+
+def test_a_source_with_nothing_in_it_says_so(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for source in (tmp_path / "empty", tmp_path / "nowhere"):
+        with pytest.raises(StorageError) as error:
+            index_sources([str(source)])
+        assert error.value.code == "STORE-EMPTY"
+        assert str(source) in str(error.value)
+    with pytest.raises(InputError) as missing:
+        index_sources([str(tmp_path / "no.csv")])
+    assert missing.value.code == "SCAN-MISSING"
+
+
+@pytest.mark.slow
+@pytest.mark.real
+@pytest.mark.s3
+def test_real_scans_index_alike_from_a_folder_and_from_s3(
+    data_dir: Path, s3_server: S3Server
+) -> None:
+    root, prefix, store = data_dir / "real", s3_server.uri("real"), Store()
+    for path in [*root.glob("*.*"), *root.glob("sub-*/anat/*")]:
+        store.write_bytes(f"{prefix}/{path.relative_to(root)}", path.read_bytes())
+    local, remote = index_sources([str(root)]), index_sources([prefix])
+    assert len(local.rows) == 31
+    assert {row["code"] for row in local.rows if row["status"] == "failed"} == {"SCAN-COARSE"}
+    sites = {row["site"] for row in local.rows}
+    assert sites == {"novosibirsk", "ucla", "ixi-hammersmith", "ixi-guys", "cmu", "tcga-du",
+                     "ljubljana"}  # fmt: skip
+    ages = by_subject(local)
+    assert ages["IXI013"]["age"] == 46.71
+    assert ages["CSI1"]["age"] is None
+    differ = ("uri", "etag", "indexed_at")
+    bare = [[{k: v for k, v in row.items() if k not in differ} for row in result.rows]
+            for result in (local, remote)]  # fmt: skip
+    assert bare[0] == bare[1]
+    counting = CountingStore()
+    again = index_sources([prefix], store=counting, known=remembered(remote))
+    assert again.rows == []
+    assert counting.scans_read == 6  # only those that failed
