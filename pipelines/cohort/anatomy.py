@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.cohort.tissues import (
     FIRST_HEAD_TISSUE,
-    FLUID,
     GREY_RIM,
     OUTSIDE_BRAIN,
     Tissue,
@@ -23,6 +23,10 @@ from sgcd_core.io.store import Store
 #: Where the centre of a brain is put, mm RAS+: that of the ICBM152 brain.
 CENTRE = np.array([0.0, -18.0, 8.0])
 TEMPLATE = "template"
+FAR = 1000.0
+#: Moves of fluid borders that ageing chooses from, mm; outward is positive.
+SULCUS_WALLS = np.linspace(-1.2, 1.2, 25)
+VENTRICLE_WALLS = np.linspace(-9.0, 7.0, 65)
 
 
 @dataclass(frozen=True)
@@ -37,10 +41,13 @@ class Anatomy:
         main: uint8 (N,), the tissue that fills most of each voxel.
         second: uint8 (N,), the other one.
         share: float32 (N,) in [0, 1], the part of `main`.
-        to_sulcus: float32 (N,), mm from the nearest sulcal CSF, for grey matter rims; else large.
-        to_ventricle: float32 (N,), mm from the nearest ventricle, for brain tissue; else large.
+        to_sulcus: float32 (N,), mm from the border of sulcal CSF and grey matter, negative in
+            the fluid; `FAR` elsewhere.
+        to_ventricle: float32 (N,), mm from the ventricles' wall, negative inside; `FAR` elsewhere.
         depth: float32 (N,) in [0, 1], white matter in the neighbourhood (myelin gradient).
         brain: bool (N,), inside the brain hull.
+        sulcus_curve: Sulcal CSF as a part of the hull, its border moved by `SULCUS_WALLS`.
+        ventricle_curve: The same of the ventricles by `VENTRICLE_WALLS`.
     """
 
     name: str
@@ -54,6 +61,8 @@ class Anatomy:
     to_ventricle: NDArray[np.float32]
     depth: NDArray[np.float32]
     brain: NDArray[np.bool_]
+    sulcus_curve: NDArray[np.float64]
+    ventricle_curve: NDArray[np.float64]
 
     @property
     def mm(self) -> float:
@@ -157,14 +166,22 @@ def _shifted(affine: NDArray[np.float64], box: tuple[slice, slice, slice]) -> ND
 
 
 def _hull(solid: NDArray[np.bool_], step: int) -> NDArray[np.bool_]:
-    """Closing of the brain by about 7 mm, plus the 1.5 mm of fluid a stripped brain keeps."""
-    from scipy.ndimage import binary_fill_holes, distance_transform_edt
+    """Closing of the brain by about 7 mm, plus the 1.5 mm of fluid a stripped brain keeps.
 
-    wide = np.pad(solid, 8)
-    grown = distance_transform_edt(~wide) * step <= 7.0
-    closed = distance_transform_edt(grown) * step > 5.5
-    out: NDArray[np.bool_] = binary_fill_holes(closed | wide)[8:-8, 8:-8, 8:-8]
-    return out
+    Distances are taken on every second voxel and interpolated: eight times cheaper, and smooth.
+    """
+    from scipy.ndimage import binary_fill_holes, distance_transform_edt, zoom
+
+    pad = 8
+    wide = np.pad(solid, [(pad, pad + s % 2) for s in solid.shape])
+    x, y, z = (s // 2 for s in wide.shape)
+    coarse = wide.reshape(x, 2, y, 2, z, 2).mean(axis=(1, 3, 5)) > 0.4
+    grown = distance_transform_edt(~coarse) * 2 * step <= 7.0
+    depth = distance_transform_edt(grown).astype(np.float32) * 2 * step
+    fine = zoom(depth, 2, order=1, grid_mode=True, mode="nearest")
+    hull = binary_fill_holes((fine > 5.5) | wide)
+    a, b, c = solid.shape
+    return np.asarray(hull[pad : pad + a, pad : pad + b, pad : pad + c])
 
 
 def _finish(
@@ -179,13 +196,23 @@ def _finish(
     from scipy.ndimage import distance_transform_edt, gaussian_filter
 
     mm = float(abs(affine[0, 0]))
-    tissue_brain = brain & ~np.isin(main, FLUID)
-    rim = tissue_brain & np.isin(main, GREY_RIM)
+    ventricle = np.isin(main, (Tissue.VENTRICLE, Tissue.CHOROID_PLEXUS))
     sulcus = (main == Tissue.SULCAL_CSF) | ~brain
-    to_sulcus = np.where(rim, distance_transform_edt(~sulcus) * mm, 1e3).astype(np.float32)
-    ventricle = main == Tissue.VENTRICLE
-    to_ventricle = distance_transform_edt(~ventricle) * mm if ventricle.any() else 1e3
-    to_ventricle = np.where(tissue_brain, to_ventricle, 1e3).astype(np.float32)
+    tissue = ~(ventricle | sulcus)
+    inner, nearest = distance_transform_edt(~tissue, return_indices=True)
+    pure = ~tissue & (main > 0) & (share > 0.999)
+    near = main[tuple(axis[pure] for axis in nearest)]
+    second = second.copy()
+    second[pure] = near
+    rim = tissue & np.isin(main, GREY_RIM)
+    to_sulcus = np.full(main.shape, FAR, np.float32)
+    to_sulcus[rim] = ((distance_transform_edt(~sulcus) - 0.5) * mm)[rim]
+    fluid = (main == Tissue.SULCAL_CSF) & brain
+    to_sulcus[fluid] = ((0.5 - inner) * mm)[fluid]
+    to_ventricle = np.full(main.shape, FAR, np.float32)
+    if ventricle.any():
+        to_ventricle[tissue] = ((distance_transform_edt(~ventricle) - 0.5) * mm)[tissue]
+        to_ventricle[ventricle] = ((0.5 - inner) * mm)[ventricle]
     white = np.isin(main, (Tissue.WHITE, Tissue.CEREBELLUM_WHITE)).astype(np.float32)
     depth = gaussian_filter(white, 1.5 / mm, truncate=3.0)
     index = np.flatnonzero(main).astype(np.int32)
@@ -193,13 +220,30 @@ def _finish(
     moved = affine.astype(np.float64).copy()
     moved[:3, 3] += CENTRE - centre[:3]
 
-    def flat(values: NDArray[np.generic]) -> NDArray[np.generic]:
+    def flat(values: NDArray[Any]) -> NDArray[Any]:
         return np.ascontiguousarray(values.reshape(-1)[index])
 
+    count = int(brain.sum())
     return Anatomy(
-        name, (main.shape[0], main.shape[1], main.shape[2]), moved, index,
-        flat(main).astype(np.uint8), flat(second).astype(np.uint8),
-        flat(share).astype(np.float32), flat(to_sulcus).astype(np.float32),
-        flat(to_ventricle).astype(np.float32), flat(depth).astype(np.float32),
-        flat(brain).astype(np.bool_),
-    )  # fmt: skip
+        name=name,
+        shape=(main.shape[0], main.shape[1], main.shape[2]),
+        affine=moved,
+        index=index,
+        main=flat(main),
+        second=flat(second),
+        share=flat(share.astype(np.float32)),
+        to_sulcus=flat(to_sulcus),
+        to_ventricle=flat(to_ventricle),
+        depth=flat(depth),
+        brain=flat(brain),
+        sulcus_curve=_curve(to_sulcus, SULCUS_WALLS, count),
+        ventricle_curve=_curve(to_ventricle, VENTRICLE_WALLS, count),
+    )
+
+
+def _curve(
+    distance: NDArray[np.float32], walls: NDArray[np.float64], count: int
+) -> NDArray[np.float64]:
+    """Fluid as a part of the brain hull when the border is moved to each of `walls`."""
+    values = np.sort(distance[distance < FAR], axis=None)
+    return np.asarray(np.searchsorted(values, walls) / max(count, 1))

@@ -133,7 +133,7 @@ def class_fractions(subject: Subject) -> list[Array]:
     sulcal = anatomy.to_sulcus < anatomy.to_ventricle
     out = []
     for number in TRUTH:
-        part = (first == number) * anatomy.share + (other == number) * (1 - anatomy.share)
+        part = (first == number) * subject.share + (other == number) * (1 - subject.share)
         part = part * (1 - fluid)
         if number in (SULCAL_CLASS, VENTRICLE_CLASS):
             part = part + fluid * (sulcal == (number == SULCAL_CLASS))
@@ -152,9 +152,9 @@ def _signals(subject: Subject, scanner: Scanner, how: Acquisition) -> Array:
                       t1[tissue] * subject.t1, t2[tissue] * subject.t2, field)  # fmt: skip
 
     total = of(anatomy.main)
-    mixed = np.flatnonzero(anatomy.share < 1)
+    mixed = np.flatnonzero(subject.share < 1)
     if mixed.size:
-        share = anatomy.share[mixed]
+        share = subject.share[mixed]
         other = signal(
             how.protocol, density[anatomy.second[mixed]] * subject.proton_density[mixed],
             t1[anatomy.second[mixed]] * subject.t1[mixed],
@@ -261,7 +261,7 @@ def _bias(
     log += c[6] * x * y + c[7] * y * z + c[8] * x * z
     # the expected square over a head, so that the field averages to about 1
     log -= np.float32(0.18) * (c[3] + c[4] + c[5])
-    return np.exp(log)
+    return np.asarray(np.exp(log))
 
 
 def _kspace(image: Array, how: Acquisition) -> Array:

@@ -7,15 +7,15 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.cohort.anatomy import CENTRE, Anatomy
+from pipelines.cohort.anatomy import CENTRE, SULCUS_WALLS, VENTRICLE_WALLS, Anatomy
 from pipelines.cohort.tissues import FIRST_HEAD_TISSUE, Tissue
 from pipelines.cohort.warp import random_displacement, smooth_noise
 
 Array = NDArray[np.float32]
 WARP_MM = 4.0
 AGES = (20.0, 80.0)
-#: What sixty years take away, mm: rim of the cortex, and growth of the ventricles' wall.
-SULCAL_MM, VENTRICLE_MM = 0.75, 2.6
+#: Fluids as parts of the brain hull at twenty and at eighty.
+SULCAL, VENTRICLES = (0.15, 0.26), (0.011, 0.042)
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,9 @@ class Subject:
         pose: (4, 4) subject world mm RAS+ → anatomy world, before the warp.
         displacement: float32 (3, X, Y, Z), mm, added to points of anatomy world.
         warp_affine: Voxel of `displacement` → anatomy world, mm.
-        fluid: float32 (N,) in [0, 1], part of each voxel that age turned to CSF.
+        share: float32 (N,) in [0, 1], part of the main tissue in each voxel, the rest being the
+            second one: the anatomy's, less where fluid gave way.
+        fluid: float32 (N,) in [0, 1], part of each tissue voxel that age turned to CSF.
         proton_density: float32 (N,), factor around 1.
         t1: float32 (N,), factor around 1.
         t2: float32 (N,), factor around 1.
@@ -43,6 +45,7 @@ class Subject:
     pose: NDArray[np.float64]
     displacement: Array
     warp_affine: NDArray[np.float64]
+    share: Array
     fluid: Array
     proton_density: Array
     t1: Array
@@ -72,9 +75,9 @@ def random_subject(
     warp_shape, warp_affine = _warp_grid(anatomy)
     displacement = random_displacement(rng, warp_shape, WARP_MM)
     pose = _pose(rng, kind)
-    fluid = _ageing(anatomy, rng, years)
+    fluid, share = _ageing(anatomy, rng, years)
     density, t1, t2 = _microstructure(anatomy, rng, years)
-    return Subject(name, years, kind, anatomy, pose, displacement, warp_affine, fluid,
+    return Subject(name, years, kind, anatomy, pose, displacement, warp_affine, share, fluid,
                    density, t1, t2)  # fmt: skip
 
 
@@ -100,24 +103,38 @@ def _pose(rng: np.random.Generator, sex: str) -> NDArray[np.float64]:
     return pose
 
 
-def _ageing(anatomy: Anatomy, rng: np.random.Generator, age: float) -> Array:
-    """Part of each voxel lost to fluid: sulci widen, cortex thins, ventricles grow.
+def _ageing(anatomy: Anatomy, rng: np.random.Generator, age: float) -> tuple[Array, Array]:
+    """Fluid takes the place of tissue with the years: sulci widen, cortex thins, ventricles grow.
 
-    Loss is slow before fifty and faster after (Fjell 2013, NeuroImage 81:335 for the shape),
-    larger in frontal and temporal cortex, and varies by a tenth from person to person.
+    The two fluids get the volume usual at this age, within a few percent from person to person,
+    by moving their borders; an anatomy of another age is thereby brought to this one. Loss is
+    slow before fifty and faster after (Fjell 2013, NeuroImage 81:335), and a little faster in
+    front.
+
+    Returns:
+        `fluid`: part of each tissue voxel that became fluid, and `share`: of the main tissue in
+        each voxel, less than the anatomy's where fluid gave way.
     """
-    years = np.clip((age - AGES[0]) / (AGES[1] - AGES[0]), 0, 1)
+    years = float(np.clip((age - AGES[0]) / (AGES[1] - AGES[0]), 0, 1))
     course = 0.6 * years + 0.4 * years**2
-    noise = rng.normal(0, 1, 2)
-    rim = np.float32(SULCAL_MM * (course * (1 + 0.08 * noise[0]) + 0.03 * noise[0]))
-    wall = np.float32(VENTRICLE_MM * (course * (1 + 0.08 * noise[1]) + 0.03 * noise[1]))
+    noise = np.exp(rng.normal(0, 1, 2) * (0.05, 0.12))
+    # a hull that fits tightly, as the template's does, cannot hold the usual sulcal fluid
+    fit = min(1.0, float(np.interp(0.8, SULCUS_WALLS, anatomy.sulcus_curve)) / SULCAL[1])
+    sulci = (SULCAL[0] + (SULCAL[1] - SULCAL[0]) * course) * noise[0] * fit
+    ventricles = (VENTRICLES[0] + (VENTRICLES[1] - VENTRICLES[0]) * course) * noise[1]
+    rim = np.float32(np.interp(sulci, anatomy.sulcus_curve, SULCUS_WALLS))
+    wall = np.float32(np.interp(ventricles, anatomy.ventricle_curve, VENTRICLE_WALLS))
     y = (anatomy.index // anatomy.shape[2]) % anatomy.shape[1]
-    frontal = 1.0 + 0.25 * (y.astype(np.float32) / anatomy.shape[1] - 0.5)
+    front = np.float32(0.15) * (y.astype(np.float32) / anatomy.shape[1] - np.float32(0.5))
     mm = np.float32(anatomy.mm)
-    lost = np.clip((rim * frontal - anatomy.to_sulcus) / mm + 1, 0, 1)
-    lost += np.clip((wall - anatomy.to_ventricle) / mm + 1, 0, 1)
-    out: Array = np.minimum(lost, 1.0).astype(np.float32)
-    return out
+    sulcal = np.clip((rim + front - anatomy.to_sulcus) / mm + 0.5, 0, 1)
+    inner = np.clip((wall - anatomy.to_ventricle) / mm + 0.5, 0, 1)
+    is_sulcus = anatomy.main == Tissue.SULCAL_CSF
+    is_ventricle = np.isin(anatomy.main, (Tissue.VENTRICLE, Tissue.CHOROID_PLEXUS))
+    tissue = ~(is_sulcus | is_ventricle)
+    fluid = np.where(tissue, np.minimum(sulcal + inner, 1), 0).astype(np.float32)
+    left = np.where(is_sulcus, sulcal, np.where(is_ventricle, inner, 1))
+    return fluid, (anatomy.share * left).astype(np.float32)
 
 
 def _microstructure(
@@ -148,24 +165,24 @@ def _microstructure(
     t1 += np.where(white, 0.05 * years - 0.10 * (anatomy.depth - 0.9), 0).astype(np.float32)
     iron = np.isin(anatomy.main, (Tissue.PALLIDUM, Tissue.PUTAMEN, Tissue.CAUDATE))
     t2 -= np.where(iron, 0.10 * years, 0).astype(np.float32)
-    caps = np.exp(-anatomy.to_ventricle / 2.5) * (anatomy.to_ventricle < 1e2)
+    caps = np.exp(-np.clip(anatomy.to_ventricle, 0, 30) / np.float32(2.5))
     t2 += np.where(white, 0.5 * years**2 * caps, 0).astype(np.float32)
 
     def factor(change: NDArray[np.generic]) -> Array:
-        return np.clip(1 + amount * change, 0.6, 1.8).astype(np.float32)
+        return np.asarray(np.clip(1 + amount * change, 0.6, 1.8), np.float32)
 
     return factor(density), factor(t1), factor(t2)
 
 
 def _broad(anatomy: Anatomy, rng: np.random.Generator, length: float) -> Array:
     """A Gaussian random field of correlation `length` mm at the anatomy's voxels (N,)."""
-    from scipy.ndimage import zoom
+    import torch
 
     spacing = max(anatomy.mm, length / 2.0)
-    coarse = tuple(int(np.ceil(s * anatomy.mm / spacing)) + 3 for s in anatomy.shape)
+    coarse = [int(np.ceil(s * anatomy.mm / spacing)) + 1 for s in anatomy.shape]
     field = smooth_noise(rng, (coarse[0], coarse[1], coarse[2]), length / spacing)
-    factors = [(s * 1.0) / (c - 2) for s, c in zip(anatomy.shape, coarse, strict=True)]
-    wide = zoom(field, factors, order=1)
-    x, y, z = anatomy.shape
-    out: Array = np.ascontiguousarray(wide[:x, :y, :z]).reshape(-1)[anatomy.index]
+    wide = torch.nn.functional.interpolate(
+        torch.from_numpy(field)[None, None], anatomy.shape, mode="trilinear", align_corners=True
+    )
+    out: Array = wide.numpy().reshape(-1)[anatomy.index]
     return out

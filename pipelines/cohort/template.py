@@ -50,20 +50,30 @@ def template_fractions(
     typical = float(np.median(bright[brain & (white > 0.8)]))
     fluid *= np.clip((0.80 - bright / typical) / 0.25, 0, 1)
     white = np.where(brain & (grey + white + fluid < 0.2), 1.0 - grey - fluid, white)
-    stack = np.stack([grey, white, fluid]) ** _SHARPEN
-    stack /= np.maximum(stack.sum(axis=0), 1e-6)
-    order = np.argsort(stack, axis=0)
-    first, other = order[2], order[1]
-    big = np.take_along_axis(stack, first[None], 0)[0]
-    small = np.take_along_axis(stack, other[None], 0)[0]
-    share = (big / np.maximum(big + small, 1e-6)).astype(np.float32)
-
-    kinds = _local_tissues(grey.shape, affine)
-    main = np.take_along_axis(kinds, first[None], 0)[0]
-    second = np.take_along_axis(kinds, other[None], 0)[0]
+    main, second, share = _largest_two(
+        np.stack([grey, white, fluid]) ** np.float32(_SHARPEN), _local_tissues(grey.shape, affine)
+    )
     main[~brain] = 0
     second[~brain] = 0
     return main, second, share, affine
+
+
+def _largest_two(
+    parts: NDArray[np.float32], names: NDArray[np.uint8]
+) -> tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.float32]]:
+    """The names of the largest and the second of three parts, and the share of the largest."""
+    a, b, c = parts
+    name_a, name_b, name_c = names
+    swap = b > a
+    big, low = np.where(swap, b, a), np.where(swap, a, b)
+    big_name, low_name = np.where(swap, name_b, name_a), np.where(swap, name_a, name_b)
+    top = c > big
+    middle = ~top & (c > low)
+    second = np.where(top, big, np.where(middle, c, low))
+    second_name = np.where(top, big_name, np.where(middle, name_c, low_name))
+    first = np.where(top, c, big)
+    share = first / np.maximum(first + second, np.float32(1e-6))
+    return np.where(top, name_c, big_name), second_name, share.astype(np.float32)
 
 
 def _local_tissues(shape: tuple[int, ...], affine: NDArray[np.float64]) -> NDArray[np.uint8]:

@@ -160,7 +160,7 @@ def relaxation_arrays(
 
     def between(low: list[float], high: list[float]) -> NDArray[np.float32]:
         a, b = np.asarray(low), np.asarray(high)
-        return (a * (b / a) ** x).astype(np.float32)
+        return np.asarray(a * (b / a) ** x, np.float32)
 
     return (
         np.asarray([r.proton_density for r in order], np.float32),
