@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ray_jobs.context import absolute, open_lake, quoted, recorded
+from ray_jobs.context import absolute, open_lake, quoted, recorded, tracked
 from ray_jobs.outcome import DONE, WITH_FAILURES, Outcome, failure_line, table
 from sgcd_core.errors import InputError, StorageError
 
@@ -147,7 +147,6 @@ def evaluate(args: Any) -> Outcome:
     """`sgcd evaluate`: metrics per scan and per site into the catalog, the verdict in words."""
     from pipelines.evaluate import evaluate as measure
     from pipelines.progress import Progress
-    from pipelines.tracking import Tracker
     from ray_jobs.models import meta_of, resolve
     from ray_jobs.settings import over_model
     from sgcd_core.io.store import Store
@@ -159,11 +158,9 @@ def evaluate(args: Any) -> Outcome:
     sites = meta_of(lake, name, version).get("training_sites")
     if args.dry_run:
         return Outcome(f"would evaluate {name}@{version}")
-    tags = {"model": name, "version": str(version)}
     with (
-        recorded(lake, "evaluate", config.digest()) as summary,
+        tracked(lake, "evaluate", config, model=name, version=version) as (summary, tracker),
         Progress("evaluate", None) as progress,
-        Tracker.start(lake, "evaluate", config, tags) as tracker,
     ):
         found = measure(lake, name, version, config, training_sites=sites, progress=progress.reach)
         rows = found.site_rows
@@ -213,7 +210,6 @@ def before_after(lines: Sequence[Line]) -> list[str]:
 def report(args: Any) -> Outcome:
     """`sgcd report`: one self-contained page."""
     from pipelines.report import write_report
-
     from ray_jobs.models import resolve
 
     lake = open_lake(args.lake)

@@ -12,12 +12,16 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipelines.catalog import Catalog
 from pipelines.lake import Lake
 from sgcd_core.errors import SgcdError
-from sgcd_core.io.store import is_s3, local_path
+from sgcd_core.io.store import Store, is_s3, local_path
+
+if TYPE_CHECKING:
+    from pipelines.tracking import Tracker
+    from sgcd_core.config import SgcdConfig
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +76,36 @@ def recorded(
             Catalog(lake).append("runs", [row])
         except SgcdError as error:  # the run's own end must not be lost for its record
             log.warning("event=run_not_recorded code=%s", error.code)
+
+
+@contextmanager
+def tracked(
+    lake: Lake, command: str, config: SgcdConfig, **tags: Any
+) -> Iterator[tuple[dict[str, Any], Tracker]]:
+    """`recorded`, and a run in MLflow beside it; trouble in MLflow is a warning."""
+    from pipelines.tracking import Tracker
+
+    named = {name: str(value) for name, value in tags.items() if value is not None}
+    with (
+        recorded(lake, command, config.digest()) as summary,
+        Tracker.start(lake, command, config, {"code_version": code_version(), **named}) as tracker,
+    ):
+        yield summary, tracker
+
+
+def track_training(
+    tracker: Tracker, lake: Lake, name: str, version: int, history: list[dict[str, float]]
+) -> None:
+    """The losses of every step, and the model's files as plain artifacts and registered version."""
+    for item in history:
+        losses = {key: value for key, value in item.items() if key != "step"}
+        tracker.log_metrics(losses, step=int(item["step"]))
+    store, root = Store(), lake.model(name, version)
+    files = {
+        item.uri.rpartition("/")[2]: store.read_bytes(item.uri) for item in store.list(root + "/")
+    }
+    tracker.log_pack(files)
+    tracker.register(name, version)
 
 
 def open_lake(uri: str, *, create: bool = False) -> Lake:

@@ -14,7 +14,7 @@ from typing import Any
 from pipelines.catalog import Catalog
 from pipelines.harmonize import Job, Row, blank_row
 from pipelines.ledger import end_attempts
-from ray_jobs.context import code_version, open_lake, quoted, recorded
+from ray_jobs.context import code_version, open_lake, quoted, tracked
 from ray_jobs.models import meta_of, resolve
 from ray_jobs.outcome import DONE, WITH_FAILURES, Outcome, failure_line
 from ray_jobs.session import cpu_count, session
@@ -68,7 +68,8 @@ def run(args: Any) -> Outcome:
     counts: Counter[str] = Counter()
     bad: list[Row] = []
     started = time.monotonic()
-    with recorded(lake, "harmonize", config.digest()) as summary:
+    tags = {"model": model, "version": version, "batch_id": job.batch_id}
+    with tracked(lake, "harmonize", config, **tags) as (summary, tracker):
         commit = Committer(catalog, job)
         for row in refused:
             commit.add(row)
@@ -91,6 +92,7 @@ def run(args: Any) -> Outcome:
             raise RuntimeError(f"{len(work)} scans went in, {counts.total()} rows came out")
         failed = counts["failed"] + counts["quarantined"]
         summary.update(counts, model=model, version=version, failed=failed)
+        tracker.log_metrics({f"scans/{status}": float(n) for status, n in counts.items()})
     seconds = time.monotonic() - started
     parts = ", ".join(f"{n} {status}" for status, n in counts.most_common()) or "none"
     text = f"harmonized with {name}: {parts} of {len(work)} planned scans in {seconds:.0f} s"

@@ -37,7 +37,6 @@ def _environment() -> None:
     """Settings that Ray reads at import and at start; a user's own values win."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
-    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     # Workers are to use this very environment, not one that `uv run` would build again.
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
@@ -94,9 +93,6 @@ def _connect(ray: Any, address: str | None) -> None:
             code="CLUSTER", where=address or "this machine",
             hint="Check --ray-address or RAY_ADDRESS, or leave both out to use this machine.",
         ) from error  # fmt: skip
-    if quiet:
-        for name in ("ray.data", "ray.train", "ray.tune"):
-            logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _preflight(ray: Any, cpus: float, gpus: float) -> None:
@@ -112,7 +108,10 @@ def _preflight(ray: Any, cpus: float, gpus: float) -> None:
 
 def _data_settings(ray: Any) -> None:
     """Ray Data: quiet, and an error instead of a hang."""
-    context = ray.data.DataContext.get_current()
+    context = ray.data.DataContext.get_current()  # configures Ray Data's own loggers, too
+    if not log.isEnabledFor(logging.DEBUG):
+        for name in ("ray.data", "ray.train", "ray.tune"):
+            logging.getLogger(name).setLevel(logging.ERROR)
     context.enable_progress_bars = False
     context.execution_options.verbose_progress = False
     if hasattr(context, "execution_no_progress_timeout_s"):

@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 from ray_jobs.checkpoint import Checkpoints
-from ray_jobs.context import code_version, open_lake, quoted, recorded
+from ray_jobs.context import code_version, open_lake, quoted, track_training, tracked
 from ray_jobs.loop import fit, schedule_steps
 from ray_jobs.models import find_trained, next_version
 from ray_jobs.outcome import Outcome
@@ -66,7 +66,7 @@ def run(args: Any) -> Outcome:
     )  # fmt: skip
     workers = args.workers or 1
     with (
-        recorded(lake, "train", config.digest()) as summary,
+        tracked(lake, "train", config, model=NAME, data_digest=meta["data_digest"]) as run_,
         session(args.ray_address, cpus=workers + 0.25, gpus=workers if args.gpus else 0) as ray,
     ):
         features = outlier_features(ray, rows, lake.uri, config)
@@ -76,6 +76,8 @@ def run(args: Any) -> Outcome:
             extra={"meta": meta | {"version": version}, "features": features},
         )  # fmt: skip
         last = last_means(history)
+        summary, tracker = run_
+        track_training(tracker, lake, NAME, version, history)
         summary.update(model=NAME, version=version, steps=steps, **last)
     checkpoints.clear()
     seconds = time.monotonic() - started

@@ -6,7 +6,7 @@ import time
 from typing import Any
 
 from ray_jobs.checkpoint import Checkpoints
-from ray_jobs.context import code_version, open_lake, quoted, recorded
+from ray_jobs.context import code_version, open_lake, quoted, track_training, tracked
 from ray_jobs.loop import fit, schedule_steps
 from ray_jobs.models import find_trained, next_version, resolve
 from ray_jobs.outcome import Outcome
@@ -86,7 +86,7 @@ def run(args: Any) -> Outcome:
         "target_scans": [(row["scan_id"], index[row["sequence"]]) for row in own],
     }  # fmt: skip
     with (
-        recorded(lake, "tune", config.digest()) as summary,
+        tracked(lake, "tune", config, model=name, data_digest=meta["data_digest"]) as run_,
         session(args.ray_address, cpus=workers + 0.25, gpus=workers if args.gpus else 0) as ray,
     ):
         history = fit(
@@ -94,6 +94,8 @@ def run(args: Any) -> Outcome:
             workers=workers, gpus=args.gpus, extra=extra,
         )  # fmt: skip
         last = last_means(history)
+        summary, tracker = run_
+        track_training(tracker, lake, name, version, history)
         summary.update(model=name, version=version, steps=steps, **last)
     checkpoints.clear()
     seconds = time.monotonic() - started
