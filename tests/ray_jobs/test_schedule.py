@@ -1,0 +1,76 @@
+"""Which scan is seen at which step: the same for any number of workers, and balanced."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from pipelines.training_data import balanced_order, check_target, data_digest
+from ray_jobs.loop import schedule_steps
+from sgcd_core.config import SgcdConfig
+from sgcd_core.errors import InputError
+
+
+def scans(**counts: int) -> list[dict[str, str]]:
+    return [
+        {"scan_id": f"{site}{i}", "site": site, "sequence": "T1w" if i % 2 else "T2w"}
+        for site, n in counts.items()
+        for i in range(n)
+    ]
+
+
+def test_a_small_site_is_seen_as_often_as_a_large_one() -> None:
+    order = balanced_order(scans(A=40, B=4), 80, seed=0)
+    sites = Counter(row["site"] for row in order)
+    assert sites["A"] == sites["B"] == 40
+
+
+def test_without_balance_every_scan_is_seen_equally_often() -> None:
+    rows = scans(A=10, B=2)
+    order = balanced_order(rows, 36, seed=0, site_balance=False)
+    assert set(Counter(row["scan_id"] for row in order).values()) == {3}
+
+
+def test_no_scan_of_a_group_repeats_before_the_others_came() -> None:
+    order = [r["scan_id"] for r in balanced_order(scans(A=6), 6, seed=3)]
+    assert len(set(order)) == 6
+
+
+def test_the_order_depends_on_the_seed_and_not_on_the_rows_order() -> None:
+    rows = scans(A=9, B=5)
+    first = balanced_order(rows, 30, seed=1)
+    assert first == balanced_order(rows[::-1], 30, seed=1)
+    assert first != balanced_order(rows, 30, seed=2)
+
+
+def test_two_workers_see_at_each_step_what_one_sees() -> None:
+    """Rank r of n takes every n-th row of a step, with the seed that the row carries."""
+    schedule = schedule_steps({"scan": scans(A=7, B=3)}, SgcdConfig(), steps=5, batch=4)
+    for step in range(5):
+        rows = [row["scans"]["scan"] for row in schedule if row["step"] == step]
+        assert len(rows) == 4
+        assert sorted(rows[0::2] + rows[1::2]) == sorted(rows)
+    seeds = [row["scans"]["scan"][2] for row in schedule]
+    assert len(set(seeds)) == len(seeds)
+
+
+def test_a_resumed_schedule_is_the_tail_of_the_whole() -> None:
+    rows, config = scans(A=7, B=3), SgcdConfig()
+    whole = schedule_steps({"scan": rows}, config, steps=9, batch=2)
+    again = schedule_steps({"scan": rows[::-1]}, config, steps=9, batch=2)
+    assert whole == again
+
+
+def test_the_digest_of_the_data_sees_a_changed_site_and_not_the_order() -> None:
+    rows = scans(A=3, B=2)
+    assert data_digest(rows) == data_digest(rows[::-1])
+    assert data_digest(rows) != data_digest([rows[0] | {"site": "C"}, *rows[1:]])
+
+
+def test_a_target_without_a_sequence_is_refused_by_name() -> None:
+    rows = [r for r in scans(A=4, B=4) if not (r["site"] == "A" and r["sequence"] == "T2w")]
+    with pytest.raises(InputError) as caught:
+        check_target("A", rows, ("T1w", "T2w"), "lake")
+    assert caught.value.code == "TARGET-SEQUENCE" and "T2w" in str(caught.value)
+    check_target("B", rows, ("T1w", "T2w"), "lake")

@@ -1,0 +1,193 @@
+"""The command line as a shell sees it: exit codes, one clear line, nothing slow for --help."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pipelines.catalog import Catalog
+from pipelines.lake import Lake
+from ray_jobs import cli
+from ray_jobs.parser import COMMANDS, build_parser
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def sgcd(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run a command in this process: exit code, stdout, stderr."""
+
+    def run(*words: str) -> tuple[int, str, str]:
+        code = cli.main(words)
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
+def test_help_is_fast_and_loads_nothing_heavy() -> None:
+    code = (
+        "import sys; from ray_jobs.cli import main; code = main(['--help']); "
+        "heavy = {'torch', 'ray', 'mlflow', 'numpy', 'SimpleITK', 'deltalake'} & set(sys.modules); "
+        "sys.exit(f'loaded {heavy}' if heavy else code)"
+    )
+    started = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "harmonize" in done.stdout
+    assert time.monotonic() - started < 10  # a generous bound: the modules are what matters
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS))
+def test_every_command_has_help_with_an_example(command: str, sgcd: Run) -> None:
+    code, out, _ = sgcd(command, "--help")
+    assert code == 0
+    assert f"sgcd {command}" in out.split("example:")[1]
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS))
+def test_every_command_leads_somewhere(command: str) -> None:
+    import importlib
+
+    module, _, function = COMMANDS[command].partition(":")
+    assert callable(getattr(importlib.import_module(module), function))
+
+
+def test_no_command_and_a_wrong_one_are_usage_errors(sgcd: Run) -> None:
+    assert sgcd()[0] == 2
+    assert sgcd("harmonise")[0] == 2
+    assert sgcd("train")[0] == 2  # --lake is missing
+
+
+LAKE_COMMANDS = [
+    ("prepare",), ("train",), ("suggest-target",), ("tune", "--target", "A"),
+    ("harmonize", "--model", "m"), ("evaluate", "--model", "m"), ("report", "--model", "m"),
+    ("query", "SELECT 1"), ("status",),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("words", LAKE_COMMANDS, ids=lambda w: w[0])
+def test_a_missing_lake_is_one_line_and_69(
+    words: tuple[str, ...], sgcd: Run, tmp_path: Path
+) -> None:
+    code, out, err = sgcd(*words, "--lake", str(tmp_path / "none"))
+    assert code == 69
+    assert err.count("\n") == 1 and "[LAKE-MISSING]" in err and "sgcd index" in err
+    assert "Traceback" not in err and out == ""
+
+
+def test_json_errors_are_one_document(sgcd: Run, tmp_path: Path) -> None:
+    code, out, _ = sgcd("status", "--lake", str(tmp_path / "none"), "--json")
+    document = json.loads(out)
+    assert (document["exit_code"], document["code"]) == (code, "LAKE-MISSING")
+
+
+def test_an_empty_prefix_is_said_and_makes_no_lake(sgcd: Run, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    code, _, err = sgcd("index", str(tmp_path / "empty"), "--lake", str(tmp_path / "lake"))
+    assert code == 69 and "[STORE-EMPTY]" in err
+    assert not (tmp_path / "lake").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        (("--set", "global_stage.stepz=3"), "CONFIG-KEY"),
+        (("--set", "global_stage.steps=-3"), "CONFIG-VALUE"),
+        (("--config", "none.yaml"), "CONFIG-FILE"),
+    ],
+)
+def test_a_wrong_setting_is_78(
+    words: tuple[str, str], code: str, sgcd: Run, tmp_lake: Lake
+) -> None:
+    found, _, err = sgcd("train", "--lake", tmp_lake.uri, *words)
+    assert found == 78 and f"[{code}]" in err
+
+
+def test_an_unindexed_lake_says_what_to_do(sgcd: Run, tmp_lake: Lake) -> None:
+    code, _, err = sgcd("prepare", "--lake", tmp_lake.uri)
+    assert code == 65 and "[LAKE-EMPTY]" in err and "sgcd index" in err
+
+
+def add_scan(lake: Lake, name: str, **columns: object) -> None:
+    row = {"scan_id": name, "uri": f"/{name}.nii.gz", "sequence": "T1w", "status": "ok"}
+    Catalog(lake).append("scans", [row | columns])
+
+
+def test_an_unknown_target_lists_the_sites(sgcd: Run, tmp_lake: Lake) -> None:
+    add_scan(tmp_lake, "a", site="Alpha")
+    add_scan(tmp_lake, "b", site="Beta")
+    code, _, err = sgcd("tune", "--lake", tmp_lake.uri, "--target", "Gamma")
+    assert code == 65 and "[TARGET-UNKNOWN]" in err and "Alpha, Beta" in err
+
+
+def test_an_unknown_model_is_said(sgcd: Run, tmp_lake: Lake) -> None:
+    add_scan(tmp_lake, "a", site="Alpha")
+    code, _, err = sgcd("harmonize", "--lake", tmp_lake.uri, "--model", "target-Alpha")
+    assert code == 65 and "[MODEL-MISSING]" in err
+
+
+def test_training_without_prepared_scans_says_prepare(sgcd: Run, tmp_lake: Lake) -> None:
+    add_scan(tmp_lake, "a", site="Alpha")
+    code, _, err = sgcd("train", "--lake", tmp_lake.uri)
+    assert code == 65 and "[LAKE-EMPTY]" in err and "sgcd prepare" in err
+
+
+def test_check_needs_no_lake(sgcd: Run, tmp_path: Path, make_scan: Callable[..., bytes]) -> None:
+    good, cut = tmp_path / "good.nii.gz", tmp_path / "cut.nii.gz"
+    good.write_bytes(make_scan())
+    cut.write_bytes(make_scan()[:-2000])
+    assert sgcd("check", str(good))[0] == 0
+    assert sgcd("check", str(cut), str(tmp_path / "none.nii.gz"))[0] == 65
+    code, out, _ = sgcd("check", str(good), str(cut), "--json")
+    rows = json.loads(out)["scans"]
+    assert code == 1
+    assert [row["usable"] for row in rows] == [True, False]
+    assert rows[1]["code"].startswith("SCAN-")
+
+
+def test_an_unexpected_error_is_70_without_traceback(
+    sgcd: Run, tmp_lake: Lake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(COMMANDS, "status", "ray_jobs.status:missing")
+    code, _, err = sgcd("status", "--lake", tmp_lake.uri)
+    assert code == 70 and "[INTERNAL]" in err and "Traceback" not in err
+    assert "Traceback" in sgcd("status", "--lake", tmp_lake.uri, "--debug")[2]
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, cli.Stopped])
+def test_being_stopped_is_75(
+    stop: type[BaseException], sgcd: Run, tmp_lake: Lake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def raise_it(args: object) -> None:
+        raise stop
+
+    monkeypatch.setattr("ray_jobs.status.run", raise_it)
+    code, _, err = sgcd("status", "--lake", tmp_lake.uri)
+    assert code == 75 and "run the same command again" in err
+
+
+def test_status_counts_and_names_the_next_command(sgcd: Run, tmp_lake: Lake) -> None:
+    add_scan(tmp_lake, "a", site="Alpha")
+    code, out, _ = sgcd("status", "--lake", tmp_lake.uri)
+    assert code == 0 and "1 scans (1 usable), 0 prepared" in out
+    assert f"next: sgcd prepare --lake {tmp_lake.uri}" in out
+
+
+def test_query_prints_rows(sgcd: Run, tmp_lake: Lake) -> None:
+    add_scan(tmp_lake, "a", site="Alpha")
+    sql = "SELECT site, count(*) AS n FROM scans GROUP BY site"
+    code, out, _ = sgcd("query", sql, "--lake", tmp_lake.uri, "--json")
+    assert code == 0 and json.loads(out)["rows"] == [{"site": "Alpha", "n": 1}]
+
+
+def test_the_parser_lists_what_runs() -> None:
+    actions = build_parser()._subparsers
+    assert actions is not None
+    assert set(actions._group_actions[0].choices or {}) == set(COMMANDS)
