@@ -25,13 +25,13 @@ class Gunzip:
         self._done = False
         self.trailing = False
 
-    def read(self, size: int) -> bytes:
-        """The next `size` bytes, fewer only where the stream ends and its CRCs are right.
+    def read(self, size: int, *, after: bytes = b"") -> bytes:
+        """`after` and the next `size` bytes, fewer only where the stream ends and its CRCs fit.
 
         Raises:
             InputError: SCAN-CORRUPT when the stream is damaged, SCAN-TRUNCATED when it breaks off.
         """
-        pieces: list[bytes] = []
+        pieces = [after]
         while size > 0 and not self._done:
             chunk = self._view[self._position : self._position + _CHUNK]
             try:

@@ -78,8 +78,7 @@ def _unpack(data: bytes, where: str, max_inflated: int) -> tuple[Header, bytes, 
     else:
         skip = stream.read(max(0, header.offset - len(start)))
         known = len(start) + len(skip)
-        tail = start[header.offset :]
-        body = tail + stream.read(max(0, end - known))
+        body = stream.read(max(0, end - known), after=start[header.offset :])
         body = body[: header.voxel_bytes]
         excess = len(stream.read(_SLACK + 1))  # to the end, so that the CRC is checked
     if excess > _SLACK:

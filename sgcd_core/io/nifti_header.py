@@ -195,6 +195,7 @@ def _affines(
     return qform, sform, chosen
 
 
+@np.errstate(all="ignore")  # absurd numbers are looked for below, and refused
 def parse_header(start: bytes, where: str) -> Header:
     """Read and check the first 540 bytes (or fewer, where the file is shorter).
 

@@ -37,7 +37,7 @@ _SETTINGS = (
     "SGCD_S3_PATH_STYLE",
 )  # fmt: skip
 CONNECT_SECONDS = 3
-READ_SECONDS = 20
+READ_SECONDS = 10
 ATTEMPTS = 3
 
 _lock = threading.Lock()

@@ -267,6 +267,22 @@ def test_nonfinite_voxels_few_are_zeroed_many_are_refused() -> None:
     assert refused(build(np.full(SHAPE, 1e300))) == "SCAN-NONFINITE"  # beyond float32
 
 
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_damaged_header_ends_in_a_code_or_a_usable_scan(version: int) -> None:
+    raw, rng = build(compress=False, version=version), np.random.default_rng(version)
+    for _ in range(1500):
+        damaged = bytearray(raw)
+        for place in rng.integers(0, 352 if version == 1 else 544, rng.integers(1, 4)):
+            damaged[place] = rng.integers(0, 256)
+        try:
+            scan = decode_nifti(bytes(damaged), where="scan", max_inflated=10**8)
+        except InputError:
+            continue
+        assert scan.data.size * 4 <= 10**8
+        assert np.isfinite(scan.data).all()
+        assert np.isfinite(np.linalg.inv(scan.affine)).all()
+
+
 def test_messages_hold_no_text_of_the_header() -> None:
     secret = build(descrip=b"DOE^JANE 19700101", db_name=b"JANE", sform_code=99)
     with pytest.raises(InputError) as error:
