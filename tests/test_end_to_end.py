@@ -1,0 +1,161 @@
+"""The whole path through the command line, with real Ray, Delta and MLflow, on a tiny cohort."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from pipelines.catalog import Catalog
+from pipelines.lake import Lake
+from ray_jobs import cli
+from ray_jobs.session import session
+
+pytestmark = [pytest.mark.slow, pytest.mark.ray]
+
+SETTINGS = [
+    "prepare.shape=[24,24,24]", "prepare.mm=8", "prepare.bias_correction=none",
+    "prepare.registration=none", "network.channels=[8,16]",
+    "network.attention_levels=[false,true]", "network.head_channels=8", "global_stage.steps=6",
+    "global_stage.checkpoint_every=4", "target_stage.steps=2", "target_stage.encoder=statistics",
+]  # fmt: skip
+SET = [word for setting in SETTINGS for word in ("--set", setting)]
+TARGET = "siteA"
+
+
+@dataclass
+class Place:
+    cohort: Path
+    lake: Path
+
+    def sgcd(self, *words: str) -> int:
+        return cli.main([*words, "--lake", str(self.lake)])
+
+    @property
+    def catalog(self) -> Catalog:
+        return Catalog(Lake(str(self.lake)))
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    """A lake after every step; one scan in the middle of the cohort is damaged."""
+    root = tmp_path_factory.mktemp("path")
+    here = Place(root / "cohort", root / "lake")
+    patch = pytest.MonkeyPatch()
+    patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    patch.delenv("RAY_ADDRESS", raising=False)
+    words = ["--subjects", "4", "--sites", "2", "--traveling", "1", "--unseen-sites", "1"]
+    assert cli.main(["cohort", str(here.cohort), *words, "--mm", "2.6", "--workers", "1"]) == 0
+    damaged = sorted(here.cohort.glob("sub-*/**/*_T1w.nii.gz"))[3]
+    damaged.write_bytes(damaged.read_bytes()[:-5000])
+    with session():
+        assert here.sgcd("index", str(here.cohort)) == 1  # one scan cannot be used
+        assert here.sgcd("prepare", *SET) == 0
+        assert here.sgcd("train", *SET) == 0
+        assert here.sgcd("suggest-target", *SET) == 0
+        assert here.sgcd("tune", "--target", TARGET) == 0
+        assert here.sgcd("harmonize", "--model", f"target-{TARGET}") == 1
+        assert here.sgcd("evaluate", "--model", f"target-{TARGET}") == 0
+        assert here.sgcd("report", "--model", f"target-{TARGET}") == 0
+        yield here
+    patch.undo()
+
+
+def test_every_scan_has_exactly_one_result(place: Place) -> None:
+    scans = place.catalog.rows("scans").to_pylist()
+    results = place.catalog.history("results").to_pylist()
+    assert len(scans) == len(list(place.cohort.glob("sub-*/**/*w.nii.gz"))) == 14
+    assert sorted(r["scan_id"] for r in results) == sorted(s["scan_id"] for s in scans)
+
+
+def test_the_damaged_scan_is_a_row_that_says_why(place: Place) -> None:
+    results = place.catalog.rows("results").to_pylist()
+    bad = [row for row in results if row["status"] == "failed"]
+    assert [row["code"] for row in bad] == ["SCAN-CORRUPT"] or [row["code"] for row in bad] == [
+        "SCAN-TRUNCATED"
+    ]
+    assert all(row["status"] in ("ok", "flagged") for row in results if row not in bad)
+
+
+def test_outputs_lie_on_the_grid_of_their_scan(place: Place) -> None:
+    uris = {s["scan_id"]: s["uri"] for s in place.catalog.rows("scans").to_pylist()}
+    done = [r for r in place.catalog.rows("results").to_pylist() if r["output_uri"]]
+    assert len(done) == 13
+    for row in done:
+        before, after = nib.load(uris[row["scan_id"]]), nib.load(row["output_uri"])
+        assert before.shape == after.shape
+        assert np.array_equal(before.affine, after.affine)
+        for form in ("qform", "sform"):
+            old, code = getattr(before, f"get_{form}")(coded=True)
+            new, new_code = getattr(after, f"get_{form}")(coded=True)
+            assert code == new_code and np.array_equal(old, new)
+        data = np.asarray(after.dataobj)
+        assert np.isfinite(data).all() and data.any()
+        sidecar = json.loads(Path(row["sidecar_uri"]).read_text())
+        assert sidecar["ScanId"] == row["scan_id"] and sidecar["SkullStripped"] is True
+
+
+def test_nothing_learned_from_test_subjects(place: Place) -> None:
+    pack = json.loads((place.lake / "models" / "global" / "1" / "pack.json").read_text())
+    scans = place.catalog.rows("scans").to_pylist()
+    train = [s for s in scans if s["split"] != "test" and s["status"] == "ok"]
+    assert pack["meta"]["scans"] == len(train)
+    assert pack["meta"]["training_sites"] == ["siteA", "siteB"]  # siteC is never seen
+
+
+def test_evaluation_covers_both_sites_and_both_rivals(place: Place) -> None:
+    rows = place.catalog.rows("metrics").to_pylist()
+    assert {r["site"] for r in rows} <= {"siteB", "siteC"}
+    assert {r["method"] for r in rows} == {"raw", "nyul", "sgcd"}
+    assert {r["metric"] for r in rows} >= {"ssim", "psnr", "pcc", "wasserstein"}
+    assert {r["seen"] for r in rows if r["site"] == "siteC"} == {False}
+    page = next((place.lake / "reports").glob("*.html")).read_text()
+    assert "siteC" in page and "http://" not in page.split("<body")[1].split("src=")[0]
+
+
+def test_losses_and_model_are_tracked(place: Place) -> None:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{place.lake / 'mlflow.db'}")
+    runs = client.search_runs([e.experiment_id for e in client.search_experiments()])
+    by_command = {run.data.tags["command"]: run for run in runs}
+    assert set(by_command) >= {"train", "tune", "harmonize", "evaluate"}
+    losses = client.get_metric_history(by_command["train"].info.run_id, "loss")
+    assert [m.step for m in losses] == list(range(6))
+    found = client.get_model_version_by_alias(f"target-{TARGET}", "candidate")
+    assert found.tags["lake_version"] == "1"
+
+
+def snapshot(root: Path) -> dict[str, tuple[int, int]]:
+    """Everything in the lake that must not move, with size and time."""
+    kept = ("prepared", "derivatives", "models", "catalog/scans", "catalog/results")
+    files = [p for name in kept for p in (root / name).rglob("*") if p.is_file()]
+    return {str(p): (p.stat().st_size, p.stat().st_mtime_ns) for p in files}
+
+
+def test_a_second_run_changes_nothing(place: Place) -> None:
+    before = snapshot(place.lake)
+    assert place.sgcd("index", str(place.cohort)) in (0, 1)
+    assert place.sgcd("prepare", *SET) == 0
+    assert place.sgcd("train", *SET) == 0
+    assert place.sgcd("tune", "--target", TARGET) == 0
+    assert place.sgcd("harmonize", "--model", f"target-{TARGET}") == 0
+    assert snapshot(place.lake) == before
+
+
+def test_built_in_settings_cannot_be_changed_after_training(place: Place) -> None:
+    words = ["--model", f"target-{TARGET}", "--set", "prepare.mm=4"]
+    assert place.sgcd("harmonize", *words) == 78
+
+
+def test_tuning_leaves_stage_1_untouched(place: Place) -> None:
+    folder = place.lake / "models"
+    first = (folder / "global" / "1" / "network.safetensors").read_bytes()
+    beside = folder / f"target-{TARGET}" / "1" / "global_network.safetensors"
+    assert beside.read_bytes() == first
+    assert (folder / f"target-{TARGET}" / "1" / "network.safetensors").read_bytes() != first
