@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.verdict import METHOD_TITLES, Line
+from pipelines.verdict import METHOD_TITLES, Estimate, Line
 from sgcd_core.metrics import MEASURES
 
 if TYPE_CHECKING:
@@ -22,8 +22,11 @@ MUTED = "#7b8794"
 #: Okabe & Ito's palette.
 COLOURS = {
     "before": "#b0bac5", "after": "#0072b2", "target": "#d55e00",
-    "raw": "#b0bac5", "nyul": "#e69f00", "sgcd": "#0072b2",
+    "raw": "#7b8794", "nyul": "#e69f00", "sgcd": "#0072b2",
 }  # fmt: skip
+
+
+MARKERS = {"raw": "s", "nyul": "^", "sgcd": "o"}
 
 
 def _figure(width: float, height: float) -> Figure:
@@ -145,47 +148,53 @@ def histograms(
     return _png(figure)
 
 
-def bars(lines: Sequence[Line], *, sequence: str) -> bytes:
-    """Each measure as bars by site and method, with 95 % bootstrap intervals."""
+def measures(lines: Sequence[Line], *, sequence: str) -> bytes:
+    """Each measure by site and method: a point for the mean, a line for the 95 % interval.
+
+    Points, not bars: similarities crowd near 1, and a bar that does not start at 0 misleads.
+    """
     kept = [line for line in lines if line.sequence == sequence]
     metrics = [m for m in MEASURES if any(line.metric == m for line in kept)]
-    figure = _figure(3.1 * max(1, len(metrics)), 2.6)
+    figure = _figure(3.1 * max(1, len(metrics)), 2.7)
     grid = figure.subplots(1, max(1, len(metrics)), squeeze=False)[0]
     for axes, metric in zip(grid, metrics, strict=False):
         rows = [line for line in kept if line.metric == metric]
         methods = [m for m in METHOD_TITLES if any(m in line.by_method for line in rows)]
-        width = 0.8 / max(1, len(methods))
-        ends: list[float] = []
         for number, method in enumerate(methods):
-            at = [i + (number - (len(methods) - 1) / 2) * width for i in range(len(rows))]
-            found = [line.by_method.get(method) for line in rows]
-            means = [e.mean if e and np.isfinite(e.mean) else np.nan for e in found]
-            spread = np.abs(
-                [[e.mean - e.low, e.high - e.mean] if e else [np.nan] * 2 for e in found]
-            ).T
-            spread[~np.isfinite(spread)] = 0
-            colour = COLOURS.get(method, MUTED)
-            axes.bar(at, means, width * 0.92, color=colour, label=METHOD_TITLES[method])
-            axes.errorbar(at, means, spread, fmt="none", ecolor=INK, elinewidth=0.8, capsize=1.5)
-            ends += [e.low for e in found if e] + [e.high for e in found if e]
-        finite = [e for e in ends if np.isfinite(e)]
-        if finite and metric != "wasserstein":
-            # Similarities crowd near 1: the axis starts just below the smallest value, and says so.
-            pad = 0.15 * (max(finite) - min(finite) or 1e-3)
-            axes.set_ylim(min(finite) - 2 * pad, max(finite) + pad)
+            shift = (number - (len(methods) - 1) / 2) * 0.5 / max(1, len(methods))
+            found = [(i + shift, line.by_method.get(method)) for i, line in enumerate(rows)]
+            points = [(x, e) for x, e in found if e is not None and np.isfinite(e.mean)]
+            axes.errorbar(
+                [x for x, _ in points],
+                [e.mean for _, e in points],
+                _spread([e for _, e in points]),
+                fmt=MARKERS.get(method, "D"), color=COLOURS.get(method, MUTED), markersize=6,
+                elinewidth=1.4, label=METHOD_TITLES[method],
+            )  # fmt: skip
         measure = MEASURES[metric]
         unit = "" if measure.unit == "1" else f", {measure.unit}"
         better = "higher is closer" if measure.higher_is_better else "lower is closer"
-        axes.set_title(f"{measure.title}{unit} ({better})", fontsize=8, color=INK, loc="left")
+        axes.set_title(f"{measure.title}{unit}\n{better}", fontsize=8, color=INK, loc="left")
         names = [line.site + ("" if line.seen is not False else "\n(unseen)") for line in rows]
         axes.set_xticks(range(len(rows)), names, rotation=0 if len(rows) < 4 else 35)
+        axes.set_xlim(-0.5, len(rows) - 0.5)
+        axes.margins(y=0.12)
+        axes.grid(axis="y", color="#e4e7eb", linewidth=0.7)
+        axes.set_axisbelow(True)
         _plain(axes)
+    figure.suptitle(sequence, x=0.01, ha="left", fontsize=10, color=INK)
     if metrics:
         handles, labels = grid[0].get_legend_handles_labels()
         figure.legend(
             handles, labels, loc="outside upper right", ncols=len(labels), fontsize=8, frameon=False
         )
     return _png(figure)
+
+
+def _spread(found: Sequence[Estimate]) -> NDArray[np.float64]:
+    """Lengths of the interval below and above each mean, (2, N)."""
+    ends = [[e.mean - e.low for e in found], [e.high - e.mean for e in found]]
+    return np.maximum(np.array(ends, np.float64), 0)
 
 
 def distance_matrix(

@@ -87,6 +87,7 @@ def gather(lake: Lake, model: str, version: int) -> Row:
         "title": f"{model} version {version}",
         "model": model, "version": version, "target": target,
         "made_at": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "headline": summary.headline,
         "verdict": summary.verdict if results else [_nothing(scans)],
         "counts": {name: counts.get(name, 0) for name in STATUSES},
         "unusable": len(unusable), "scans": len(scans),
@@ -95,8 +96,8 @@ def gather(lake: Lake, model: str, version: int) -> Row:
         "methods": _methods(summary.lines),
         "method_titles": METHOD_TITLES,
         "distances": [_distance(r) for r in site_rows if r["metric"] == SITE_DISTANCE],
-        "bars": [
-            (s, data_uri(figures.bars(summary.lines, sequence=s))) for s in sequences
+        "plots": [
+            (s, data_uri(figures.measures(summary.lines, sequence=s))) for s in sequences
         ],
         "histograms": histograms, "matrices": matrices, "pictures": pictures,
         "failures": _failures(results, unusable)[:FAILURES],
@@ -152,16 +153,19 @@ def _cells(line: Line) -> Row:
     values = {}
     for method, found in line.by_method.items():
         low, high = number(line.metric, found.low), number(line.metric, found.high)
-        interval = f"{low} to {high}" if line.n > 1 and math.isfinite(found.low) else ""
+        interval = f"{low}–{high}" if line.n > 1 and math.isfinite(found.low) else ""
         values[method] = {
             "text": number(line.metric, found.mean), "interval": interval, "best": method == best,
         }  # fmt: skip
-    unit = {"1": "", "intensity range": "of range"}.get(measure.unit, measure.unit)
+    unit = {"1": "", "intensity range": ""}.get(measure.unit, measure.unit)
+    rivals = [m for m in ("raw", "nyul") if line.closer("sgcd", m) is not None]
+    beaten = [METHOD_TITLES[m] for m in rivals if line.closer("sgcd", m)]
     return {
         "site": line.site, "sequence": line.sequence, "seen": line.seen, "n": line.n,
         "scans": line.scans, "measure": measure.title, "unit": unit,
         "arrow": "↑" if measure.higher_is_better else "↓", "values": values,
-        "closer": line.closer("sgcd", "raw"),
+        "closer": " and ".join(beaten) or ("neither" if len(rivals) > 1 else "none"),
+        "all": len(beaten) == len(rivals), "any": bool(beaten),
     }  # fmt: skip
 
 

@@ -73,6 +73,20 @@ class Summary:
     groups: list[Line] = field(default_factory=list)
     verdict: list[str] = field(default_factory=list)
 
+    @property
+    def headline(self) -> str:
+        """One sentence that counts the comparisons of `groups`; empty when there are none."""
+        parts = []
+        for rival in ("raw", "nyul"):
+            found = [line.closer("sgcd", rival) for line in self.groups]
+            known = [closer for closer in found if closer is not None]
+            if known:
+                name = "the raw scans" if rival == "raw" else METHOD_TITLES[rival]
+                parts.append(f"than {name} in {sum(known)} of {len(known)}")
+        if not parts:
+            return ""
+        return f"Closer to the truth {_and(parts)} comparisons."
+
 
 def summarize(rows: Iterable[Mapping[str, Any]], *, seed: int = 0) -> Summary:
     """Tables and sentences from rows of the table `metrics` of one model version."""
