@@ -58,18 +58,20 @@ def random_displacement(
 
 def exponential(velocity: Array, mm: float, steps: int = 5) -> Array:
     """exp(v) as a displacement in mm, by scaling and squaring; `velocity` in mm."""
-    from scipy.ndimage import map_coordinates
+    import torch
 
-    displacement = velocity / np.float32(2**steps)
-    grid = np.stack(np.meshgrid(*(np.arange(s, dtype=np.float32) for s in velocity.shape[1:]),
-                                indexing="ij"))  # fmt: skip
+    size = velocity.shape[1:]
+    axes = [torch.linspace(-1, 1, s) for s in size]
+    grid = torch.stack(torch.meshgrid(*axes, indexing="ij")[::-1], dim=-1)[None]
+    # displacement in mm → the unit cube that grid_sample works in, axes reversed
+    scale = torch.tensor([2 / ((s - 1) * mm) for s in size[::-1]])
+    moved = torch.from_numpy(velocity / np.float32(2**steps))[None]
     for _ in range(steps):
-        points = grid + displacement / np.float32(mm)
-        displacement = displacement + np.stack(
-            [map_coordinates(d, points, order=1, mode="nearest") for d in displacement]
+        points = grid + moved.flip(1).permute(0, 2, 3, 4, 1) * scale
+        moved = moved + torch.nn.functional.grid_sample(
+            moved, points, mode="bilinear", padding_mode="border", align_corners=True
         )
-    out: Array = displacement
-    return out
+    return np.asarray(moved[0].numpy())
 
 
 def jacobian_determinant(displacement: Array, mm: float) -> Array:
