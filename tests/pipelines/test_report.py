@@ -132,3 +132,17 @@ def test_a_run_in_which_every_scan_failed_gets_a_page(tmp_path: Path) -> None:
     page = read(out)
     assert "SCAN-NO-BRAIN 212 ml" in page.text
     assert "No scan has a truth to compare with" in page.text
+
+
+@pytest.mark.s3
+def test_the_whole_way_on_s3(s3_server: Any) -> None:
+    from sgcd_core.io.store import Store
+
+    lake, config = fake_lake(
+        s3_server.uri("report-lake"), lambda scan, truth: truth * 0.999, sites=("A",)
+    )
+    assert evaluate(lake, "target-T", 1, config).pairs == 2
+    uri = write_report(lake, "target-T", 1)
+    assert uri == lake.report("target-T-v1.html")
+    page = Page(Store().read_bytes(uri).decode())
+    assert "Closer to the truth than the raw scans in 4 of 4" in page.text
