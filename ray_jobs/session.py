@@ -16,6 +16,8 @@ log = logging.getLogger(__name__)
 OBJECT_STORE_BYTES = 320_000_000
 #: A job that makes no progress for so long is stopped with an error instead of hanging.
 NO_PROGRESS_SECONDS = 900
+#: Starts of a local Ray that are tried on a busy machine.
+START_TRIES = 3
 
 
 def cpu_count() -> int:
@@ -76,23 +78,31 @@ def _connect(ray: Any, address: str | None) -> None:
         "log_to_driver": not quiet,
         "namespace": "sgcd",
     }
-    try:
-        if address:
-            ray.init(address=address, **common)
-        else:
-            ray.init(
-                # One worker and the tasks that feed it need two places, whatever the machine.
-                num_cpus=max(2, cpu_count()),
-                object_store_memory=OBJECT_STORE_BYTES,
-                include_dashboard=False,
-                **common,
-            )
-    except (ConnectionError, OSError, RuntimeError, ValueError) as error:
-        raise StorageError(
-            f"the Ray cluster does not answer ({type(error).__name__}).",
-            code="CLUSTER", where=address or "this machine",
-            hint="Check --ray-address or RAY_ADDRESS, or leave both out to use this machine.",
-        ) from error  # fmt: skip
+    if address:
+        common["address"] = address
+    else:
+        common |= {
+            # One worker and the tasks that feed it need two places, whatever the machine.
+            "num_cpus": max(2, cpu_count()),
+            "object_store_memory": OBJECT_STORE_BYTES,
+            "include_dashboard": False,
+        }
+    for left in range(START_TRIES - 1, -1, -1):
+        try:
+            ray.init(**common)
+            return
+        except Exception as error:
+            # Ray raises a bare Exception when a busy machine takes longer than its 30 s to start.
+            log.info("event=ray_not_started error=%s tries_left=%d", type(error).__name__, left)
+            ray.shutdown()
+            if left and not address:
+                continue
+            raise StorageError(
+                f"the Ray cluster does not answer ({type(error).__name__}).",
+                code="CLUSTER", where=address or "this machine",
+                hint="Check --ray-address or RAY_ADDRESS, or leave both out to use this machine; "
+                "if this machine is busy, try again.",
+            ) from error  # fmt: skip
 
 
 def _preflight(ray: Any, cpus: float, gpus: float) -> None:
