@@ -9,12 +9,11 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from pipelines.lake import Lake
 from pipelines.schemas import SCHEMAS, Table
@@ -126,12 +125,10 @@ class Catalog:
                     code="TABLE-SCHEMA", where=uri,
                 ) from error  # fmt: skip
         _check_stored(schema, delta, uri)
-        expression = None
-        for name, value in (where or {}).items():
-            term = pc.field(name).is_null() if value is None else pc.field(name) == value
-            expression = term if expression is None else expression & term
         try:
-            stored = delta.to_pyarrow_dataset().to_table(filter=expression)
+            # The engine's own reader is some four times faster on many small files than a
+            # pyarrow dataset; it promises no order, which `recorded_at` gives back.
+            stored = pa.table(delta.scan(predicate=_predicate(where or {})))
         except (OSError, DeltaError) as error:
             raise _storage_error(error, uri) from error
         return _conform(schema, stored).sort_by([("recorded_at", "ascending")])
@@ -198,11 +195,13 @@ def to_arrow(schema: Table, rows: Sequence[Mapping[str, Any]]) -> pa.Table:
                 schema, f"there is no column {unknown[0]!r}; known are {', '.join(sorted(known))}."
             )
     now = datetime.now(UTC)
+    # A microsecond apart, so that rows of one batch keep their order in the table.
+    moments = [now + timedelta(microseconds=i) for i in range(len(rows))]
     arrays = []
     for column in schema.columns:
         values = [row.get(column.name) for row in rows]
         if column.now:
-            values = [now if v is None else v for v in values]
+            values = [m if v is None else v for m, v in zip(moments, values, strict=True)]
         if column.name in schema.partition_by:
             # Delta stores an empty partition value as missing; say so here, the same everywhere.
             values = [None if v == "" else v for v in values]
@@ -237,6 +236,22 @@ def latest(schema: Table, table: pa.Table) -> pa.Table:
     last = indexed.group_by(list(schema.key), use_threads=False).aggregate([("_row", "max")])
     kept = table.take(last["_row_max"])
     return kept.sort_by([(name, "ascending") for name in schema.key])
+
+
+def _predicate(where: Mapping[str, Any]) -> str | None:
+    """`where` as SQL for the engine: every value a literal, strings quoted."""
+    terms = []
+    for name, value in where.items():
+        if value is None:
+            terms.append(f"{name} IS NULL")
+        elif isinstance(value, str):
+            quoted = value.replace("'", "''")
+            terms.append(f"{name} = '{quoted}'")
+        elif isinstance(value, bool | int | float):
+            terms.append(f"{name} = {value}")
+        else:
+            raise TypeError(f"cannot filter {name} by a {type(value).__name__}")
+    return " AND ".join(terms) or None
 
 
 def _conform(schema: Table, stored: pa.Table) -> pa.Table:

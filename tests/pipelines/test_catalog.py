@@ -115,6 +115,14 @@ def test_a_filter_on_a_partition_reads_only_its_folder(catalog: Catalog, tmp_pat
     assert rows["scan_id"].to_pylist() == ["s1"]
 
 
+@pytest.mark.parametrize("site", ["O'Brien", "a' OR '1'='1", "%", "x--", 'say "hi"', "b\\c"])
+def test_a_filter_takes_any_name_literally(catalog: Catalog, site: str) -> None:
+    catalog.append("results", [result("s1", site=site), result("s2", site="A")])
+    found = catalog.rows("results", where={"site": site, "model_version": 1})
+    assert found["scan_id"].to_pylist() == ["s1"]
+    assert found["site"].to_pylist() == [site]
+
+
 @pytest.mark.parametrize(
     ("row", "said"),
     [
