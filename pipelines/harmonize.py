@@ -138,6 +138,7 @@ def _harmonize(
         files = load_prepared(lake, recipe, scan_id)
         native_mask = load_native_mask(lake, recipe, scan_id)
     mask = np.asarray(files.mask, dtype=bool)
+    grid = np.array(files.geometry.model_affine)
     with _clock(row, "seconds_model"):
         result = harmonizer.harmonize(
             files.image, mask, sequence=sequence, scan_id=scan_id, seed=config.seed,
@@ -155,9 +156,9 @@ def _harmonize(
             native, native_mask, files.geometry, result.image, mask, config.transport
         )
         data = encode_nifti(out, native)
-        store.write_bytes(names.model_grid, encode_nifti(result.image, files.geometry.model_affine))
+        store.write_bytes(names.model_grid, encode_nifti(result.image, grid))
         if result.uncertainty is not None:
-            body = encode_nifti(result.uncertainty, files.geometry.model_affine)
+            body = encode_nifti(result.uncertainty, grid)
             store.write_bytes(names.uncertainty, body)
         store.write_bytes(names.native, data)
         row |= {

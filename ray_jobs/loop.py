@@ -75,7 +75,6 @@ def fit(
     Raises:
         SgcdError: As raised in a worker.
     """
-    import ray.train
     from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 

@@ -35,13 +35,16 @@ def threads_per_worker(workers: int) -> int:
     return max(1, cpu_count() // max(1, workers))
 
 
-def _environment() -> None:
+def _environment(address: str | None) -> None:
     """Settings that Ray reads at import and at start; a user's own values win."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     # Workers are to use this very environment, not one that `uv run` would build again.
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    if not (address or os.environ.get("RAY_ADDRESS")):
+        # Nobody takes this machine away; a process less that watches for it.
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     # Many small arenas cost every worker tens of megabytes.
     os.environ.setdefault("MALLOC_ARENA_MAX", "2")
 
@@ -56,7 +59,7 @@ def session(address: str | None = None, *, cpus: float = 1.0, gpus: float = 0.0)
     Raises:
         StorageError: CLUSTER when the cluster does not answer or is too small.
     """
-    _environment()
+    _environment(address)
     import ray
 
     mine = not ray.is_initialized()
