@@ -84,6 +84,9 @@ def local_linear_maps(
 
     The ridge pulls the slope towards the whole brain's, not towards 0 as in the original filter:
     in a window that holds one tissue and noise, a slope of 0 would wash the native detail out.
+    Measured on real scans at 2 mm and 0.6 mm with a monotone change of contrast as the perfect
+    4 mm result: at a ridge of 1e-4 the two agree; at 4e-3 the pull to 0 keeps 75 to 82 % of the
+    native detail's amplitude (RMSE 0.051, 0.074), this one 95 to 97 % (0.040, 0.052).
 
     Args:
         source: (X, Y, Z) float32.

@@ -114,7 +114,7 @@ def test_all_48_orientations_give_the_same_prepared_scan() -> None:
 
 
 @pytest.mark.parametrize("inverted", [False, True], ids=["T1w", "T2w"])
-@pytest.mark.parametrize("angles", [(0, 0, 0), (22, -8, 6), (-15, 10, -12)])
+@pytest.mark.parametrize("angles", [(22, -8, 6), (-15, 10, -12)])
 def test_a_known_pose_is_found(angles: tuple[float, float, float], inverted: bool) -> None:
     pose = rotation(*angles)
     pose[:3, 3] = [6, -11, 8]
@@ -128,7 +128,7 @@ def test_a_known_pose_is_found(angles: tuple[float, float, float], inverted: boo
 
 
 def test_a_bias_field_is_taken_out() -> None:
-    scan = brain()
+    scan = brain(shape=(60, 70, 57), mm=3.3)
     ramp = np.exp(np.linspace(-0.3, 0.3, scan.shape[2]))[None, None, :]
     biased = as_scan(scan.data * ramp, scan.affine)
     images = {
@@ -147,7 +147,7 @@ def test_a_bias_field_is_taken_out() -> None:
 
 
 def test_the_same_scan_gives_the_same_voxels() -> None:
-    scan = brain(pose=rotation(8, 3, -4))
+    scan = brain(shape=(60, 70, 57), mm=3.3, pose=rotation(8, 3, -4))
     first, second = (prepare_scan(scan, PrepareConfig(), sequence="T1w") for _ in range(2))
     assert first.geometry == second.geometry
     assert (first.image == second.image).all()
@@ -211,14 +211,14 @@ def test_a_head_without_a_tool_says_what_to_install(monkeypatch: pytest.MonkeyPa
         prepare_scan(head(), PrepareConfig(), sequence="T1w")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     importlib.util.find_spec("deepbet") is None, reason="the extra `strip` is not installed"
 )
-def test_brain_extraction_that_fails_is_a_scan_without_a_brain(tmp_path: Path) -> None:
-    noise = np.random.default_rng(0).random((40, 40, 40)).astype(np.float32)
+def test_brain_extraction_that_fails_is_a_scan_without_a_brain() -> None:
+    nothing = np.zeros((40, 40, 40), np.float32)
     with pytest.raises(InputError, match="SCAN-NO-BRAIN"):
-        mask = run_deepbet(noise * 0, where="scan")
-        raise AssertionError(f"deepbet found {mask.sum()} voxels of brain in nothing")
+        run_deepbet(nothing, where="scan")
 
 
 @pytest.mark.parametrize(
@@ -246,12 +246,13 @@ def test_a_mask_too_small_or_too_large_is_no_brain() -> None:
             prepare_scan(as_scan(data, np.diag([2.0, 2, 2, 1])), config, sequence="T1w")
 
 
+@pytest.mark.slow
 @pytest.mark.real
 def test_real_scans_are_told_apart(data_dir: Path) -> None:
     """Extracted brains and heads of seven sites, some of them defaced."""
     for path in sorted((data_dir / "real").glob("sub-*/anat/*_T[12]w.nii.gz")):
-        data, affine, _ = to_ras(read_nifti(str(path)).data, read_nifti(str(path)).affine)
-        given = extracted_mask(data, affine) is not None
+        scan = read_nifti(str(path))
+        given = extracted_mask(scan.data, scan.affine) is not None
         assert given == path.name.startswith(("sub-NSK", "sub-TCGA")), path.name
 
 
