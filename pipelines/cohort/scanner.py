@@ -115,8 +115,8 @@ def _t1w(rng: np.random.Generator, field: float, strength: float) -> Acquisition
         )  # fmt: skip
     else:
         protocol = Protocol(
-            kind="spoiled_gradient_echo", tr=round(rng.uniform(8, 24), 1),
-            te=round(rng.uniform(2.4, 5.0), 2), flip=round(rng.uniform(16, 30)),
+            kind="spoiled_gradient_echo", tr=round(rng.uniform(10, 24), 1),
+            te=round(rng.uniform(2.4, 5.0), 2), flip=round(rng.uniform(20, 30)),
         )  # fmt: skip
     voxel = _voxel(rng, 1.3)
     return _acquisition(rng, protocol, voxel, 0.025 if high else 0.04, strength)
