@@ -1,0 +1,117 @@
+"""The gradient map against plain NumPy, and style kept out of the condition."""
+
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+
+from sgcd_core.config import ConditionConfig
+from sgcd_core.volume.condition import (
+    augment_contrast,
+    build_condition,
+    from_network,
+    gradient_map,
+    masked_quantiles,
+    to_network,
+)
+
+
+def brain(seed=0, size=16):
+    rng = np.random.default_rng(seed)
+    grid = np.stack(np.meshgrid(*[np.linspace(-1, 1, size)] * 3, indexing="ij"))
+    radius = np.sqrt((grid**2).sum(0)) + 0.05 * rng.standard_normal((size,) * 3)
+    mask = radius < 0.9
+    tissue = np.select([radius < 0.35, radius < 0.65], [0.15, 0.85], 0.5)
+    return (tissue * mask).astype(np.float32), mask
+
+
+def tensors(images, masks):
+    return torch.from_numpy(np.stack(images))[:, None], torch.from_numpy(np.stack(masks))[:, None]
+
+
+def generators(*seeds):
+    return [torch.Generator().manual_seed(s) for s in seeds]
+
+
+def test_gradient_map_equals_forward_differences_in_numpy():
+    image, mask = brain()
+    raw = np.zeros_like(image)
+    raw[:-1] += np.diff(image, axis=0)
+    raw[:, :-1] += np.diff(image, axis=1)
+    raw[:, :, :-1] += np.diff(image, axis=2)
+    raw /= 3
+    scale = np.quantile(np.abs(raw[mask]), 0.99)
+    expected = np.clip(raw / scale, -1, 1)
+    got = gradient_map(*tensors([image], [mask]))[0, 0].numpy()
+    np.testing.assert_allclose(got, expected, atol=1e-5)
+
+
+def test_one_outlier_voxel_does_not_set_the_scale():
+    image, mask = brain()
+    spiked = image.copy()
+    spiked[8, 8, 8] = 50
+    a = gradient_map(*tensors([image], [mask]))
+    b = gradient_map(*tensors([spiked], [mask]))
+    far = torch.ones_like(a, dtype=torch.bool)
+    far[..., 6:10, 6:10, 6:10] = False
+    kept = float(b[far].abs().mean() / a[far].abs().mean())
+    assert kept > 0.7  # scaled by the maximum it would be below 0.03
+
+
+def test_network_scaling_is_a_bijection():
+    x = torch.linspace(0, 1, 11)
+    assert to_network(x).min() == -1 and to_network(x).max() == 1
+    torch.testing.assert_close(from_network(to_network(x)), x)
+
+
+def test_masked_quantiles_equal_numpy():
+    image, mask = brain(3)
+    got = masked_quantiles(*tensors([image], [mask]), (0.1, 0.5, 0.99))[0].numpy()
+    np.testing.assert_allclose(got, np.quantile(image[mask], (0.1, 0.5, 0.99)), atol=1e-5)
+
+
+def test_augmented_style_is_the_same_for_a_seed_whatever_the_batch():
+    (a, m), (b, n) = brain(0), brain(1)
+    config = ConditionConfig()
+    both = augment_contrast(*tensors([a, b], [m, n]), config, generators(5, 6))
+    alone = augment_contrast(*tensors([b], [n]), config, generators(6))
+    torch.testing.assert_close(both[1:], alone)
+    assert float((both[:1] - tensors([a], [m])[0]).abs().mean()) > 0.01
+
+
+def test_inference_sees_the_scan_as_it_is():
+    image, mask = tensors(*[[x] for x in brain()])
+    condition = build_condition(image, mask, ConditionConfig())
+    torch.testing.assert_close(condition.content, to_network(image))
+    assert condition.channels.shape[1] == 2
+    bare = build_condition(image, mask, ConditionConfig(content_channel=False))
+    assert bare.content is None and bare.channels.shape[1] == 1
+
+
+def site_accuracy(config, augment):
+    """Accuracy of a linear site classifier on G alone; two sites that differ by a gamma."""
+    images, masks, sites = [], [], []
+    for seed in range(60):
+        image, mask = brain(seed)
+        site = seed % 2
+        images.append(image ** (0.5 if site else 2.0))
+        masks.append(mask)
+        sites.append(site)
+    image, mask = tensors(images, masks)
+    seeds = generators(*range(60)) if augment else None
+    gradient = build_condition(image, mask, config, seeds).channels[:, :1]
+    levels = tuple(np.linspace(0.05, 0.95, 10))
+    features = masked_quantiles(gradient, mask, levels).numpy()
+    model = LogisticRegression(max_iter=2000).fit(features[:40] * 10, sites[:40])
+    return float(model.score(features[40:] * 10, sites[40:]))
+
+
+def test_contrast_augmentation_hides_the_site_that_a_gradient_map_gives_away():
+    config = ConditionConfig(remap_strength=1.0, noise_std=0.0, blur_voxels=0.0)
+    assert site_accuracy(config, augment=False) >= 0.95
+    assert site_accuracy(config, augment=True) <= 0.8
+
+
+def test_settings_outside_their_range_are_refused():
+    with pytest.raises(ValueError, match="remap_strength"):
+        ConditionConfig(remap_strength=1.5)

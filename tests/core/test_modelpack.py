@@ -1,0 +1,64 @@
+"""A modelpack comes back as it was saved, and damage is found."""
+
+import json
+
+import pytest
+import torch
+
+from sgcd_core.config import load_config
+from sgcd_core.errors import ModelError
+from sgcd_core.modelpack import ModelPack, has_modelpack, load_modelpack, save_modelpack
+
+
+@pytest.fixture
+def pack():
+    return ModelPack(
+        config=load_config(settings=["seed=5"]),
+        network={"b": torch.arange(6.0).view(2, 3).T, "a": torch.ones(2)},
+        state={"alpha_bars": torch.linspace(1, 0, 5)},
+        meta={"name": "global", "training_sites": ["A"], "scans": 12},
+    )
+
+
+def test_round_trip(tmp_path, pack):
+    uri = str(tmp_path / "models/global/1")
+    digests = save_modelpack(uri, pack)
+    back = load_modelpack(uri)
+    assert back.config == pack.config and back.meta == pack.meta
+    assert back.global_network is None
+    for key, value in pack.network.items():
+        assert torch.equal(back.network[key], value)
+    assert save_modelpack(uri, back) == digests
+    card = (tmp_path / "models/global/1/MODEL_CARD.md").read_text()
+    assert "global" in card and "Not a medical device" in card
+
+
+def test_a_changed_file_is_found(tmp_path, pack):
+    uri = str(tmp_path / "m")
+    save_modelpack(uri, pack)
+    file = tmp_path / "m/network.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(bytes(data))
+    with pytest.raises(ModelError, match="MODEL-DIGEST"):
+        load_modelpack(uri)
+
+
+def test_a_half_written_pack_is_no_pack(tmp_path, pack):
+    uri = str(tmp_path / "m")
+    save_modelpack(uri, pack)
+    assert has_modelpack(uri)
+    (tmp_path / "m/pack.json").unlink()
+    assert not has_modelpack(uri)
+    with pytest.raises(ModelError, match="MODEL-MISSING"):
+        load_modelpack(uri)
+
+
+def test_another_format_is_refused(tmp_path, pack):
+    uri = str(tmp_path / "m")
+    save_modelpack(uri, pack)
+    file = tmp_path / "m/pack.json"
+    body = json.loads(file.read_text())
+    file.write_text(json.dumps({**body, "format": 99}))
+    with pytest.raises(ModelError, match="MODEL-FORMAT"):
+        load_modelpack(uri)

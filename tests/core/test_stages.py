@@ -1,0 +1,214 @@
+"""Both training stages on two small synthetic sites: they learn, repeat and resume."""
+
+import numpy as np
+import pytest
+import torch
+
+from sgcd_core.batch import make_batch, sample_seed
+from sgcd_core.config import load_config
+from sgcd_core.errors import InputError, ModelError
+from sgcd_core.global_stage import GlobalStage, learning_rate, planned_steps
+from sgcd_core.harmonizer import Harmonizer
+from sgcd_core.modelpack import load_modelpack, save_modelpack
+from sgcd_core.style.encoder import load_encoder
+from sgcd_core.style.outlier import OutlierModel, style_features
+from sgcd_core.target_stage import TargetStage
+
+SIDE = 16
+SETTINGS = [
+    f"prepare.shape=[{SIDE}, {SIDE}, {SIDE}]",
+    "network.channels=[8, 16]",
+    "network.attention_levels=[false, true]",
+    "network.head_channels=8",
+    "network.norm_groups=4",
+    "global_stage.warmup_steps=0",
+    "global_stage.learning_rate=0.003",
+    "global_stage.precision=fp32",
+    "target_stage.precision=fp32",
+    "target_stage.encoder=statistics",
+    "target_stage.learning_rate=0.003",
+]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def config(*more):
+    return load_config("tiny", settings=[*SETTINGS, *more])
+
+
+def scan(seed, gamma):
+    """A ball of three tissues, its folds set by `seed`, its contrast by `gamma`."""
+    rng = np.random.default_rng(seed)
+    axes = np.meshgrid(*[np.linspace(-1, 1, SIDE)] * 3, indexing="ij")
+    radius = np.sqrt(sum(a**2 for a in axes)) + 0.08 * rng.standard_normal((SIDE,) * 3)
+    mask = radius < 0.9
+    tissue = np.select([radius < 0.3, radius < 0.6], [0.1, 0.9], 0.5) ** gamma
+    return (tissue * mask).astype(np.float32), mask
+
+
+def batch(gammas, first=0, sequences=None):
+    pairs = [scan(first + i, g) for i, g in enumerate(gammas)]
+    return make_batch(
+        [p[0] for p in pairs],
+        [p[1] for p in pairs],
+        sequences or ["T1w"] * len(pairs),
+        [sample_seed(0, first, i) for i in range(len(pairs))],
+        ("T1w", "T2w"),
+    )
+
+
+def trained(cfg, steps):
+    stage = GlobalStage(cfg, steps)
+    losses = [stage.step(batch((0.5, 2.0), first=2 * i)) for i in range(steps)]
+    features = [style_features(*scan(i, g)) for i in range(4) for g in (0.5, 2.0)]
+    outliers = OutlierModel.fit(features, [0] * len(features))
+    return stage, losses, stage.pack(outliers, {"name": "global", "training_sites": ["A", "B"]})
+
+
+def test_every_loss_is_logged_on_its_own_and_the_denoising_error_falls():
+    fresh = GlobalStage(config(), 24)
+    check = batch((0.5, 2.0, 0.5, 2.0), first=300)
+    before = float(fresh._losses(check)[0]["noise"].detach())
+    stage, losses, _ = trained(config(), 24)
+    assert set(losses[0]) == {"loss", "noise", "gradient", "record", "learning_rate"}
+    after = float(stage._losses(check)[0]["noise"].detach())
+    assert after < 0.9 * before
+
+
+def test_the_same_seed_gives_the_same_weights():
+    one, two = (trained(config(), 3)[2].weights_digest() for _ in range(2))
+    other = trained(config("seed=1"), 3)[2].weights_digest()
+    assert one == two != other
+
+
+def test_a_resumed_run_equals_an_unbroken_one():
+    whole, _, _ = trained(config(), 4)
+    first_half, resumed = GlobalStage(config(), 4), GlobalStage(config("seed=9"), 4)
+    for i in range(2):
+        first_half.step(batch((0.5, 2.0), first=2 * i))
+    resumed.load_state_dict(first_half.state_dict())
+    for i in range(2, 4):
+        resumed.step(batch((0.5, 2.0), first=2 * i))
+    for a, b in zip(whole.network.parameters(), resumed.network.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=0, rtol=0)
+    assert torch.equal(whole.record.values, resumed.record.values)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v", "x0"])
+def test_every_prediction_trains(prediction):
+    _, losses, _ = trained(config(f"network.prediction={prediction}"), 8)
+    assert losses[-1]["noise"] < losses[0]["noise"]
+
+
+def test_stage_two_moves_a_scan_to_the_target_and_leaves_stage_one_alone(tmp_path):
+    cfg = config("target_stage.style_every=4", "condition.remap_strength=0.5")
+    _, _, pack = trained(cfg, 30)
+    save_modelpack(str(tmp_path / "global"), pack)
+    before = pack.weights_digest()
+    stage = TargetStage(
+        load_modelpack(str(tmp_path / "global")), cfg, "A", load_encoder("statistics")
+    )
+    stage.measure_target([batch((0.5, 0.5), first=100)])
+    history = [stage.step(batch((2.0,), first=i), batch((0.5,), first=200 + i)) for i in range(40)]
+    assert {"denoising", "style", "reconstruction", "anatomy"} <= set(history[0])
+    assert "style" not in history[1]
+    result = stage.pack({"name": "target-A"})
+    assert result.meta["parent_weights"] == before == pack.weights_digest()
+    save_modelpack(str(tmp_path / "target"), result)
+    model = Harmonizer(load_modelpack(str(tmp_path / "target")))
+    image, mask = scan(500, 2.0)
+    truth, _ = scan(500, 0.5)
+    got = model.harmonize(image, mask, "T1w", "scan-500").image
+    raw_error = np.abs(image - truth)[mask].mean()
+    assert np.abs(got - truth)[mask].mean() < 0.8 * raw_error
+    assert not got[~mask].any()
+
+
+def test_the_whole_chain_and_the_paper_s_printed_steps_also_run():
+    printed = config(
+        "target_sampler.t_start=35", "target_sampler.t_reverse=25", "target_sampler.steps=3",
+        "target_sampler.invert_steps=3", "target_sampler.start=inversion",
+        "target_sampler.kind=anchored", "target_stage.backprop=chain",
+        "target_stage.target_denoising=0", "target_stage.style_every=1",
+    )  # fmt: skip
+    _, _, pack = trained(printed, 4)
+    stage = TargetStage(pack, printed, "A", load_encoder("statistics"))
+    stage.measure_target([batch((0.5,), first=100)])
+    weights = [p.detach().clone() for p in stage.network.parameters()]
+    stage.step(batch((2.0,)), batch((0.5,), first=200))
+    moved = sum(
+        float((a - b).abs().sum()) for a, b in zip(weights, stage.network.parameters(), strict=True)
+    )
+    assert moved > 0
+    image, mask = scan(1, 2.0)
+    out = Harmonizer(stage.pack({})).harmonize(image, mask, "T1w", "x").image
+    assert np.isfinite(out).all()
+
+
+def test_a_sequence_the_target_lacks_is_an_error_before_any_step():
+    _, _, pack = trained(config(), 2)
+    stage = TargetStage(pack, config(), "A", load_encoder("statistics"))
+    stage.measure_target([batch((0.5,), first=100)])
+    with pytest.raises(InputError) as caught:
+        stage.step(batch((2.0,), sequences=["T2w"]), batch((0.5,), first=200))
+    assert caught.value.code == "TARGET-SEQUENCE"
+    assert stage.done == 0
+
+
+def test_harmonizing_depends_on_scan_and_seed_alone():
+    _, _, pack = trained(config(), 4)
+    image, mask = scan(7, 2.0)
+    model = Harmonizer(pack)
+    one = model.harmonize(image, mask, "T1w", "s1", samples=3)
+    model.harmonize(*scan(8, 0.5), "T1w", "s2")
+    again = Harmonizer(pack).harmonize(image, mask, "T1w", "s1", samples=3)
+    np.testing.assert_array_equal(one.image, again.image)
+    np.testing.assert_array_equal(one.uncertainty, again.uncertainty)
+    assert one.uncertainty.max() > 0
+    assert (model.harmonize(image, mask, "T1w", "s1").image != one.image).any()
+
+
+def test_what_does_not_fit_the_model_is_a_clear_error():
+    _, _, pack = trained(config(), 1)
+    model = Harmonizer(pack)
+    image, mask = scan(0, 1.0)
+    with pytest.raises(InputError, match="SCAN-SEQUENCE"):
+        model.harmonize(image, mask, "FLAIR", "x")
+    with pytest.raises(ModelError, match="MODEL-GRID"):
+        model.harmonize(image[:8], mask[:8], "T1w", "x")
+    with pytest.raises(InputError, match="SCAN-EMPTY"):
+        model.harmonize(image, np.zeros_like(mask), "T1w", "x")
+
+
+def test_divergence_is_said_and_not_saved():
+    stage = GlobalStage(config(), 4)
+    for weight in stage.network.parameters():
+        weight.data.fill_(float("nan"))
+    with pytest.raises(ModelError, match="TRAIN-DIVERGED"):
+        stage.step(batch((0.5,)))
+    assert stage.done == 0
+
+
+def test_a_scan_from_elsewhere_scores_as_an_outlier():
+    _, _, pack = trained(config(), 1)
+    model = Harmonizer(pack)
+    usual = model.outlier_score(*scan(9, 0.5), "T1w")
+    image, mask = scan(9, 0.5)
+    strange = model.outlier_score((1 - image) * mask, mask, "T1w")
+    assert usual < 2 < strange
+    assert model.outlier_score(image, mask, "T2w") == float("inf")
+
+
+def test_learning_rate_warms_up_and_falls_to_zero():
+    stage = config("global_stage.warmup_steps=10").global_stage
+    rates = [learning_rate(stage, i, 100) for i in range(101)]
+    assert rates[0] < rates[5] < rates[9] == pytest.approx(0.003)
+    assert rates[50] < rates[10] and rates[100] < 1e-6
+    assert planned_steps(50, None, 7, 2) == 50
+    assert planned_steps(50, 3, 7, 2) == 12
