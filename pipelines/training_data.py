@@ -23,7 +23,7 @@ COMPLETE = "geometry.json"
 
 
 def prepared_ids(lake: Lake, recipe: str) -> set[str]:
-    """scan_id of every scan whose preparation under `recipe` is complete."""
+    """scan_id of every scan whose preparation under `recipe` (all of them: "") is complete."""
     root = lake.prepared(recipe)
     ids = set()
     for item in Store().list(root + "/"):

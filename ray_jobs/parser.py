@@ -268,7 +268,7 @@ def _query(sub: Any) -> None:
 def _status(sub: Any) -> None:
     _command(
         sub, "status", "What is done, failed and set aside, and how to go on.",
-        "sgcd status --lake LAKE", settings=True,
+        "sgcd status --lake LAKE",
     )  # fmt: skip
 
 

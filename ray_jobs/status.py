@@ -7,7 +7,6 @@ from typing import Any
 
 from ray_jobs.context import open_lake, quoted
 from ray_jobs.outcome import Outcome, table
-from ray_jobs.settings import from_args
 
 
 def run(args: Any) -> Outcome:
@@ -18,9 +17,8 @@ def run(args: Any) -> Outcome:
 
     lake = open_lake(args.lake)
     catalog = Catalog(lake)
-    config = from_args(args)
     scans = catalog.rows("scans").to_pylist()
-    ready = prepared_ids(lake, config.prepare.digest())
+    ready = prepared_ids(lake, "")  # under whatever recipe
     results = catalog.rows("results").to_pylist()
     have = models(lake)
     lines = _scans(scans, ready) + _models(have) + _results(results)
