@@ -151,7 +151,11 @@ def _acquisition(
     strength: float,
 ) -> Acquisition:
     # common scanners differ little in their transfer; an unusual one does so for certain
-    bend = rng.normal(0, 0.16) if strength <= 1.3 else rng.choice([-1, 1]) * rng.uniform(0.16, 0.3)
+    bend = (
+        np.clip(rng.normal(0, 0.16), -0.2, 0.2)
+        if strength <= 1.3
+        else rng.choice([-1, 1]) * rng.uniform(0.16, 0.3)
+    )
     gamma = math.exp(strength * bend)
     return Acquisition(
         protocol=protocol,
