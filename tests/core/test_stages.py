@@ -72,10 +72,11 @@ def trained(cfg, steps):
 
 
 def test_every_loss_is_logged_on_its_own_and_the_denoising_error_falls():
-    fresh = GlobalStage(config(), 24)
+    cfg = config("network.prediction=x0")
+    fresh = GlobalStage(cfg, 24)
     check = batch((0.5, 2.0, 0.5, 2.0), first=300)
     before = float(fresh._losses(check)[0]["noise"].detach())
-    stage, losses, _ = trained(config(), 24)
+    stage, losses, _ = trained(cfg, 24)
     assert set(losses[0]) == {"loss", "noise", "gradient", "record", "learning_rate"}
     after = float(stage._losses(check)[0]["noise"].detach())
     assert after < 0.9 * before
