@@ -141,8 +141,8 @@ def _demo(sub: Any) -> None:
         "sgcd demo --out work/demo", lake=False,
     )  # fmt: skip
     p.add_argument("--out", default="sgcd-demo", metavar="DIR", help="default: %(default)s")
-    p.add_argument("--subjects", type=_positive, default=20, help="default: %(default)s")
-    p.add_argument("--sites", type=_positive, default=4, help="default: %(default)s")
+    p.add_argument("--subjects", type=_positive, default=12, help="default: %(default)s")
+    p.add_argument("--sites", type=_positive, default=3, help="default: %(default)s")
     p.add_argument("--traveling", type=_positive, default=2, help="default: %(default)s")
     p.add_argument("--mm", type=float, default=2.0, help="voxel side, default: %(default)s")
     p.add_argument("--train-steps", type=_positive, default=200, help="default: %(default)s")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -91,8 +93,10 @@ def _connect(ray: Any, address: str | None) -> None:
             "include_dashboard": False,
         }
     for left in range(START_TRIES - 1, -1, -1):
+        on_stop = signal.getsignal(signal.SIGTERM)
         try:
             ray.init(**common)
+            _restore(on_stop)
             return
         except Exception as error:
             # Ray raises a bare Exception when a busy machine takes longer than its 30 s to start.
@@ -106,6 +110,12 @@ def _connect(ray: Any, address: str | None) -> None:
                 hint="Check --ray-address or RAY_ADDRESS, or leave both out to use this machine; "
                 "if this machine is busy, try again.",
             ) from error  # fmt: skip
+
+
+def _restore(handler: Any) -> None:
+    """Take SIGTERM back: Ray's own handler ends the process at once, rows uncommitted."""
+    if callable(handler) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)
 
 
 def _preflight(ray: Any, cpus: float, gpus: float) -> None:
