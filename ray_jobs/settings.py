@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from sgcd_core.config import PRESETS, SgcdConfig, _pairs, load_config, merge, parse_config
+from sgcd_core.config import PRESETS, SgcdConfig, load_config, merge, parse_config, parse_pairs
 from sgcd_core.errors import ConfigError
 
 
@@ -31,7 +31,7 @@ def over_model(args: Any, base: SgcdConfig) -> SgcdConfig:
         user = dict(PRESETS[args.preset])
     if args.config:
         user = merge(user, yaml.safe_load(Path(args.config).read_text(encoding="utf-8")) or {})
-    user = merge(user, _pairs(args.settings))
+    user = merge(user, parse_pairs(args.settings))
     user.pop("preset", None)
     config = parse_config(merge(base.model_dump(), user))
     for part in ("prepare", "network", "condition", "schedule", "record", "sequences"):

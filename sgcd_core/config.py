@@ -288,7 +288,7 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
-def _pairs(settings: Sequence[str]) -> dict[str, Any]:
+def parse_pairs(settings: Sequence[str]) -> dict[str, Any]:
     """`["a.b=1"]` → `{"a": {"b": 1}}`; values are read as YAML."""
     out: dict[str, Any] = {}
     for item in settings:
@@ -326,7 +326,7 @@ def load_config(
             ) from error  # fmt: skip
         if not isinstance(from_file, dict):
             raise ConfigError("must hold key: value lines.", code="CONFIG-FILE", where=str(file))
-    user = merge(from_file, _pairs(settings))
+    user = merge(from_file, parse_pairs(settings))
     name = preset or user.get("preset") or "tiny"
     if name not in PRESETS:
         raise ConfigError(f"preset {name!r} does not exist; choose from {', '.join(PRESETS)}.")

@@ -94,7 +94,8 @@ def masked_quantiles(image: Tensor, mask: Tensor, levels: tuple[float, ...]) -> 
         if values.numel() == 0:
             rows.append(torch.zeros(len(levels), device=image.device))
             continue
-        position = torch.tensor(levels, dtype=torch.float32, device=image.device) * (values.numel() - 1)
+        at = torch.tensor(levels, dtype=torch.float32, device=image.device)
+        position = at * (values.numel() - 1)
         low = position.floor().long()
         high = (low + 1).clamp(max=values.numel() - 1)
         rows.append(torch.lerp(values[low], values[high], position - low))
