@@ -53,6 +53,11 @@ class Lake:
         """Folder of a scan's model-grid volumes under one preparation recipe."""
         return join(self.uri, "prepared", recipe, scan_id)
 
+    @property
+    def prepared_with(self) -> str:
+        """The settings of the last `sgcd prepare`, which later commands start from."""
+        return join(self.uri, "prepared", "settings.json")
+
     def derivatives(self, model: str) -> str:
         """Root of a BIDS derivative data set."""
         return join(self.uri, "derivatives", model)

@@ -113,7 +113,7 @@ def suggest(args: Any) -> Outcome:
     from ray_jobs.settings import from_args
 
     lake = open_lake(args.lake)
-    rows = suggest_target(Catalog(lake), lake, from_args(args).prepare.digest())
+    rows = suggest_target(Catalog(lake), lake, from_args(args, lake).prepare.digest())
     if not rows:
         raise InputError(
             "no site has two prepared training scans of one sequence.", code="LAKE-EMPTY",

@@ -2,18 +2,71 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from pipelines.lake import Lake
 from sgcd_core.config import PRESETS, SgcdConfig, load_config, merge, parse_config, parse_pairs
-from sgcd_core.errors import ConfigError
+from sgcd_core.errors import ConfigError, InputError
+from sgcd_core.io.store import Store
+
+#: What decides how scans are prepared; `sgcd prepare` leaves it in the lake.
+REMEMBERED = ("preset", "sequences", "prepare")
 
 
-def from_args(args: Any) -> SgcdConfig:
-    """The settings of a command that starts from nothing."""
-    return load_config(args.preset, args.config, args.settings)
+def from_args(args: Any, lake: Lake) -> SgcdConfig:
+    """The user's settings over those the lake's scans were prepared with.
+
+    Whoever prepared with other settings than the defaults need not repeat them for every command.
+    """
+    return load_config(args.preset, args.config, args.settings, base=remembered(lake))
+
+
+def remembered(lake: Lake) -> dict[str, Any]:
+    """The settings the lake's scans were last prepared with; empty when none were.
+
+    Raises:
+        ConfigError: The file in the lake is damaged.
+    """
+    where = lake.prepared_with
+    try:
+        found = json.loads(Store().read_bytes(where, max_bytes=1_000_000))
+        return {name: found[name] for name in REMEMBERED}
+    except InputError:  # there is none
+        return {}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            "this file is damaged.", code="CONFIG-FILE", where=where,
+            hint="Delete it, and run `sgcd prepare` again with your settings.",
+        ) from error  # fmt: skip
+
+
+def remember(lake: Lake, config: SgcdConfig) -> None:
+    """Leave in the lake what its scans are prepared with."""
+    values = config.model_dump(mode="json", include=set(REMEMBERED))
+    body = (json.dumps(values, indent=1, sort_keys=True) + "\n").encode()
+    where, store = lake.prepared_with, Store()
+    if not store.exists(where) or store.read_bytes(where) != body:
+        store.write_bytes(where, body)
+
+
+def preparation_line(config: SgcdConfig) -> list[str]:
+    """One line that names what differs from the preset's preparation; none when nothing does."""
+    usual, now = load_config(config.preset), config.model_dump(mode="json")
+    plain = usual.model_dump(mode="json")
+    words = [
+        f"prepare.{name}={value}"
+        for name, value in now["prepare"].items()
+        if value != plain["prepare"][name]
+    ]
+    if now["sequences"] != plain["sequences"]:
+        words.append(f"sequences={now['sequences']}")
+    if config.preset != "tiny":
+        words.insert(0, f"preset {config.preset}")
+    return [f"settings kept in the lake: {', '.join(words)}"] if words else []
 
 
 def over_model(args: Any, base: SgcdConfig) -> SgcdConfig:

@@ -31,7 +31,7 @@ def run(args: Any) -> Outcome:
     from sgcd_core.global_stage import planned_steps
 
     lake = open_lake(args.lake)
-    config = from_args(args)
+    config = from_args(args, lake)
     rows = training_rows(
         Catalog(lake), config.prepare.digest(), sequences=config.sequences,
         sites=args.sites, exclude_sites=args.exclude_sites or (),

@@ -14,7 +14,7 @@ import numpy as np
 from ray_jobs.context import open_lake, quoted, recorded
 from ray_jobs.outcome import DONE, WITH_FAILURES, Outcome, failure_line
 from ray_jobs.session import cpu_count, session
-from ray_jobs.settings import from_args
+from ray_jobs.settings import from_args, preparation_line, remember
 from sgcd_core.config import PrepareConfig, SgcdConfig
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def prepare(args: Any) -> Outcome:
     from sgcd_core.errors import InputError
 
     lake = open_lake(args.lake)
-    config = from_args(args)
+    config = from_args(args, lake)
     recipe = config.prepare.digest()
     scans = Catalog(lake).rows("scans").to_pylist()
     if not scans:
@@ -68,8 +68,11 @@ def prepare(args: Any) -> Outcome:
     data: Row = {"recipe": recipe, "to_do": len(todo), "already_prepared": skipped}
     if args.dry_run:
         return Outcome(f"would prepare {len(todo)} scans, {skipped} are prepared", data=data)
+    remember(lake, config)
+    kept = preparation_line(config)
     if not todo:
-        return Outcome(f"all {skipped} scans are prepared; nothing to do", next=follow, data=data)
+        text = f"all {skipped} scans are prepared; nothing to do"
+        return Outcome(text, next=follow, lines=kept, data=data)
     failed: list[Row] = []
     with (
         recorded(lake, "prepare", config.digest()) as summary,
@@ -87,7 +90,7 @@ def prepare(args: Any) -> Outcome:
             raise RuntimeError(f"{len(todo)} scans went in, {done} rows came out")
         summary.update(prepared=done - len(failed), failed=len(failed), recipe=recipe)
     codes = Counter(row["code"] for row in failed)
-    lines = [failure_line(row) for row in failed]
+    lines = [failure_line(row) for row in failed] + kept
     reasons = ", ".join(f"{n} {code}" for code, n in codes.most_common())
     text = f"prepared {done - len(failed)} scans, {skipped} were prepared before"
     text += f", {len(failed)} failed ({reasons})" if failed else ""

@@ -309,8 +309,17 @@ def load_config(
     preset: str | None = None,
     file: str | Path | None = None,
     settings: Sequence[str] = (),
+    *,
+    base: Mapping[str, Any] | None = None,
 ) -> SgcdConfig:
     """Resolve settings: defaults, then preset, then YAML file, then `key=value` pairs.
+
+    Args:
+        preset: Name of a preset; wins over one that the file names.
+        file: YAML file.
+        settings: `key=value` pairs.
+        base: Settings to start from, their preset among them. They lie between preset and file,
+            and count for nothing when the user names another preset.
 
     Raises:
         ConfigError: A key does not exist, a value is not allowed or the file cannot be read.
@@ -327,10 +336,12 @@ def load_config(
         if not isinstance(from_file, dict):
             raise ConfigError("must hold key: value lines.", code="CONFIG-FILE", where=str(file))
     user = merge(from_file, parse_pairs(settings))
-    name = preset or user.get("preset") or "tiny"
+    base = base or {}
+    name = preset or user.get("preset") or base.get("preset") or "tiny"
     if name not in PRESETS:
         raise ConfigError(f"preset {name!r} does not exist; choose from {', '.join(PRESETS)}.")
-    return parse_config(merge(merge(PRESETS[name], user), {"preset": name}))
+    start = merge(PRESETS[name], base if name == base.get("preset") else {})
+    return parse_config(merge(merge(start, user), {"preset": name}))
 
 
 def parse_config(values: Mapping[str, Any]) -> SgcdConfig:
