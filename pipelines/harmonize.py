@@ -44,6 +44,7 @@ class Job:
         code_version: Of this program.
         batch_id: Of this run.
         samples: Seeds per scan; above 1 an uncertainty map is written.
+        learned: Sequences the model was trained for, of those in the settings; None: all.
     """
 
     lake: Lake
@@ -54,6 +55,7 @@ class Job:
     code_version: str
     batch_id: str
     samples: int = 1
+    learned: tuple[str, ...] | None = None
 
     @property
     def key(self) -> str:
@@ -77,7 +79,7 @@ def harmonize_scan(scan: Mapping[str, Any], job: Job, harmonizer: Harmonizer, st
             return quarantined(row)
         _harmonize(scan, job, harmonizer, Names(job.lake.derivatives(job.key), stem), row)
     except SgcdError as error:
-        row |= {"status": "failed", "code": error.code, "message": error.message}
+        row |= {"status": "failed", "code": error.code, "message": error.sentence}
     except Exception as error:
         # One of the two places where any failure becomes a row: a scan must not stop the others.
         log.warning("event=scan_failed scan=%s error=%s", scan["scan_id"], type(error).__name__)
@@ -124,6 +126,8 @@ def _harmonize(
             f"sequence {sequence} is none of the model's ({', '.join(config.sequences)}).",
             code="SCAN-SEQUENCE",
         )  # fmt: skip
+    if job.learned is not None and sequence not in job.learned:
+        raise _not_learned(sequence, job)
     recipe = config.prepare.digest()
     if not store.exists(join(lake.prepared(recipe, scan_id), COMPLETE)):
         with _clock(row, "seconds_prepare"):
@@ -166,6 +170,20 @@ def _harmonize(
             "model_grid_uri": names.model_grid, "sidecar_uri": names.sidecar,
         }  # fmt: skip
     store.write_bytes(names.sidecar, sidecar_bytes(row, source=scan["uri"]))
+
+
+def _not_learned(sequence: str, job: Job) -> InputError:
+    """Why a model cannot serve a sequence that its settings name."""
+    if job.target is None:
+        return InputError(
+            f"the model saw no {sequence} scan in training.", code="SCAN-SEQUENCE",
+            hint="Train again with prepared scans of this sequence.",
+        )  # fmt: skip
+    return InputError(
+        f"site {job.target!r} had no {sequence} scan to learn its look from.",
+        code="TARGET-SEQUENCE",
+        hint="Tune to a site that has one, or harmonize with --model global.",
+    )
 
 
 @contextmanager

@@ -72,7 +72,7 @@ def prepare_one(row: dict[str, Any], lake: Lake, config: PrepareConfig) -> dict[
         else:
             out.update(_prepare(row, folder, config))
     except SgcdError as error:
-        out.update(status="failed", code=error.code, message=str(error), prepared_uri=None)
+        out.update(status="failed", code=error.code, message=error.sentence, prepared_uri=None)
     except Exception as error:
         # Boundary: one scan that fails in a way nobody foresaw must not end the run. The text of
         # the exception may quote a header, so only its type and place are kept.
@@ -83,7 +83,7 @@ def prepare_one(row: dict[str, Any], lake: Lake, config: PrepareConfig) -> dict[
         )  # fmt: skip
         out.update(
             status="failed", code="SCAN-FAILED", prepared_uri=None,
-            message=f"[SCAN-FAILED] preparation ended with {type(error).__name__}; see the log.",
+            message=f"preparation ended with {type(error).__name__}; see the log.",
         )  # fmt: skip
     out["seconds_total"] = round(time.perf_counter() - start, 3)
     log.info(

@@ -86,7 +86,7 @@ def check_sites(names: Collection[str], scans: Sequence[dict[str, Any]], where: 
 
 def check_target(
     target: str, rows: Sequence[dict[str, Any]], sequences: Collection[str], where: str
-) -> None:
+) -> list[str]:
     """Refuse a target that has nothing to learn its look from, before any training.
 
     Args:
@@ -95,21 +95,21 @@ def check_target(
         sequences: Sequences that are to be harmonized.
         where: The lake, for the message.
 
+    Returns:
+        Sequences of other sites that the target lacks: they cannot be brought to its look.
+
     Raises:
-        InputError: TARGET-SEQUENCE, naming what lacks.
+        InputError: TARGET-SEQUENCE when it has none at all.
     """
     have = {row["sequence"] for row in rows if row["site"] == target}
     others = {row["sequence"] for row in rows if row["site"] != target}
-    lacking = [name for name in sequences if name in others and name not in have]
     if not have:
-        lacking = lacking or list(sequences)
-    if lacking:
         raise InputError(
-            f"site {target!r} has no prepared training scan of {', '.join(lacking)}.",
+            f"site {target!r} has no prepared training scan of {' or '.join(sequences)}.",
             code="TARGET-SEQUENCE", where=where,
-            hint="Choose another target (`sgcd suggest-target`), or only the sequences it has: "
-            f"--set 'sequences=[{', '.join(sorted(have)) or 'T1w'}]' for prepare, train and tune.",
+            hint="Choose another target (`sgcd suggest-target`), or prepare its scans.",
         )  # fmt: skip
+    return [name for name in sequences if name in others and name not in have]
 
 
 def data_digest(rows: Sequence[dict[str, Any]]) -> str:

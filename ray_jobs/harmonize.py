@@ -38,7 +38,8 @@ def run(args: Any) -> Outcome:
     lake = open_lake(args.lake)
     catalog = Catalog(lake)
     model, version = resolve(lake, args.model)
-    target = meta_of(lake, model, version).get("target")
+    meta = meta_of(lake, model, version)
+    target, learned = meta.get("target"), meta.get("sequences")
     config = over_model(args, load_modelpack(lake.model(model, version), Store()).config)
     todo = plan(
         catalog, model, version, sites=args.sites, sequences=args.sequences or config.sequences,
@@ -47,6 +48,7 @@ def run(args: Any) -> Outcome:
     job = Job(
         lake=lake, model=model, version=version, target=target, config=config,
         code_version=code_version(), batch_id=uuid.uuid4().hex[:16], samples=args.samples,
+        learned=None if learned is None else tuple(learned),
     )  # fmt: skip
     scans = catalog.rows("scans").to_pylist()
     named = stems(scans)

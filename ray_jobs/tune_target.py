@@ -41,7 +41,7 @@ def run(args: Any) -> Outcome:
         )  # fmt: skip
     config = over_model(args, pack.config)
     rows = training_rows(catalog, config.prepare.digest(), sequences=config.sequences)
-    check_target(args.target, rows, config.sequences, lake.uri)
+    lacking = check_target(args.target, rows, config.sequences, lake.uri)
     # A site that Stage 1 never saw is to stay unseen, unless it is the target itself.
     seen = set(pack.meta.get("training_sites", [])) | {args.target}
     rows = [row for row in rows if row["site"] in seen]
@@ -60,18 +60,23 @@ def run(args: Any) -> Outcome:
     }  # fmt: skip
     steps = planned_steps(stage.steps, stage.epochs, len(rows), stage.batch_size)
     follow = f"sgcd harmonize --lake {quoted(args.lake)} --model {quoted(name)}"
+    notes = [
+        f"note: [TARGET-SEQUENCE] {args.target} has no {sequence} scan to learn from; {sequence} "
+        "scans of other sites will be rows that say so."
+        for sequence in lacking
+    ]
     found = find_trained(lake, name, meta)
-    data = {**meta, "model": name, "version": found, "steps": steps}
+    data = {**meta, "model": name, "version": found, "steps": steps, "lacking": lacking}
     if found is not None:
         text = f"{name} version {found} was tuned with these settings on these scans; nothing to do"
-        return Outcome(text, next=follow, data=data)
+        return Outcome(text, next=follow, lines=notes, data=data)
     version = next_version(lake, name)
     plan = (
         f"{steps} steps from {parent}@{parent_version}, {len(own)} scans of {args.target}, "
         f"{len(others)} of other sites"
     )
     if args.dry_run:
-        return Outcome(f"would tune {name} version {version}: {plan}", data=data)
+        return Outcome(f"would tune {name} version {version}: {plan}", lines=notes, data=data)
     started = time.monotonic()
     key = f"tune-{meta['config_digest']}-{meta['data_digest']}-{args.target}"
     checkpoints = Checkpoints(lake.scratch(key))
@@ -101,7 +106,8 @@ def run(args: Any) -> Outcome:
     seconds = time.monotonic() - started
     losses = ", ".join(f"{loss} {value:.4g}" for loss, value in last.items())
     text = f"tuned {name} version {version}: {plan}, {seconds:.0f} s ({losses})"
-    return Outcome(text, next=follow, data=data | {"version": version, "losses": last})
+    data |= {"version": version, "losses": last}
+    return Outcome(text, next=follow, lines=notes, data=data)
 
 
 def tune_worker(setup: dict[str, Any]) -> None:

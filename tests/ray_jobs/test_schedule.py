@@ -68,9 +68,10 @@ def test_the_digest_of_the_data_sees_a_changed_site_and_not_the_order() -> None:
     assert data_digest(rows) != data_digest([rows[0] | {"site": "C"}, *rows[1:]])
 
 
-def test_a_target_without_a_sequence_is_refused_by_name() -> None:
+def test_a_target_says_which_sequences_it_lacks_and_is_refused_without_any() -> None:
     rows = [r for r in scans(A=4, B=4) if not (r["site"] == "A" and r["sequence"] == "T2w")]
+    assert check_target("A", rows, ("T1w", "T2w"), "lake") == ["T2w"]
+    assert check_target("B", rows, ("T1w", "T2w"), "lake") == []
     with pytest.raises(InputError) as caught:
-        check_target("A", rows, ("T1w", "T2w"), "lake")
-    assert caught.value.code == "TARGET-SEQUENCE" and "T2w" in str(caught.value)
-    check_target("B", rows, ("T1w", "T2w"), "lake")
+        check_target("A", [r for r in rows if r["site"] == "B"], ("T1w", "T2w"), "lake")
+    assert caught.value.code == "TARGET-SEQUENCE" and "T1w or T2w" in str(caught.value)
