@@ -22,6 +22,8 @@ import pytest
 
 from pipelines.lake import Lake
 
+# Before torch is imported: threads that spin while they wait make a shared machine crawl.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 KEY, SECRET = "lake-test-key", "lake-test-secret"
 AFFINE = np.array([[-2.0, 0, 0, 60], [0, 2, 0, -70], [0, 0, 2, -50], [0, 0, 0, 1]])
 
