@@ -14,6 +14,8 @@ from pipelines.cohort.warp import random_displacement, smooth_noise
 Array = NDArray[np.float32]
 WARP_MM = 4.0
 AGES = (20.0, 80.0)
+#: Intracranial volume, ml: mean and standard deviation.
+INTRACRANIAL_ML = {"F": (1380.0, 90.0), "M": (1560.0, 100.0)}
 #: Fluids as parts of the brain hull at twenty and at eighty.
 SULCAL, VENTRICLES = (0.15, 0.26), (0.011, 0.042)
 
@@ -74,7 +76,7 @@ def random_subject(
     kind = ("F" if draws[1] < 0.5 else "M") if sex is None else sex
     warp_shape, warp_affine = _warp_grid(anatomy)
     displacement = random_displacement(rng, warp_shape, WARP_MM)
-    pose = _pose(rng, kind)
+    pose = _pose(rng, kind, float(anatomy.brain.sum()) * anatomy.mm**3 / 1000.0)
     fluid, share = _ageing(anatomy, rng, years)
     density, t1, t2 = _microstructure(anatomy, rng, years)
     return Subject(name, years, kind, anatomy, pose, displacement, warp_affine, share, fluid,
@@ -90,13 +92,19 @@ def _warp_grid(anatomy: Anatomy) -> tuple[tuple[int, int, int], NDArray[np.float
     return (int(count[0]), int(count[1]), int(count[2])), affine
 
 
-def _pose(rng: np.random.Generator, sex: str) -> NDArray[np.float64]:
-    """Position in the scanner (5 degrees, 5 mm), head size by sex, and a little of each axis."""
+def _pose(rng: np.random.Generator, sex: str, anatomy_ml: float) -> NDArray[np.float64]:
+    """Position in the scanner (5 degrees, 5 mm), head size by sex, and a little of each axis.
+
+    Head sizes are drawn around the usual intracranial volumes (Buckner 2004, NeuroImage 23:724),
+    whatever the anatomy's own: the ICBM152 template, for one, is larger than most heads.
+    """
     from scipy.spatial.transform import Rotation
 
-    scale = (1.03 if sex == "M" else 0.97) * rng.normal(1.0, 0.02) * rng.normal(1.0, 0.015, 3)
+    mean_ml, spread_ml = INTRACRANIAL_ML[sex]
+    volume = np.clip(rng.normal(mean_ml, spread_ml), 1100.0, 1900.0)
+    scale = np.cbrt(volume / anatomy_ml) * rng.normal(1.0, 0.015, 3).clip(0.96, 1.04)
     turn = Rotation.from_euler("xyz", rng.normal(0, 4.0, 3).clip(-9, 9), degrees=True).as_matrix()
-    linear = np.diag(1.0 / np.clip(scale, 0.88, 1.13)) @ turn
+    linear = np.diag(1.0 / scale) @ turn
     pose = np.eye(4)
     pose[:3, :3] = linear
     pose[:3, 3] = CENTRE - linear @ (CENTRE + rng.normal(0, 3.0, 3))

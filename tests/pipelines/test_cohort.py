@@ -61,6 +61,16 @@ def scans(folder: Path) -> list[Path]:
     return sorted(folder.glob("sub-*/ses-*/anat/*.nii.gz"))
 
 
+def test_heads_have_the_size_of_heads(template: Anatomy) -> None:
+    volumes: dict[str, list[float]] = {"F": [], "M": []}
+    for seed in range(12):
+        person = random_subject(template, np.random.default_rng(seed), sex="FM"[seed % 2])
+        truth, _ = render_truth(person, 6.0)
+        volumes[person.sex].append(float((truth > 0).sum()) * 0.216)
+    assert all(1000 < ml < 2000 for part in volumes.values() for ml in part)
+    assert np.mean(volumes["F"]) + 50 < np.mean(volumes["M"])
+
+
 # physics
 
 
