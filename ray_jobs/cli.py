@@ -21,10 +21,6 @@ from ray_jobs.parser import COMMANDS, build_parser
 from sgcd_core.errors import SgcdError, UsageError
 
 
-class Stopped(BaseException):
-    """SIGTERM: stop like Ctrl-C, so that what is finished is still committed."""
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `sgcd ARGV…` and return its exit code.
 
@@ -49,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         _fail(args, error.code, str(error), error.exit_code)
         return error.exit_code
-    except (KeyboardInterrupt, Stopped):
+    except KeyboardInterrupt:
         text = "stopped; run the same command again to go on from here."
         _fail(args, "STOPPED", text, STOPPED)
         return STOPPED
@@ -122,10 +118,13 @@ def _logging(debug: bool) -> None:
 
 @contextmanager
 def _sigterm_stops() -> Iterator[None]:
-    """While open, SIGTERM raises `Stopped` in the main thread."""
+    """While open, SIGTERM stops like Ctrl-C, so that what is finished is still committed.
+
+    It must be KeyboardInterrupt: a waiting `ray.get` swallows every other exception.
+    """
 
     def stop(signum: int, frame: Any) -> None:
-        raise Stopped
+        raise KeyboardInterrupt
 
     try:
         old = signal.signal(signal.SIGTERM, stop)

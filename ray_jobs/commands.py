@@ -140,7 +140,7 @@ def query(args: Any) -> Outcome:
         return Outcome(f"{found.num_rows} rows in {args.out}")
     sys.stdout.buffer.write(body)
     sys.stdout.buffer.flush()
-    return Outcome("" if args.format != "table" else f"{found.num_rows} rows")
+    return Outcome("")  # the table counts its rows itself, the others are for programs
 
 
 def evaluate(args: Any) -> Outcome:
@@ -189,6 +189,8 @@ def before_after(lines: Sequence[Line]) -> list[str]:
     """One row per site, sequence and measure: every method's mean over subjects."""
     from pipelines.verdict import number
 
+    if not lines:  # no traveling subject: the verdict says so
+        return []
     methods = sorted(
         {method for line in lines for method in line.by_method},
         key=lambda method: (method == "sgcd", method != "raw", method),
