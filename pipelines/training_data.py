@@ -84,10 +84,24 @@ def check_sites(names: Collection[str], scans: Sequence[dict[str, Any]], where: 
             )  # fmt: skip
 
 
+def check_sequences(names: Collection[str], known: Collection[str]) -> list[str]:
+    """`names`, in the model's order.
+
+    Raises:
+        InputError: SCAN-SEQUENCE for one that is none of the model's.
+    """
+    for name in names:
+        if name not in known:
+            raise InputError(
+                f"the model knows {', '.join(known)}, not {name!r}.", code="SCAN-SEQUENCE"
+            )
+    return [name for name in known if name in names]
+
+
 def check_target(
     target: str, rows: Sequence[dict[str, Any]], sequences: Collection[str], where: str
-) -> list[str]:
-    """Refuse a target that has nothing to learn its look from, before any training.
+) -> None:
+    """Refuse a target that lacks a sequence that is to be harmonized, before any training.
 
     Args:
         target: Site the model is tuned to.
@@ -95,21 +109,19 @@ def check_target(
         sequences: Sequences that are to be harmonized.
         where: The lake, for the message.
 
-    Returns:
-        Sequences of other sites that the target lacks: they cannot be brought to its look.
-
     Raises:
-        InputError: TARGET-SEQUENCE when it has none at all.
+        InputError: TARGET-SEQUENCE.
     """
     have = {row["sequence"] for row in rows if row["site"] == target}
     others = {row["sequence"] for row in rows if row["site"] != target}
-    if not have:
+    lacking = [name for name in sequences if name not in have and (name in others or not have)]
+    if lacking:
+        also = f", or tune to what it has (--sequences {' '.join(sorted(have))})" if have else ""
         raise InputError(
-            f"site {target!r} has no prepared training scan of {' or '.join(sequences)}.",
+            f"site {target!r} has no prepared training scan of {' or '.join(lacking)}.",
             code="TARGET-SEQUENCE", where=where,
-            hint="Choose another target (`sgcd suggest-target`), or prepare its scans.",
+            hint=f"Choose another target (`sgcd suggest-target`){also}.",
         )  # fmt: skip
-    return [name for name in sequences if name in others and name not in have]
 
 
 def data_digest(rows: Sequence[dict[str, Any]]) -> str:

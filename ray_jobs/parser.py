@@ -220,6 +220,9 @@ def _tune(sub: Any) -> None:
     p.add_argument(
         "--model", default="global", metavar="NAME[@VERSION]", help="start from (default: global)"
     )
+    p.add_argument(
+        "--sequences", nargs="+", metavar="T1w", help="only these, for a target that lacks others"
+    )
     p.add_argument("--gpus", action="store_true", help="use a GPU")
 
 

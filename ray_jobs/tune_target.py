@@ -22,7 +22,13 @@ LATER = {"transport", "guard", "preset"}
 def run(args: Any) -> Outcome:
     """Tune, or say that this very model exists already."""
     from pipelines.catalog import Catalog
-    from pipelines.training_data import check_sites, check_target, data_digest, training_rows
+    from pipelines.training_data import (
+        check_sequences,
+        check_sites,
+        check_target,
+        data_digest,
+        training_rows,
+    )
     from sgcd_core.errors import ModelError
     from sgcd_core.global_stage import planned_steps
     from sgcd_core.io.store import Store
@@ -40,14 +46,15 @@ def run(args: Any) -> Outcome:
             hint="Tune from a global model: --model global.",
         )  # fmt: skip
     config = over_model(args, pack.config)
-    rows = training_rows(catalog, config.prepare.digest(), sequences=config.sequences)
-    lacking = check_target(args.target, rows, config.sequences, lake.uri)
+    sequences = check_sequences(args.sequences or config.sequences, config.sequences)
+    rows = training_rows(catalog, config.prepare.digest(), sequences=sequences)
+    check_target(args.target, rows, sequences, lake.uri)
     # A site that Stage 1 never saw is to stay unseen, unless it is the target itself.
     seen = set(pack.meta.get("training_sites", [])) | {args.target}
     rows = [row for row in rows if row["site"] in seen]
     own = [row for row in rows if row["site"] == args.target]
     known = {row["sequence"] for row in own}
-    others = [r for r in rows if r["site"] != args.target and r["sequence"] in known]
+    others = [row for row in rows if row["site"] != args.target]
     load_encoder(config.target_stage.encoder)  # missing weights are said before, not after
     name, stage = f"target-{args.target}", config.target_stage
     meta: dict[str, Any] = {
@@ -60,23 +67,18 @@ def run(args: Any) -> Outcome:
     }  # fmt: skip
     steps = planned_steps(stage.steps, stage.epochs, len(rows), stage.batch_size)
     follow = f"sgcd harmonize --lake {quoted(args.lake)} --model {quoted(name)}"
-    notes = [
-        f"note: [TARGET-SEQUENCE] {args.target} has no {sequence} scan to learn from; {sequence} "
-        "scans of other sites will be rows that say so."
-        for sequence in lacking
-    ]
     found = find_trained(lake, name, meta)
-    data = {**meta, "model": name, "version": found, "steps": steps, "lacking": lacking}
+    data = {**meta, "model": name, "version": found, "steps": steps}
     if found is not None:
         text = f"{name} version {found} was tuned with these settings on these scans; nothing to do"
-        return Outcome(text, next=follow, lines=notes, data=data)
+        return Outcome(text, next=follow, data=data)
     version = next_version(lake, name)
     plan = (
         f"{steps} steps from {parent}@{parent_version}, {len(own)} scans of {args.target}, "
         f"{len(others)} of other sites"
     )
     if args.dry_run:
-        return Outcome(f"would tune {name} version {version}: {plan}", lines=notes, data=data)
+        return Outcome(f"would tune {name} version {version}: {plan}", data=data)
     started = time.monotonic()
     key = f"tune-{meta['config_digest']}-{meta['data_digest']}-{args.target}"
     checkpoints = Checkpoints(lake.scratch(key))
@@ -107,7 +109,7 @@ def run(args: Any) -> Outcome:
     losses = ", ".join(f"{loss} {value:.4g}" for loss, value in last.items())
     text = f"tuned {name} version {version}: {plan}, {seconds:.0f} s ({losses})"
     data |= {"version": version, "losses": last}
-    return Outcome(text, next=follow, lines=notes, data=data)
+    return Outcome(text, next=follow, data=data)
 
 
 def tune_worker(setup: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ Rows of metadata travel between processes; a volume is read by the worker that n
 from __future__ import annotations
 
 import pickle
+import time
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
@@ -172,7 +173,29 @@ def training_stream(ray: Any, schedule: list[Row], lake_uri: str, config: SgcdCo
         num_cpus=0.25,  # reading is mostly waiting, and training needs the rest
     )
     stream.context.execution_options.preserve_order = True
+    stream.context.custom_execution_callback_classes = [_Breathe]
     return stream
+
+
+class _Breathe:
+    """Ray Data's execution callback: a pause in each round of its scheduling loop.
+
+    When enough is read ahead the loop spins in a thread of the training process and holds its
+    interpreter lock: a training step took 4.3 s instead of 1.8 s on two cores.
+    """
+
+    def on_execution_step(self, executor: Any) -> None:
+        """Called once in each round."""
+        time.sleep(0.05)
+
+    def before_execution_starts(self, executor: Any) -> None:
+        """Nothing to do."""
+
+    def after_execution_succeeds(self, executor: Any) -> None:
+        """Nothing to do."""
+
+    def after_execution_fails(self, executor: Any, error: Exception) -> None:
+        """Nothing to do."""
 
 
 def load_packed(item: dict[str, Any], lake_uri: str, recipe: str) -> dict[str, Any]:

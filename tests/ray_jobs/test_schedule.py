@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from pipelines.training_data import balanced_order, check_target, data_digest
+from pipelines.training_data import balanced_order, check_sequences, check_target, data_digest
 from ray_jobs.loop import schedule_steps
 from sgcd_core.config import SgcdConfig
 from sgcd_core.errors import InputError
@@ -68,10 +68,19 @@ def test_the_digest_of_the_data_sees_a_changed_site_and_not_the_order() -> None:
     assert data_digest(rows) != data_digest([rows[0] | {"site": "C"}, *rows[1:]])
 
 
-def test_a_target_says_which_sequences_it_lacks_and_is_refused_without_any() -> None:
+def test_a_target_that_lacks_a_sequence_is_refused_with_a_way_on() -> None:
     rows = [r for r in scans(A=4, B=4) if not (r["site"] == "A" and r["sequence"] == "T2w")]
-    assert check_target("A", rows, ("T1w", "T2w"), "lake") == ["T2w"]
-    assert check_target("B", rows, ("T1w", "T2w"), "lake") == []
+    check_target("B", rows, ("T1w", "T2w"), "lake")
+    with pytest.raises(InputError) as caught:
+        check_target("A", rows, ("T1w", "T2w"), "lake")
+    assert caught.value.code == "TARGET-SEQUENCE" and "--sequences T1w" in str(caught.value)
+    check_target("A", [r for r in rows if r["sequence"] == "T1w"], ("T1w",), "lake")
     with pytest.raises(InputError) as caught:
         check_target("A", [r for r in rows if r["site"] == "B"], ("T1w", "T2w"), "lake")
     assert caught.value.code == "TARGET-SEQUENCE" and "T1w or T2w" in str(caught.value)
+
+
+def test_a_sequence_the_model_does_not_know_is_refused() -> None:
+    assert check_sequences(["T2w"], ("T1w", "T2w")) == ["T2w"]
+    with pytest.raises(InputError, match="SCAN-SEQUENCE"):
+        check_sequences(["FLAIR"], ("T1w", "T2w"))
