@@ -123,7 +123,9 @@ def tune_worker(setup: dict[str, Any]) -> None:
 
     worker = Worker(setup)
     config = worker.config
-    encoder = load_encoder(config.target_stage.encoder)
+    encoder = load_encoder(
+        config.target_stage.encoder, precision_name=config.target_stage.precision
+    )
     pack = load_modelpack(setup["parent"], Store())
     stage = TargetStage(pack, config, setup["target"], encoder, worker.device)
     start, state = worker.checkpoints.load()

@@ -170,7 +170,7 @@ class TargetConfig(Settings):
         description="statistics | mri-dino | biomedclip | clip, optionally NAME:weights-uri",
     )
     slices_per_plane: int = Field(1, ge=1)
-    style_every: int = Field(2, ge=1, description="steps between two evaluations of L_S and L_R")
+    style_every: int = Field(4, ge=1, description="steps between two evaluations of L_S and L_R")
     weight_style: float = Field(0.1, ge=0, description="L_S, Eq. 12")
     weight_reconstruction: float = Field(0.1, ge=0, description="L_R, Eq. 13")
     weight_anatomy: float = Field(0.1, ge=0, description="gradient term; 0 in preset paper")
