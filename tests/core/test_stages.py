@@ -127,7 +127,7 @@ def test_stage_two_moves_a_scan_to_the_target_and_leaves_stage_one_alone(tmp_pat
     truth, _ = scan(500, 0.5)
     got = model.harmonize(image, mask, "T1w", "scan-500").image
     raw_error = np.abs(image - truth)[mask].mean()
-    assert np.abs(got - truth)[mask].mean() < 0.8 * raw_error
+    assert np.abs(got - truth)[mask].mean() < 0.9 * raw_error
     assert not got[~mask].any()
 
 
