@@ -14,6 +14,7 @@ from typing import Any
 
 from pipelines.lake import Lake
 from ray_jobs.checkpoint import Checkpoints
+from ray_jobs.volume_stream import Looks, training_stream
 from ray_jobs.watch import Watch
 from sgcd_core.config import SgcdConfig
 from sgcd_core.errors import ConfigError, SgcdError
@@ -27,7 +28,7 @@ def schedule_steps(
     groups: Mapping[str, Sequence[Row]], config: SgcdConfig, steps: int, batch: int,
     *, site_balance: bool = True,
 ) -> list[Row]:  # fmt: skip
-    """Rows `{"step", "scans": {role: (scan_id, sequence index, seed)}}`, `batch` of them per step.
+    """Rows `{"step", "scans": {role: (scan_id, sequence index, seed, site)}}`, `batch` per step.
 
     A sample's randomness comes from its seed alone, so it is the same on any worker.
 
@@ -54,6 +55,7 @@ def schedule_steps(
                     order[n]["scan_id"],
                     index[order[n]["sequence"]],
                     sample_seed(config.seed, role, n),
+                    order[n]["site"],
                 )
                 for role, order in orders.items()
             },
@@ -64,8 +66,8 @@ def schedule_steps(
 
 def fit(
     ray: Any, worker: Callable[[dict[str, Any]], None], schedule: list[Row], lake: Lake,
-    config: SgcdConfig, checkpoints: Checkpoints, *, label: str, total: int, workers: int,
-    gpus: bool, extra: dict[str, Any],
+    config: SgcdConfig, checkpoints: Checkpoints, *, looks: Looks, label: str, total: int,
+    workers: int, gpus: bool, extra: dict[str, Any],
 ) -> list[dict[str, float]]:  # fmt: skip
     """Run `worker` on Ray Train from the newest checkpoint to the end of `schedule`.
 
@@ -77,8 +79,6 @@ def fit(
     """
     from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
-
-    from ray_jobs.volume_stream import training_stream
 
     batch = len(schedule) // total
     if batch % workers:
@@ -94,6 +94,7 @@ def fit(
             [row for i, row in enumerate(rest) if i % batch % workers == rank],
             lake.uri,
             config,
+            looks,
         )
         for rank in range(workers)
         if rest

@@ -199,6 +199,11 @@ def _train(sub: Any) -> None:
         "sgcd train --lake LAKE --set global_stage.steps=500", settings=True, ray=True,
     )  # fmt: skip
     p.add_argument("--gpus", action="store_true", help="one GPU for each worker")
+    p.add_argument(
+        "--init", choices=("box", "scratch"),
+        help="start from the weights that come with the package, or from fresh ones; "
+        "default: the box where its weights fit the settings",
+    )  # fmt: skip
     p.add_argument("--sites", nargs="+", metavar="SITE", help="train on these only")
     p.add_argument("--exclude-sites", nargs="+", metavar="SITE", help="never train on these")
 

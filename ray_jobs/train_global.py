@@ -13,7 +13,7 @@ from ray_jobs.models import find_trained, next_version
 from ray_jobs.outcome import Outcome
 from ray_jobs.session import session
 from ray_jobs.settings import from_args
-from ray_jobs.volume_stream import outlier_features
+from ray_jobs.volume_stream import survey
 from ray_jobs.watch import last_means
 from sgcd_core.config import SgcdConfig
 
@@ -43,12 +43,15 @@ def run(args: Any) -> Outcome:
         "data_digest": data_digest(rows), "config_digest": stage_digest(config),
         "code_version": code_version(),
     }  # fmt: skip
+    init = starting_point(args.init, config)
+    meta["init"] = init
     stage = config.global_stage
     steps = planned_steps(stage.steps, stage.epochs, len(rows), stage.batch_size)
     follow = f"sgcd suggest-target --lake {quoted(args.lake)}"
     found = find_trained(lake, NAME, meta)
     plan = f"{steps} steps of {stage.batch_size} volumes on {len(rows)} scans of "
-    plan += f"{len(sites)} sites ({', '.join(sites)})"
+    plan += f"{len(sites)} sites ({', '.join(sites)}) from "
+    plan += "the model in the box" if init == "box" else "fresh weights"
     data = {"model": NAME, "version": found, "steps": steps, **meta}
     if found is not None:
         text = (
@@ -59,7 +62,7 @@ def run(args: Any) -> Outcome:
     if args.dry_run:
         return Outcome(f"would train {NAME} version {version}: {plan}", data=data)
     started = time.monotonic()
-    key = f"train-{meta['config_digest']}-{meta['data_digest']}"
+    key = f"train-{init}-{meta['config_digest']}-{meta['data_digest']}"
     checkpoints = Checkpoints(lake.scratch(key))
     schedule = schedule_steps(
         {"scan": rows}, config, steps, stage.batch_size, site_balance=stage.site_balance,
@@ -69,11 +72,15 @@ def run(args: Any) -> Outcome:
         tracked(lake, "train", config, model=NAME, data_digest=meta["data_digest"]) as run_,
         session(args.ray_address, cpus=workers + 0.25, gpus=workers if args.gpus else 0) as ray,
     ):
-        features = outlier_features(ray, rows, lake.uri, config)
+        measured = survey(ray, rows, lake.uri, config)
         history = fit(
-            ray, train_worker, schedule, lake, config, checkpoints, label="train",
-            total=steps, workers=workers, gpus=args.gpus,
-            extra={"meta": meta | {"version": version}, "features": features},
+            ray, train_worker, schedule, lake, config, checkpoints, looks=measured.looks,
+            label="train", total=steps, workers=workers, gpus=args.gpus,
+            extra={
+                "meta": meta | {"version": version}, "init": init,
+                "features": (measured.features, measured.sequences),
+                "common": measured.common(len(config.sequences)),
+            },
         )  # fmt: skip
         last = last_means(history)
         summary, tracker = run_
@@ -84,6 +91,21 @@ def run(args: Any) -> Outcome:
     losses = ", ".join(f"{name} {value:.4g}" for name, value in last.items())
     text = f"trained {NAME} version {version}: {plan}, {seconds:.0f} s ({losses})"
     return Outcome(text, next=follow, data=data | {"version": version, "losses": last})
+
+
+def starting_point(asked: str | None, config: SgcdConfig) -> str:
+    """`box` or `scratch`: as asked, else the box where its weights fit the settings.
+
+    Raises:
+        ModelError: MODEL-MISSING, the box was asked for and does not fit.
+    """
+    from sgcd_core.box import find_box, load_box
+
+    if asked == "box":
+        load_box(config)
+    if asked is not None:
+        return asked
+    return "scratch" if find_box(config) is None else "box"
 
 
 def stage_digest(config: SgcdConfig, later: set[str] = LATER) -> str:
@@ -99,14 +121,18 @@ def stage_digest(config: SgcdConfig, later: set[str] = LATER) -> str:
 
 def train_worker(setup: dict[str, Any]) -> None:
     """The loop of one Ray Train worker, from the newest checkpoint to the last step."""
+    import torch
+
     from ray_jobs.volume_stream import to_batch
     from ray_jobs.worker import Worker
+    from sgcd_core.box import load_box
     from sgcd_core.global_stage import GlobalStage
     from sgcd_core.style.outlier import OutlierModel
 
     worker = Worker(setup)
     # Build on the device, go on from the checkpoint, let Ray Train average the gradients.
-    stage = GlobalStage(worker.config, worker.total, worker.device)
+    box = load_box(worker.config) if setup["init"] == "box" else None
+    stage = GlobalStage(worker.config, worker.total, worker.device, box)
     start, state = worker.checkpoints.load()
     if state is not None:
         stage.load_state_dict(state)
@@ -118,4 +144,4 @@ def train_worker(setup: dict[str, Any]) -> None:
         worker.after_step(step, losses, stage.state_dict, every)
     # What the training scans look like goes into the model, to know a stranger by.
     outliers = OutlierModel.fit(*setup["features"])
-    worker.finish(lambda meta: stage.pack(outliers, meta))
+    worker.finish(lambda meta: stage.pack(outliers, torch.from_numpy(setup["common"]), meta))

@@ -13,6 +13,7 @@ from ray_jobs.outcome import Outcome
 from ray_jobs.session import session
 from ray_jobs.settings import over_model
 from ray_jobs.train_global import stage_digest
+from ray_jobs.volume_stream import survey
 from ray_jobs.watch import last_means
 
 #: Settings Stage 2 does not read. It does read the samplers: it back-propagates through them.
@@ -33,7 +34,7 @@ def run(args: Any) -> Outcome:
     from sgcd_core.global_stage import planned_steps
     from sgcd_core.io.store import Store
     from sgcd_core.modelpack import load_modelpack
-    from sgcd_core.style.encoder import load_encoder
+    from sgcd_core.style.encoder import check_encoder
 
     lake = open_lake(args.lake)
     catalog = Catalog(lake)
@@ -55,7 +56,7 @@ def run(args: Any) -> Outcome:
     own = [row for row in rows if row["site"] == args.target]
     known = {row["sequence"] for row in own}
     others = [row for row in rows if row["site"] != args.target]
-    load_encoder(config.target_stage.encoder)  # missing weights are said before, not after
+    check_encoder(config.target_stage.encoder)  # missing weights are said before, not after
     name, stage = f"target-{args.target}", config.target_stage
     meta: dict[str, Any] = {
         "name": name, "kind": "target", "target": args.target,
@@ -96,9 +97,10 @@ def run(args: Any) -> Outcome:
         tracked(lake, "tune", config, model=name, data_digest=meta["data_digest"]) as run_,
         session(args.ray_address, cpus=workers + 0.25, gpus=workers if args.gpus else 0) as ray,
     ):
+        looks = survey(ray, rows, lake.uri, config).looks
         history = fit(
-            ray, tune_worker, schedule, lake, config, checkpoints, label="tune", total=steps,
-            workers=workers, gpus=args.gpus, extra=extra,
+            ray, tune_worker, schedule, lake, config, checkpoints, looks=looks, label="tune",
+            total=steps, workers=workers, gpus=args.gpus, extra=extra | {"looks": looks},
         )  # fmt: skip
         last = last_means(history)
         summary, tracker = run_
@@ -114,6 +116,8 @@ def run(args: Any) -> Outcome:
 
 def tune_worker(setup: dict[str, Any]) -> None:
     """The loop of one Ray Train worker, from the newest checkpoint to the last step."""
+    import torch
+
     from ray_jobs.volume_stream import load_packed, packed, to_batch
     from ray_jobs.worker import Worker
     from sgcd_core.io.store import Store
@@ -127,18 +131,21 @@ def tune_worker(setup: dict[str, Any]) -> None:
         config.target_stage.encoder, precision_name=config.target_stage.precision
     )
     pack = load_modelpack(setup["parent"], Store())
-    stage = TargetStage(pack, config, setup["target"], encoder, worker.device)
+    looks = pack.state["looks.common"].clone()
+    for index in range(len(config.sequences)):
+        if (setup["target"], index) in setup["looks"]:
+            looks[index] = torch.from_numpy(setup["looks"][setup["target"], index][1])
+    stage = TargetStage(pack, config, setup["target"], encoder, looks, worker.device)
     start, state = worker.checkpoints.load()
     if state is not None:
         stage.load_state_dict(state)
     else:
         # The target's mean style direction, once, one scan at a time.
-        recipe = config.prepare.digest()
-
         def scans() -> Any:
             for n, (scan_id, sequence) in enumerate(setup["target_scans"]):
-                item = packed({"step": 0, "scans": {"scan": (scan_id, sequence, n)}})
-                columns = load_packed(item, worker.lake.uri, recipe)
+                entry = (scan_id, sequence, n, setup["target"])
+                item = packed({"step": 0, "scans": {"scan": entry}})
+                columns = load_packed(item, worker.lake.uri, config.prepare, setup["looks"])
                 yield to_batch({k: [v] for k, v in columns.items()}, "scan")
 
         stage.measure_target(scans())

@@ -8,6 +8,7 @@ from __future__ import annotations
 import pickle
 import time
 from collections import Counter
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from sgcd_core.batch import Batch
 
 Row = dict[str, Any]
+#: (site, sequence index) → number of scans and mean look vector (LOOK_SIZE,).
+Looks = dict[tuple[str, int], tuple[int, Any]]
 
 
 def packed(row: Row) -> dict[str, bytes]:
@@ -152,24 +155,29 @@ def prepare_packed(
     return packed(done)
 
 
-def training_stream(ray: Any, schedule: list[Row], lake_uri: str, config: SgcdConfig) -> Any:
+def training_stream(
+    ray: Any, schedule: list[Row], lake_uri: str, config: SgcdConfig, looks: Looks
+) -> Any:
     """A Ray data set of loaded volumes in the order of `schedule`.
 
     Args:
         ray: The connected module.
-        schedule: Rows with `step`, and in `scans` for each role (scan_id, sequence index, seed).
+        schedule: Rows with `step`, and in `scans` for each role (scan_id, sequence index, seed,
+            site).
         lake_uri: Where the prepared volumes lie.
         config: Gives the recipe.
+        looks: Of the sites the scans are from.
 
     Returns:
         Data set whose rows have `step` and, for each role, `ROLE_image` float32 (X, Y, Z),
-        `ROLE_mask` uint8 (X, Y, Z), `ROLE_sequence` and `ROLE_seed`.
+        `ROLE_mask` uint8 (X, Y, Z), `ROLE_sequence`, `ROLE_seed` and `ROLE_look`, the look of
+        the scan's site without this scan.
     """
     blocks = max(1, min(len(schedule), 4 * cpu_count(), len(schedule) // 8))
     items = ray.data.from_items([packed(row) for row in schedule], override_num_blocks=blocks)
     stream = items.map(
         load_packed,
-        fn_kwargs={"lake_uri": lake_uri, "recipe": config.prepare.digest()},
+        fn_kwargs={"lake_uri": lake_uri, "config": config.prepare, "looks": looks},
         num_cpus=0.25,  # reading is mostly waiting, and training needs the rest
     )
     stream.context.execution_options.preserve_order = True
@@ -198,46 +206,82 @@ class _Breathe:
         """Nothing to do."""
 
 
-def load_packed(item: dict[str, Any], lake_uri: str, recipe: str) -> dict[str, Any]:
-    """Read the prepared volumes that one row of a schedule names."""
+def load_packed(
+    item: dict[str, Any], lake_uri: str, config: PrepareConfig, looks: Looks
+) -> dict[str, Any]:
+    """Read the prepared volumes that one row of a schedule names; see `training_stream`."""
     from pipelines.lake import Lake
     from pipelines.prepare import load_prepared
+    from sgcd_core.style.look import leave_out, measure_look
 
     row = unpacked(item)
     lake = Lake(lake_uri.rstrip("/"))
     out: dict[str, Any] = {"step": row["step"]}
-    for role, (scan_id, sequence, seed) in row["scans"].items():
-        files = load_prepared(lake, recipe, scan_id)
+    for role, (scan_id, sequence, seed, site) in row["scans"].items():
+        files = load_prepared(lake, config.digest(), scan_id)
+        own = measure_look(files.image, files.mask, config.mm).vector()
+        count, mean = looks[site, sequence]
         out[f"{role}_image"] = np.asarray(files.image, dtype=np.float32)
         out[f"{role}_mask"] = np.asarray(files.mask, dtype=np.uint8)
         out[f"{role}_sequence"] = sequence
         out[f"{role}_seed"] = seed
+        out[f"{role}_look"] = leave_out(mean, count, own)
     return out
 
 
-def outlier_features(
-    ray: Any, rows: list[Row], lake_uri: str, config: SgcdConfig
-) -> tuple[list[Any], list[int]]:
-    """Style features and sequence index of every training scan, for the outlier model."""
+@dataclass(frozen=True)
+class Survey:
+    """What is measured on every training scan before training.
+
+    Attributes:
+        features: Style features, for the outlier model.
+        sequences: Index of the sequence of each.
+        looks: Number of scans and mean look vector of each site and sequence.
+    """
+
+    features: list[Any]
+    sequences: list[int]
+    looks: Looks
+
+    def common(self, count: int) -> Any:
+        """Mean over sites of each of `count` sequences' looks, float32 (count, LOOK_SIZE)."""
+        from sgcd_core.style.look import LOOK_SIZE
+
+        out = np.zeros((count, LOOK_SIZE), np.float32)
+        for index in range(count):
+            means = [mean for (_, sequence), (_, mean) in self.looks.items() if sequence == index]
+            if means:
+                out[index] = np.mean(means, axis=0)
+        return out
+
+
+def survey(ray: Any, rows: list[Row], lake_uri: str, config: SgcdConfig) -> Survey:
+    """Measure every scan of `rows`, in the same order whatever the workers."""
     index = {name: i for i, name in enumerate(config.sequences)}
-    todo = [{"step": 0, "scans": {"scan": (r["scan_id"], index[r["sequence"]], 0)}} for r in rows]
-    found = ray.data.from_items([packed(item) for item in todo]).map(
-        features_packed,
-        fn_kwargs={"lake_uri": lake_uri, "recipe": config.prepare.digest()},
-        num_cpus=0.5,
+    found = ray.data.from_items([packed(row) for row in rows]).map(
+        survey_packed, fn_kwargs={"lake_uri": lake_uri, "config": config.prepare}, num_cpus=0.5
     )
     found.context.execution_options.preserve_order = True
     items = [unpacked(item) for item in found.take_all()]
-    return [item["features"] for item in items], [item["sequence"] for item in items]
+    groups: dict[tuple[str, int], list[Any]] = {}
+    for item, row in zip(items, rows, strict=True):
+        groups.setdefault((row["site"], index[row["sequence"]]), []).append(item["look"])
+    looks = {key: (len(group), np.mean(group, axis=0)) for key, group in sorted(groups.items())}
+    sequences = [index[row["sequence"]] for row in rows]
+    return Survey([item["features"] for item in items], sequences, looks)
 
 
-def features_packed(item: dict[str, Any], lake_uri: str, recipe: str) -> dict[str, bytes]:
-    """Style features of one prepared scan."""
+def survey_packed(item: dict[str, Any], lake_uri: str, config: PrepareConfig) -> dict[str, bytes]:
+    """Style features and look of one prepared scan."""
+    from pipelines.lake import Lake
+    from pipelines.prepare import load_prepared
+    from sgcd_core.style.look import measure_look
     from sgcd_core.style.outlier import style_features
 
-    scan = load_packed(item, lake_uri, recipe)
-    features = style_features(scan["scan_image"], scan["scan_mask"].astype(bool))
-    return packed({"features": features, "sequence": scan["scan_sequence"]})
+    files = load_prepared(Lake(lake_uri.rstrip("/")), config.digest(), unpacked(item)["scan_id"])
+    image, mask = np.asarray(files.image, np.float32), np.asarray(files.mask, bool)
+    look = measure_look(image, mask, config.mm).vector()
+    return packed({"features": style_features(image, mask), "look": look})
 
 
 def to_batch(columns: dict[str, Any], role: str) -> Batch:
@@ -252,4 +296,5 @@ def to_batch(columns: dict[str, Any], role: str) -> Batch:
         "mask": tensor("mask")[:, None].bool(),
         "sequence": tensor("sequence").long(),
         "seed": tensor("seed").long(),
+        "look": tensor("look").float(),
     }

@@ -23,12 +23,15 @@ class Batch(TypedDict):
         sequence: (B,) int64, index into `config.sequences`.
         seed: (B,) int64; all randomness of a sample comes from its seed, so a global batch gives
             the same losses however it is split over workers.
+        look: (B, LOOK_SIZE) float32, the look of the site each scan is from, measured on other
+            scans; where it is not known, the scan's own.
     """
 
     image: Tensor
     mask: Tensor
     sequence: Tensor
     seed: Tensor
+    look: Tensor
 
 
 def make_batch(
@@ -37,8 +40,9 @@ def make_batch(
     sequences: Sequence[str],
     seeds: Sequence[int],
     known: Sequence[str],
+    looks: Sequence[NDArray[np.float32]],
 ) -> Batch:
-    """Stack (X, Y, Z) volumes into a batch; `known` is `config.sequences`.
+    """Stack (X, Y, Z) volumes into a batch; `known` is `config.sequences`, `looks` are vectors.
 
     Raises:
         InputError: SCAN-SEQUENCE, a sequence the model does not know.
@@ -53,6 +57,7 @@ def make_batch(
         mask=torch.from_numpy(np.stack(masks).astype(bool))[:, None],
         sequence=torch.tensor([list(known).index(name) for name in sequences]),
         seed=torch.tensor(list(seeds), dtype=torch.int64),
+        look=torch.from_numpy(np.stack(looks).astype(np.float32)),
     )
 
 
@@ -63,10 +68,11 @@ def sample_seed(run_seed: int, *labels: str | int) -> int:
 
 
 def to_device(batch: Batch, device: torch.device | str) -> Batch:
-    """The batch with its tensors on `device`; seeds stay on the CPU."""
+    """The batch with its tensors on `device`; seeds and looks stay on the CPU."""
     return Batch(
         image=batch["image"].to(device),
         mask=batch["mask"].to(device),
         sequence=batch["sequence"].to(device),
         seed=batch["seed"],
+        look=batch["look"],
     )

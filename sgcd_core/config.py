@@ -61,14 +61,19 @@ class ConditionConfig(Settings):
 
     gradient_channel: bool = Field(True, description="the paper's gradient map G")
     content_channel: bool = Field(True, description="the contrast-augmented scan itself")
+    match: Literal["composition", "histogram", "none"] = Field(
+        "composition",
+        description="the condition is first matched to the wanted look: rank for rank "
+        "(histogram), corrected for how much of each tissue there is (composition), or not",
+    )
     contrast_augmentation: bool = Field(
         True, description="random monotone remap, bias, noise and blur before G is taken (training)"
     )
     remap_knots: int = Field(6, ge=2, description="knots of the random monotone intensity map")
     remap_strength: float = Field(0.7, ge=0, le=1, description="0 identity, 1 fully random map")
-    bias_strength: float = Field(0.25, ge=0, description="log-amplitude of the random bias field")
-    noise_std: float = Field(0.04, ge=0, description="largest standard deviation of added noise")
-    blur_voxels: float = Field(0.6, ge=0, description="largest Gaussian sigma, voxels")
+    bias_strength: float = Field(0.1, ge=0, description="log-amplitude of the random bias field")
+    noise_std: float = Field(0.02, ge=0, description="largest standard deviation of added noise")
+    blur_voxels: float = Field(0.5, ge=0, description="largest Gaussian sigma, voxels")
 
 
 class ScheduleConfig(Settings):
@@ -83,9 +88,15 @@ class ScheduleConfig(Settings):
 class NetworkConfig(Settings):
     """The 3D U-Net (MONAI DiffusionModelUNet)."""
 
-    channels: tuple[int, ...] = (16, 32, 64, 64)
+    channels: tuple[int, ...] = (32, 64, 128)
     res_blocks: int = Field(1, ge=1)
-    attention_levels: tuple[bool, ...] = (False, False, False, True)
+    attention_levels: tuple[bool, ...] = (False, False, True)
+    patch: int = Field(
+        2, ge=1, description="voxels along each side that one cell of the U-Net's grid holds"
+    )
+    curve_knots: int = Field(
+        9, ge=0, description="knots of the intensity curve predicted for each cell; 0: none"
+    )
     head_channels: int = Field(16, ge=1)
     norm_groups: int = Field(8, ge=1)
     prediction: Prediction = Field("residual", description="what the network's output means")
@@ -140,6 +151,9 @@ class GlobalConfig(Settings):
     epochs: int | None = Field(None, ge=1, description="overrides steps")
     batch_size: int = Field(2, ge=1, description="volumes per step, over all workers")
     learning_rate: float = Field(1e-3, gt=0)
+    box_rate: float = Field(
+        0.2, gt=0, le=1, description="part of learning_rate when starting from the box"
+    )
     warmup_steps: int = Field(20, ge=0)
     schedule: Literal["constant", "cosine"] = "cosine"
     loss: Literal["l1", "l2"] = Field("l1", description="of the network's prediction (L_N)")
@@ -229,7 +243,11 @@ class SgcdConfig(Settings):
                 )
         if self.network.prediction == "residual" and not self.condition.content_channel:
             raise ValueError("network.prediction=residual needs condition.content_channel=true")
-        factor = 2 ** (len(self.network.channels) - 1)
+        if self.network.curve_knots == 1:
+            raise ValueError("network.curve_knots must be 0 or at least 2")
+        if self.network.curve_knots and not self.condition.content_channel:
+            raise ValueError("network.curve_knots needs condition.content_channel=true")
+        factor = self.network.patch * 2 ** (len(self.network.channels) - 1)
         if any(side % factor for side in self.prepare.shape):
             raise ValueError(f"prepare.shape={self.prepare.shape} must be multiples of {factor}")
         return self
@@ -240,19 +258,21 @@ PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {},
     "small": {
         "prepare": {"shape": (96, 112, 96), "mm": 2.0},
-        "network": {"channels": (16, 32, 64, 64)},
+        "network": {"patch": 4, "channels": (64, 96, 128)},
         "global_stage": {"steps": 4000},
         "target_stage": {"steps": 400},
     },
     "paper": {
         "prepare": {"shape": (160, 192, 160), "mm": 1.0},
-        "condition": {"content_channel": False, "contrast_augmentation": False},
+        "condition": {"content_channel": False, "contrast_augmentation": False, "match": "none"},
         "network": {
             "channels": (32, 64, 256, 256),
             "res_blocks": 2,
             "attention_levels": (False, False, True, True),
             "head_channels": 32,
             "norm_groups": 32,
+            "patch": 1,
+            "curve_knots": 0,
             "prediction": "epsilon",
         },
         "record": {"decay": 0.2, "order": "update_then_compare"},

@@ -14,15 +14,22 @@ import torch
 from torch import Tensor, nn
 
 from sgcd_core.batch import Batch, to_device
+from sgcd_core.box import Box
 from sgcd_core.config import GlobalConfig, SgcdConfig
-from sgcd_core.diffusion.network import ConditionalDenoiser, build_network
+from sgcd_core.diffusion.network import ConditionalDenoiser, LookEmbedding, build_network
 from sgcd_core.diffusion.schedule import Schedule
 from sgcd_core.errors import ModelError
 from sgcd_core.losses import gradient_loss, prediction_loss
 from sgcd_core.modelpack import ModelPack
+from sgcd_core.style.composition import composition_state
 from sgcd_core.style.outlier import OutlierModel
 from sgcd_core.style.record import Record, statistics_of
-from sgcd_core.volume.condition import build_condition, from_network, to_network
+from sgcd_core.volume.condition import (
+    LookMatcher,
+    build_condition,
+    from_network,
+    to_network,
+)
 
 
 def planned_steps(steps: int, epochs: int | None, scans: int, batch_size: int) -> int:
@@ -47,10 +54,16 @@ class GlobalStage:
         config: All settings; `config.seed` fixes the initial weights.
         total_steps: Length of the run, for the learning-rate schedule.
         device: Where the network lives.
+        box: Weights to start from, with a learning rate that is `box_rate` of the usual one;
+            None starts from fresh ones, without correction for composition.
     """
 
     def __init__(
-        self, config: SgcdConfig, total_steps: int, device: torch.device | str = "cpu"
+        self,
+        config: SgcdConfig,
+        total_steps: int,
+        device: torch.device | str = "cpu",
+        box: Box | None = None,
     ) -> None:
         torch.manual_seed(config.seed)
         self.config = config
@@ -58,6 +71,12 @@ class GlobalStage:
         self.device = torch.device(device)
         self.schedule = Schedule.from_config(config.schedule)
         self.network: nn.Module = build_network(config).to(self.device)
+        self.composition = box.composition if box is not None else None
+        self.matcher = LookMatcher(config.condition.match, config.prepare.mm, self.composition)
+        self.rate = 1.0
+        if box is not None:
+            self.network.load_state_dict(box.network)
+            self.rate = config.global_stage.box_rate
         self.record = Record(len(config.sequences), config.record)
         self.optimizer = torch.optim.Adam(
             self.network.parameters(), lr=config.global_stage.learning_rate
@@ -79,7 +98,7 @@ class GlobalStage:
             ModelError: TRAIN-DIVERGED, the loss is not finite.
         """
         stage = self.config.global_stage
-        rate = learning_rate(stage, self.done, self.total_steps)
+        rate = self.rate * learning_rate(stage, self.done, self.total_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         batch = to_device(batch, self.device)
@@ -111,7 +130,7 @@ class GlobalStage:
         image, mask = batch["image"], batch["mask"]
         drawn = draw(batch, self.schedule.timesteps, stage.t_power)
         denoiser, x_t, output = predict(
-            self.network, self.schedule, config, batch, drawn, stage.precision
+            self.network, self.schedule, config, self.matcher, batch, drawn, stage.precision
         )
         target = self.schedule.training_target(
             config.network.prediction, to_network(image), drawn.noise, drawn.t, denoiser.content
@@ -144,9 +163,16 @@ class GlobalStage:
         self.record.load_state_dict(state["record"])
         self.done = int(state["done"])
 
-    def pack(self, outliers: OutlierModel, meta: dict[str, Any]) -> ModelPack:
-        """The trained model; `meta` is completed with kind and sequences."""
+    def pack(self, outliers: OutlierModel, looks: Tensor, meta: dict[str, Any]) -> ModelPack:
+        """The trained model; `meta` is completed with kind and sequences.
+
+        Args:
+            outliers: Fitted on the training scans.
+            looks: (S, LOOK_SIZE), the common look of each sequence: the mean over sites.
+            meta: See `ModelPack`.
+        """
         state = {f"record.{k}": v for k, v in self.record.state_dict().items()}
+        state |= {"looks.common": looks, **composition_state(self.composition)}
         state |= {"alpha_bars": self.schedule.alpha_bars, **outliers.state_dict()}
         return ModelPack(
             config=self.config,
@@ -178,20 +204,24 @@ def predict(
     network: nn.Module,
     schedule: Schedule,
     config: SgcdConfig,
+    matcher: LookMatcher,
     batch: Batch,
     drawn: Draw,
     precision_name: str,
 ) -> tuple[ConditionalDenoiser, Tensor, Tensor]:
     """Noise a batch, take its style-free condition and ask the network: (denoiser, x_t, output)."""
     x_t = schedule.add_noise(to_network(batch["image"]), drawn.noise, drawn.t)
-    condition = build_condition(batch["image"], batch["mask"], config.condition, drawn.generators)
+    condition = build_condition(
+        batch["image"], batch["mask"], config.condition, matcher, batch["look"],
+        batch["sequence"], drawn.generators,
+    )  # fmt: skip
     denoiser = ConditionalDenoiser(
         network,
         schedule,
         config,
         condition.channels,
         condition.content,
-        batch["sequence"],
+        LookEmbedding.labels_of(batch["sequence"], batch["look"]),
         precision_name,
     )
     return denoiser, x_t, denoiser.output(x_t, drawn.t)

@@ -11,13 +11,19 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from sgcd_core.config import SamplerConfig, SgcdConfig
-from sgcd_core.diffusion.network import ConditionalDenoiser, build_network
+from sgcd_core.diffusion.network import ConditionalDenoiser, LookEmbedding, build_network
 from sgcd_core.diffusion.sampler import noise_for, starting_image, walk_down
 from sgcd_core.diffusion.schedule import Schedule
 from sgcd_core.errors import InputError, ModelError
 from sgcd_core.modelpack import ModelPack
+from sgcd_core.style.composition import composition_from_state
 from sgcd_core.style.outlier import OutlierModel, style_features
-from sgcd_core.volume.condition import build_condition, from_network, to_network
+from sgcd_core.volume.condition import (
+    LookMatcher,
+    build_condition,
+    from_network,
+    to_network,
+)
 
 
 @dataclass(frozen=True)
@@ -49,6 +55,12 @@ class Harmonizer:
         self.schedule = Schedule(pack.state["alpha_bars"])
         self.is_target = pack.global_network is not None
         self.outliers = OutlierModel.from_state(pack.state)
+        self.matcher = LookMatcher(
+            self.config.condition.match, self.config.prepare.mm,
+            composition_from_state(pack.state),
+        )  # fmt: skip
+        self.common = pack.state["looks.common"]
+        self.looks = pack.state.get("looks.target", self.common)
         self.network = _frozen(self.config, pack.network, self.device)
         first = pack.global_network if pack.global_network is not None else pack.network
         self.global_network = _frozen(self.config, first, self.device)
@@ -127,31 +139,34 @@ class Harmonizer:
     ) -> Tensor:
         noise = noise_for(scan_id, seed, index, tuple(x.shape)).to(self.device)
         aligned = global_image(
-            self.global_network, self.schedule, self.config, x, mask, label, noise
-        )
+            self.global_network, self.schedule, self.config, self.matcher, x, mask, label,
+            self.common, noise,
+        )  # fmt: skip
         if not self.is_target:
             return aligned
         return target_image(
-            self.network, self.schedule, self.config, x, aligned, mask, label, noise,
-            inverter=self.global_network,
+            self.network, self.schedule, self.config, self.matcher, x, aligned, mask, label,
+            self.looks, self.common, noise, inverter=self.global_network,
         )  # fmt: skip
 
 
 def global_image(
-    network: nn.Module, schedule: Schedule, config: SgcdConfig, image: Tensor, mask: Tensor,
-    sequence: Tensor, noise: Tensor,
+    network: nn.Module, schedule: Schedule, config: SgcdConfig, matcher: LookMatcher,
+    image: Tensor, mask: Tensor, sequence: Tensor, looks: Tensor, noise: Tensor,
 ) -> Tensor:  # fmt: skip
     """I' of Stage 1: noise the scan to t_start, then DDIM down to 0 (Eq. 9).
 
-    All volumes (B, 1, X, Y, Z); `image` and the result in [0, 1], 0 outside the mask.
+    All volumes (B, 1, X, Y, Z); `image` and the result in [0, 1], 0 outside the mask. `looks`
+    (S, LOOK_SIZE) is the common look of each sequence.
     """
-    denoiser = sampling_denoiser(network, schedule, config, image, mask, sequence)
+    denoiser = sampling_denoiser(network, schedule, config, matcher, image, mask, sequence, looks)
     return _sample(schedule, config.global_sampler, denoiser, denoiser, image, mask, noise)
 
 
 def target_image(
-    network: nn.Module, schedule: Schedule, config: SgcdConfig, image: Tensor, aligned: Tensor,
-    mask: Tensor, sequence: Tensor, noise: Tensor, inverter: nn.Module,
+    network: nn.Module, schedule: Schedule, config: SgcdConfig, matcher: LookMatcher,
+    image: Tensor, aligned: Tensor, mask: Tensor, sequence: Tensor, looks: Tensor,
+    common: Tensor, noise: Tensor, inverter: nn.Module,
 ) -> Tensor:  # fmt: skip
     """I_{X→T} of Stage 2: the globally aligned image goes up, then down with the tuned network.
 
@@ -159,27 +174,33 @@ def target_image(
         network: Tuned network.
         schedule: Noise schedule.
         config: All settings.
+        matcher: Takes the scan's own look away.
         image: The scan I_X; the condition is taken from it.
         aligned: I'_X of Stage 1.
         mask: Brain mask.
         sequence: (B,) labels.
+        looks: (S, LOOK_SIZE), the target's.
+        common: (S, LOOK_SIZE), the common domain's.
         noise: Used where the sampler starts from noise.
         inverter: Network of the way up (the frozen Stage 1 network).
     """
-    down = sampling_denoiser(network, schedule, config, image, mask, sequence)
-    up = sampling_denoiser(inverter, schedule, config, image, mask, sequence)
+    down = sampling_denoiser(network, schedule, config, matcher, image, mask, sequence, looks)
+    up = down
+    if config.target_sampler.start == "inversion":
+        up = sampling_denoiser(inverter, schedule, config, matcher, image, mask, sequence, common)
     return _sample(schedule, config.target_sampler, up, down, aligned, mask, noise)
 
 
 def sampling_denoiser(
-    network: nn.Module, schedule: Schedule, config: SgcdConfig, image: Tensor, mask: Tensor,
-    sequence: Tensor,
+    network: nn.Module, schedule: Schedule, config: SgcdConfig, matcher: LookMatcher,
+    image: Tensor, mask: Tensor, sequence: Tensor, looks: Tensor,
 ) -> ConditionalDenoiser:  # fmt: skip
-    """Denoiser with the scan's own condition, x̂0 clipped."""
-    condition = build_condition(image, mask, config.condition)
+    """Denoiser with the scan's own condition in one of `looks` (S, LOOK_SIZE), x̂0 clipped."""
+    look = looks[sequence.cpu()]
+    condition = build_condition(image, mask, config.condition, matcher, look, sequence)
     return ConditionalDenoiser(
-        network, schedule, config, condition.channels, condition.content, sequence,
-        config.target_stage.precision, clip=True,
+        network, schedule, config, condition.channels, condition.content,
+        LookEmbedding.labels_of(sequence, look), config.target_stage.precision, clip=True,
     )  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from sgcd_core.config import SgcdConfig, parse_config
 from sgcd_core.errors import InputError, ModelError
 from sgcd_core.io.store import Store, join, sha256_hex
 
-FORMAT = 1
+FORMAT = 2
 _PACK = "pack.json"
 
 
@@ -29,7 +29,8 @@ class ModelPack:
     Attributes:
         config: The resolved settings it was trained with.
         network: Weights of the denoiser.
-        state: Record (`record.*`), schedule (`alpha_bars`) and outlier model (`outliers.*`).
+        state: Record (`record.*`), schedule (`alpha_bars`), outlier model (`outliers.*`), looks
+            (`looks.common`, `looks.target`) and composition model (`composition.*`).
         global_network: Frozen Stage 1 weights beside a target model's, else None.
         meta: name, kind (`global` or `target`), target, training_sites, sequences, scans,
             data_digest, parent, code_version and whatever the trainer adds.

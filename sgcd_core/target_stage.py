@@ -32,9 +32,10 @@ from sgcd_core.losses import (
     style_reconstruction_loss,
 )
 from sgcd_core.modelpack import ModelPack
+from sgcd_core.style.composition import composition_from_state
 from sgcd_core.style.encoder import StyleEncoder, embed_batch
 from sgcd_core.style.slices import SlicePlan, plan_slices
-from sgcd_core.volume.condition import from_network, to_network
+from sgcd_core.volume.condition import LookMatcher, from_network, to_network
 
 
 class TargetStage:
@@ -45,17 +46,23 @@ class TargetStage:
         config: All settings; network, schedule and grid must be the pack's.
         target: Name of the target site.
         encoder: Frozen style encoder Ψ.
+        looks: (S, LOOK_SIZE), the target's look of each sequence; rows of a sequence it lacks
+            are not read.
         device: Where the networks live.
     """
 
     def __init__(
         self, pack: ModelPack, config: SgcdConfig, target: str, encoder: StyleEncoder,
-        device: torch.device | str = "cpu",
+        looks: Tensor, device: torch.device | str = "cpu",
     ) -> None:  # fmt: skip
         torch.manual_seed(config.seed)
         self.config, self.target, self.parent = config, target, pack
         self.device = torch.device(device)
         self.schedule = Schedule(pack.state["alpha_bars"])
+        self.common, self.looks = pack.state["looks.common"], looks
+        self.matcher = LookMatcher(
+            config.condition.match, config.prepare.mm, composition_from_state(pack.state)
+        )
         self.frozen = build_network(config)
         self.frozen.load_state_dict(pack.network)
         self.frozen.to(self.device).eval().requires_grad_(False)
@@ -135,8 +142,9 @@ class TargetStage:
         config = self.config
         drawn = draw(batch, self.schedule.timesteps, config.global_stage.t_power)
         denoiser, _, output = predict(
-            self.network, self.schedule, config, batch, drawn, config.target_stage.precision
-        )
+            self.network, self.schedule, config, self.matcher, batch, drawn,
+            config.target_stage.precision,
+        )  # fmt: skip
         wanted = self.schedule.training_target(
             config.network.prediction, to_network(batch["image"]), drawn.noise, drawn.t,
             denoiser.content,
@@ -151,8 +159,8 @@ class TargetStage:
         with torch.no_grad():
             base = embed_batch(self.encoder, aligned, plans)
         denoiser = sampling_denoiser(
-            self.network, self.schedule, self.config, batch["image"], batch["mask"],
-            batch["sequence"],
+            self.network, self.schedule, self.config, self.matcher, batch["image"],
+            batch["mask"], batch["sequence"], self.looks,
         )  # fmt: skip
         found: dict[str, float] = {}
 
@@ -212,8 +220,8 @@ class TargetStage:
 
     def _start(self, batch: Batch, aligned: Tensor) -> Tensor:
         up = sampling_denoiser(
-            self.frozen, self.schedule, self.config, batch["image"], batch["mask"],
-            batch["sequence"],
+            self.frozen, self.schedule, self.config, self.matcher, batch["image"], batch["mask"],
+            batch["sequence"], self.common,
         )  # fmt: skip
         return starting_image(
             self.schedule, self.config.target_sampler, up, to_network(aligned), _noise(batch)
@@ -222,8 +230,8 @@ class TargetStage:
     @torch.no_grad()
     def _aligned(self, batch: Batch) -> Tensor:
         return global_image(
-            self.frozen, self.schedule, self.config, batch["image"], batch["mask"],
-            batch["sequence"], _noise(batch),
+            self.frozen, self.schedule, self.config, self.matcher, batch["image"], batch["mask"],
+            batch["sequence"], self.common, _noise(batch),
         )  # fmt: skip
 
     @torch.no_grad()
@@ -268,7 +276,7 @@ class TargetStage:
         return ModelPack(
             config=self.config,
             network=unwrapped(self.network).state_dict(),
-            state=dict(self.parent.state),
+            state={**self.parent.state, "looks.target": self.looks},
             global_network=dict(self.parent.network),
             meta={
                 **from_parent,

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sgcd_core.config import SgcdConfig
 from sgcd_core.diffusion.schedule import Schedule
+from sgcd_core.style.look import LEVELS
 
 
 def condition_channels(config: SgcdConfig) -> int:
@@ -17,19 +18,104 @@ def condition_channels(config: SgcdConfig) -> int:
     return int(config.condition.gradient_channel) + int(config.condition.content_channel)
 
 
+class LookEmbedding(nn.Module):
+    """Class embedding of the U-Net: the sequence, and the look that is wanted.
+
+    Args:
+        sequences: How many.
+        size: Length of the embedding.
+    """
+
+    #: Every so many-th of the look's quantiles is read.
+    STRIDE = 8
+
+    def __init__(self, sequences: int, size: int) -> None:
+        super().__init__()
+        self.sequence = nn.Embedding(sequences, size)
+        last = nn.Linear(128, size)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+        count = len(LEVELS[:: self.STRIDE])
+        self.look = nn.Sequential(nn.Linear(count, 128), nn.SiLU(), last)
+
+    def forward(self, labels: Tensor) -> Tensor:
+        """(B, size) of labels (B, 1 + quantiles) as `labels_of` makes them."""
+        embedded: Tensor = self.sequence(labels[:, 0].long())
+        looked: Tensor = self.look(labels[:, 1:])
+        return embedded + looked
+
+    @classmethod
+    def labels_of(cls, sequence: Tensor, look: Tensor) -> Tensor:
+        """Sequence (B,) and look vectors (B, LOOK_SIZE) as one float32 tensor."""
+        quantiles = look[:, : len(LEVELS) : cls.STRIDE].to(sequence.device)
+        return torch.cat([sequence[:, None].float(), 2 * quantiles - 1], 1)
+
+
+class CellNetwork(nn.Module):
+    """MONAI's U-Net on a grid of cells of patch³ voxels, every voxel of a cell a channel.
+
+    A convolution at full resolution with few channels is what costs most on a CPU. The output of a
+    cell is the detail of its voxels and, with `knots`, a curve over intensity which is
+    interpolated between cells and read at each voxel's content (a bilateral grid; Chen 2007, ACM
+    TOG 26:103; Gharbi 2017, ACM TOG 36:118): tissues of one place are moved apart from each other
+    without touching the detail in them.
+
+    Args:
+        network: U-Net with patch³ times the input's channels.
+        patch: Voxels along each side of a cell.
+        knots: Of the curve; 0 for none.
+        content_index: Channel of the input that holds the content, in [-1, 1].
+    """
+
+    def __init__(self, network: nn.Module, patch: int, knots: int, content_index: int) -> None:
+        super().__init__()
+        self.network, self.patch, self.knots = network, patch, knots
+        self.content_index = content_index
+
+    def forward(self, x: Tensor, timesteps: Tensor, class_labels: Tensor) -> Tensor:
+        """(B, 1, X, Y, Z) of (B, C, X, Y, Z)."""
+        cells = to_cells(x, self.patch).contiguous(memory_format=torch.channels_last_3d)
+        out = self.network(cells, timesteps, class_labels=class_labels).float()
+        voxels = from_cells(out[:, self.knots :], self.patch)
+        if not self.knots:
+            return voxels
+        curve = nn.functional.interpolate(
+            out[:, : self.knots], scale_factor=self.patch, mode="trilinear", align_corners=False
+        )
+        at = (x[:, self.content_index, None].float() + 1) / 2 * (self.knots - 1)
+        knots = torch.arange(self.knots, device=x.device).view(1, -1, 1, 1, 1)
+        return voxels + ((1 - (at - knots).abs()).clamp(min=0) * curve).sum(1, keepdim=True)
+
+
+def to_cells(x: Tensor, patch: int) -> Tensor:
+    """(B, C, X, Y, Z) → (B, C·p³, X/p, Y/p, Z/p)."""
+    b, c, *sides = x.shape
+    i, j, k = (side // patch for side in sides)
+    x = x.reshape(b, c, i, patch, j, patch, k, patch).permute(0, 1, 3, 5, 7, 2, 4, 6)
+    return x.reshape(b, c * patch**3, i, j, k)
+
+
+def from_cells(x: Tensor, patch: int) -> Tensor:
+    """Inverse of `to_cells`."""
+    b, c, i, j, k = x.shape
+    x = x.reshape(b, c // patch**3, patch, patch, patch, i, j, k).permute(0, 1, 5, 2, 6, 3, 7, 4)
+    return x.reshape(b, c // patch**3, i * patch, j * patch, k * patch)
+
+
 def build_network(config: SgcdConfig) -> nn.Module:
     """The U-Net of the settings, with fresh weights, channels-last.
 
-    Input (B, 1 + C, X, Y, Z): noisy image, then the C condition channels; output (B, 1, X, Y, Z).
-    The sequence label enters as a class embedding.
+    Input (B, 1 + C, X, Y, Z): noisy image, then the C condition channels, the content last; output
+    (B, 1, X, Y, Z). Sequence and look enter as the class embedding.
     """
     from monai.networks.nets import DiffusionModelUNet
 
     net = config.network
+    inputs, cell = 1 + condition_channels(config), net.patch**3
     network = DiffusionModelUNet(
         spatial_dims=3,
-        in_channels=1 + condition_channels(config),
-        out_channels=1,
+        in_channels=inputs * cell,
+        out_channels=cell + net.curve_knots,
         num_res_blocks=net.res_blocks,
         channels=net.channels,
         attention_levels=net.attention_levels,
@@ -38,7 +124,14 @@ def build_network(config: SgcdConfig) -> nn.Module:
         num_class_embeds=len(config.sequences),
         use_flash_attention=True,
     )
-    return network.to(memory_format=torch.channels_last_3d)  # type: ignore[no-any-return]
+    size = network.class_embedding.weight.shape[1]  # type: ignore[union-attr]
+    network.class_embedding = LookEmbedding(len(config.sequences), int(size))
+    if net.prediction == "residual":
+        # x_t says nothing at the noisy end: the network need not first learn to ignore it
+        with torch.no_grad():
+            network.conv_in.conv.weight[:, :cell] = 0
+    network = network.to(memory_format=torch.channels_last_3d)
+    return CellNetwork(network, net.patch, net.curve_knots, inputs - 1)
 
 
 @contextlib.contextmanager
@@ -58,7 +151,7 @@ class ConditionalDenoiser:
         config: Settings; the prediction kind is read from them.
         condition: (B, C, X, Y, Z) float32 in [-1, 1].
         content: (B, 1, X, Y, Z) in [-1, 1], the base of prediction `residual`, or None.
-        sequence: (B,) int64, index into `config.sequences`.
+        labels: Sequence and look, from `LookEmbedding.labels_of`.
         precision_name: `bf16` or `fp32`.
         clip: Clip x̂0 to [-1, 1] and recompute ε̂ from it; for sampling, not for training losses.
     """
@@ -70,7 +163,7 @@ class ConditionalDenoiser:
         config: SgcdConfig,
         condition: Tensor,
         content: Tensor | None,
-        sequence: Tensor,
+        labels: Tensor,
         precision_name: str = "fp32",
         clip: bool = False,
     ) -> None:
@@ -79,16 +172,15 @@ class ConditionalDenoiser:
         self.prediction = config.network.prediction
         self.condition = condition
         self.content = content
-        self.sequence = sequence
+        self.labels = labels
         self.precision_name = precision_name
         self.clip = clip
 
     def output(self, x_t: Tensor, t: Tensor) -> Tensor:
         """Raw network output (B, 1, X, Y, Z) float32."""
         x = torch.cat([x_t, self.condition], dim=1)
-        x = x.contiguous(memory_format=torch.channels_last_3d)
         with precision(self.precision_name, x.device):
-            out = self.network(x, t, class_labels=self.sequence)
+            out = self.network(x, t, class_labels=self.labels)
         return out.float()  # type: ignore[no-any-return]
 
     def __call__(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:

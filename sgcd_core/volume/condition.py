@@ -10,11 +10,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from sgcd_core.config import ConditionConfig
+from sgcd_core.style.composition import CompositionModel, match
+from sgcd_core.style.look import Look
 
 
 def to_network(image: Tensor) -> Tensor:
@@ -40,10 +43,40 @@ class Condition:
     content: Tensor | None
 
 
+class LookMatcher:
+    """Brings scans to a wanted look before the condition is taken, so that no other look is left.
+
+    Args:
+        kind: `composition`, `histogram` or `none`.
+        mm: Voxel side of the model grid.
+        composition: For kind `composition`; without it that kind is `histogram`.
+    """
+
+    def __init__(self, kind: str, mm: float, composition: CompositionModel | None = None) -> None:
+        self.kind, self.mm = kind, mm
+        self.composition = composition if kind == "composition" else None
+
+    def __call__(self, image: Tensor, mask: Tensor, look: Tensor, sequence: Tensor) -> Tensor:
+        """Images (B, 1, X, Y, Z) in the look (B, LOOK_SIZE) of sequences (B,)."""
+        if self.kind == "none":
+            return image
+        rows = [
+            match(
+                sample[0].cpu().numpy(), inside[0].cpu().numpy(), self.mm,
+                Look.from_vector(wanted.cpu().numpy()), int(index), self.composition,
+            )
+            for sample, inside, wanted, index in zip(image, mask, look, sequence, strict=True)
+        ]  # fmt: skip
+        return torch.from_numpy(np.stack(rows))[:, None].to(image.device)
+
+
 def build_condition(
     image: Tensor,
     mask: Tensor,
     config: ConditionConfig,
+    matcher: LookMatcher,
+    look: Tensor,
+    sequence: Tensor,
     generators: Sequence[torch.Generator] | None = None,
 ) -> Condition:
     """Condition of `image` (B, 1, X, Y, Z) in [0, 1] with `mask` (B, 1, X, Y, Z) bool.
@@ -52,11 +85,15 @@ def build_condition(
         image: Prepared scans.
         mask: Brain masks.
         config: Which channels, and how strong the augmentation.
+        matcher: Takes the scan's own look away.
+        look: (B, LOOK_SIZE), the look that is wanted.
+        sequence: (B,) int64.
         generators: With them and `contrast_augmentation`, each sample's style is randomized
             first (training). None takes the scans as they are (inference).
     """
     if generators is not None and config.contrast_augmentation:
         image = augment_contrast(image, mask, config, generators)
+    image = matcher(image, mask, look, sequence)
     parts = []
     content = to_network(image) if config.content_channel else None
     if config.gradient_channel:

@@ -1,5 +1,7 @@
 """Both training stages on two small synthetic sites: they learn, repeat and resume."""
 
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,7 @@ from sgcd_core.global_stage import GlobalStage, learning_rate, planned_steps
 from sgcd_core.harmonizer import Harmonizer
 from sgcd_core.modelpack import load_modelpack, save_modelpack
 from sgcd_core.style.encoder import load_encoder
+from sgcd_core.style.look import mean_look, measure_look
 from sgcd_core.style.outlier import OutlierModel, style_features
 from sgcd_core.target_stage import TargetStage
 
@@ -20,6 +23,8 @@ SETTINGS = [
     "network.channels=[8, 16]",
     "network.attention_levels=[false, true]",
     "network.head_channels=8",
+    "network.patch=1",
+    "network.curve_knots=5",
     "network.norm_groups=4",
     "global_stage.warmup_steps=0",
     "global_stage.learning_rate=0.003",
@@ -52,6 +57,17 @@ def scan(seed, gamma):
     return (tissue * mask).astype(np.float32), mask
 
 
+@functools.cache
+def site_look(gamma):
+    """The look of a site from four scans that no batch holds."""
+    looks = [measure_look(*scan(900 + i, gamma), mm=4.0) for i in range(4)]
+    return mean_look(looks).vector()
+
+
+def looks(*gammas):
+    return torch.from_numpy(np.stack([site_look(g) for g in gammas]))
+
+
 def batch(gammas, first=0, sequences=None):
     pairs = [scan(first + i, g) for i, g in enumerate(gammas)]
     return make_batch(
@@ -60,6 +76,7 @@ def batch(gammas, first=0, sequences=None):
         sequences or ["T1w"] * len(pairs),
         [sample_seed(0, first, i) for i in range(len(pairs))],
         ("T1w", "T2w"),
+        [site_look(g) for g in gammas],
     )
 
 
@@ -68,7 +85,12 @@ def trained(cfg, steps):
     losses = [stage.step(batch((0.5, 2.0), first=2 * i)) for i in range(steps)]
     features = [style_features(*scan(i, g)) for i in range(4) for g in (0.5, 2.0)]
     outliers = OutlierModel.fit(features, [0] * len(features))
-    return stage, losses, stage.pack(outliers, {"name": "global", "training_sites": ["A", "B"]})
+    common = looks(0.5, 2.0).mean(0).expand(2, -1)
+    return (
+        stage,
+        losses,
+        stage.pack(outliers, common, {"name": "global", "training_sites": ["A", "B"]}),
+    )
 
 
 def test_every_loss_is_logged_on_its_own_and_the_denoising_error_falls():
@@ -113,8 +135,9 @@ def test_stage_two_moves_a_scan_to_the_target_and_leaves_stage_one_alone(tmp_pat
     save_modelpack(str(tmp_path / "global"), pack)
     before = pack.weights_digest()
     stage = TargetStage(
-        load_modelpack(str(tmp_path / "global")), cfg, "A", load_encoder("statistics")
-    )
+        load_modelpack(str(tmp_path / "global")), cfg, "A", load_encoder("statistics"),
+        looks(0.5, 0.5),
+    )  # fmt: skip
     stage.measure_target([batch((0.5, 0.5), first=100)])
     history = [stage.step(batch((2.0,), first=i), batch((0.5,), first=200 + i)) for i in range(40)]
     assert {"denoising", "style", "reconstruction", "anatomy"} <= set(history[0])
@@ -127,7 +150,7 @@ def test_stage_two_moves_a_scan_to_the_target_and_leaves_stage_one_alone(tmp_pat
     truth, _ = scan(500, 0.5)
     got = model.harmonize(image, mask, "T1w", "scan-500").image
     raw_error = np.abs(image - truth)[mask].mean()
-    assert np.abs(got - truth)[mask].mean() < 0.9 * raw_error
+    assert np.abs(got - truth)[mask].mean() < 0.5 * raw_error
     assert not got[~mask].any()
 
 
@@ -139,7 +162,7 @@ def test_the_whole_chain_and_the_paper_s_printed_steps_also_run():
         "target_stage.target_denoising=0", "target_stage.style_every=1",
     )  # fmt: skip
     _, _, pack = trained(printed, 4)
-    stage = TargetStage(pack, printed, "A", load_encoder("statistics"))
+    stage = TargetStage(pack, printed, "A", load_encoder("statistics"), looks(0.5, 0.5))
     stage.measure_target([batch((0.5,), first=100)])
     weights = [p.detach().clone() for p in stage.network.parameters()]
     stage.step(batch((2.0,)), batch((0.5,), first=200))
@@ -154,7 +177,7 @@ def test_the_whole_chain_and_the_paper_s_printed_steps_also_run():
 
 def test_a_sequence_the_target_lacks_is_an_error_before_any_step():
     _, _, pack = trained(config(), 2)
-    stage = TargetStage(pack, config(), "A", load_encoder("statistics"))
+    stage = TargetStage(pack, config(), "A", load_encoder("statistics"), looks(0.5, 0.5))
     stage.measure_target([batch((0.5,), first=100)])
     with pytest.raises(InputError) as caught:
         stage.step(batch((2.0,), sequences=["T2w"]), batch((0.5,), first=200))

@@ -1,0 +1,121 @@
+"""Fitting the composition model of the box: which rank of a look a rank of a scan stands for.
+
+One example is a scan in a random style against the look of other subjects of its site; the answer
+is known because the scan's own intensities are the site's.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from pipelines.box.scans import GRIDS, SEQUENCES, SiteScans
+from sgcd_core.config import ConditionConfig
+from sgcd_core.style.composition import CompositionModel, true_shift
+from sgcd_core.style.look import LEVELS, LOOK_SIZE, PROFILE_SIZE, composition_profile, measure_look
+from sgcd_core.volume.condition import augment_contrast
+
+Array = NDArray[Any]
+
+#: Restyled profiles kept of each scan beside its own.
+STYLES = 3
+_ROW = 1 + LOOK_SIZE + STYLES * PROFILE_SIZE
+
+
+def measure_site(scans: SiteScans, config: ConditionConfig, seed: int) -> NDArray[np.float32]:
+    """What fitting needs of a site, (N, 1 + LOOK_SIZE + 3·PROFILE_SIZE): kilobytes, not volumes.
+
+    Sequence, own look, and profiles in other styles of each scan.
+    """
+    mm = GRIDS["tiny"][0]
+    rows = []
+    for number, (image, mask) in enumerate(
+        zip(scans.images["tiny"], scans.masks["tiny"], strict=True)
+    ):
+        parts = [
+            np.array([SEQUENCES.index(scans.sequence)]),
+            measure_look(image, mask, mm).vector(),
+        ]
+        for style in range(STYLES):
+            generator = torch.Generator().manual_seed(seed + STYLES * number + style)
+            volume, inside = torch.from_numpy(image)[None, None], torch.from_numpy(mask)[None, None]
+            styled = augment_contrast(volume, inside, config, [generator])[0, 0].numpy()
+            parts.append(composition_profile(styled, mask, mm))
+        rows.append(np.concatenate(parts))
+    return np.asarray(rows, np.float32)
+
+
+def read_sites(paths: list[Path], subjects: int) -> NDArray[np.float32]:
+    """Rows that `measure_site` made, appended to files: (sites, subjects, row)."""
+    found = []
+    for path in sorted(paths):
+        values = np.fromfile(path, np.float32)
+        whole = len(values) // (_ROW * subjects) * _ROW * subjects
+        found.append(values[:whole].reshape(-1, subjects, _ROW))
+    return np.concatenate(found)
+
+
+def fit_composition(
+    sites: Array, *, steps: int = 4000, batch: int = 128, seed: int = 0, hidden: int = 64
+) -> CompositionModel:
+    """Fit by Adam on the mean absolute error of ranks; the same arguments give the same model.
+
+    Args:
+        sites: From `read_sites`.
+        steps: Optimizer steps.
+        batch: Examples a step.
+        seed: Of everything.
+        hidden: Width of the perceptron.
+    """
+    torch.manual_seed(seed)
+    rng = np.random.default_rng(seed)
+    model = CompositionModel(len(SEQUENCES), hidden)
+    rest = [model.enter, model.leave, model.bias]
+    optimizer = torch.optim.AdamW(
+        [{"params": [model.linear], "weight_decay": 1e-4}, {"params": rest, "weight_decay": 1e-2}],
+        lr=1e-3,
+    )
+    plan = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, eta_min=1e-5)
+    for _ in range(steps):
+        scan, look, shift, sequence = _examples(sites, rng.integers(0, len(sites), batch), rng)
+        loss = (model(scan, look, sequence) - shift).abs().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        plan.step()
+    return model.requires_grad_(False)
+
+
+def score_composition(model: CompositionModel, sites: Array, seed: int = 1) -> dict[str, float]:
+    """By sequence, the mean absolute error of ranks as a part of what it is without the model."""
+    rng = np.random.default_rng(seed)
+    out = {}
+    for index, name in enumerate(SEQUENCES):
+        mine = np.flatnonzero(sites[:, 0, 0] == index)
+        scan, look, shift, sequence = _examples(sites, np.repeat(mine, 5), rng)
+        with torch.no_grad():
+            error = (model(scan, look, sequence) - shift).abs().mean()
+        out[name] = float(error / shift.abs().mean())
+    return out
+
+
+def _examples(
+    sites: Array, picks: Array, rng: np.random.Generator
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """One scan of each picked site, in its own or another style, against two or more others."""
+    count, first = sites.shape[1], 1 + len(LEVELS)
+    styles = [first + k * PROFILE_SIZE for k in range(STYLES + 1)]
+    scan, look, shift = [], [], []
+    for pick in picks:
+        site, order = sites[pick], rng.permutation(count)
+        others = site[order[1 : 1 + int(rng.integers(2, count))]]
+        at = styles[int(rng.integers(len(styles)))]
+        scan.append(site[order[0], at : at + PROFILE_SIZE])
+        look.append(others[:, first : first + PROFILE_SIZE].mean(0))
+        shift.append(true_shift(site[order[0], 1:first], others[:, 1:first].mean(0)))
+    stacked = [torch.from_numpy(np.stack(rows).astype(np.float32)) for rows in (scan, look, shift)]
+    return stacked[0], stacked[1], stacked[2], torch.from_numpy(sites[picks, 0, 0].astype(np.int64))

@@ -1,0 +1,156 @@
+"""A look: how the scans of one site and sequence are distributed, and what brains they show.
+
+The intensities of two sites can be matched by rank, but a rank depends on what is in the head:
+an old brain has more fluid, so its white matter begins at a higher rank. A *profile* is a
+description of the brain in ranks alone, blind to contrast: how the ranks are spread over
+homogeneous and mixed, deep and superficial tissue. `composition.py` predicts from two profiles
+how ranks have to be shifted; then matching keeps tissues apart that plain histogram matching mixes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+
+Array = NDArray[Any]
+
+#: Levels at which a look's quantile function is held.
+LEVELS = np.linspace(0.0, 1.0, 257)
+#: Side of the voxels a profile is taken on, mm; finer grids are averaged to about this first.
+PROFILE_MM = 4.0
+RANK_BINS = 16
+#: Edges of local standard deviation, in ranks, and of depth below the brain's surface, mm.
+SPREAD_EDGES = np.array([0.06, 0.12, 0.2, 0.3])
+DEPTH_EDGES = np.array([5.0, 9.0, 17.0, 29.0])
+_SPREADS, _DEPTHS = len(SPREAD_EDGES) + 1, len(DEPTH_EDGES) + 1
+PROFILE_SIZE = RANK_BINS * _SPREADS * _DEPTHS + RANK_BINS * _SPREADS
+
+
+@dataclass(frozen=True)
+class Look:
+    """The mean over scans of one site and sequence.
+
+    Attributes:
+        quantiles: (257,) float32, mean quantile function of the intensities inside the masks: the
+            Wasserstein barycentre of the scans' distributions.
+        profile: (PROFILE_SIZE,) float32, mean profile.
+    """
+
+    quantiles: NDArray[np.float32]
+    profile: NDArray[np.float32]
+
+    def vector(self) -> NDArray[np.float32]:
+        """Both parts as one vector, for storing."""
+        return np.concatenate([self.quantiles, self.profile]).astype(np.float32)
+
+    @classmethod
+    def from_vector(cls, vector: Array) -> Look:
+        """Inverse of `vector`."""
+        values = np.asarray(vector, np.float32)
+        return cls(values[: len(LEVELS)], values[len(LEVELS) :])
+
+
+#: Length of `Look.vector`.
+LOOK_SIZE = len(LEVELS) + PROFILE_SIZE
+
+
+def measure_look(image: Array, mask: Array, mm: float) -> Look:
+    """The look of one prepared scan.
+
+    Args:
+        image: (X, Y, Z) float, [0, 1].
+        mask: (X, Y, Z) bool, the brain.
+        mm: Voxel side.
+    """
+    return Look(quantiles(image, mask), composition_profile(image, mask, mm))
+
+
+def mean_look(looks: Sequence[Look]) -> Look:
+    """The look of a group of scans."""
+    if not looks:
+        raise ValueError("a look needs at least one scan")
+    return Look(
+        np.mean([look.quantiles for look in looks], axis=0, dtype=np.float32),
+        np.mean([look.profile for look in looks], axis=0, dtype=np.float32),
+    )
+
+
+def leave_out(mean: Array, count: int, own: Array) -> NDArray[np.float32]:
+    """Look vector of a group without one of its scans; of a group of one, that scan's own.
+
+    Args:
+        mean: (LOOK_SIZE,) of all `count` scans.
+        count: How many.
+        own: (LOOK_SIZE,) of the scan to leave out.
+    """
+    if count < 2:
+        return np.asarray(own, np.float32)
+    rest = (np.asarray(mean, np.float64) * count - np.asarray(own)) / (count - 1)
+    return np.asarray(rest, np.float32)
+
+
+def quantiles(image: Array, mask: Array) -> NDArray[np.float32]:
+    """Quantile function of the masked voxels at `LEVELS`, float32."""
+    return np.asarray(np.quantile(np.asarray(image)[mask], LEVELS), np.float32)
+
+
+def composition_profile(image: Array, mask: Array, mm: float) -> NDArray[np.float32]:
+    """Joint distribution of rank, local spread of ranks and depth, square-rooted (PROFILE_SIZE,).
+
+    Any strictly rising map of the intensities leaves it as it is. The square root evens out the
+    variances of counts (Hellinger).
+    """
+    image, mask, mm = _coarse(np.asarray(image, np.float32), np.asarray(mask, bool), mm)
+    box = ndimage.find_objects(mask.astype(np.uint8))[0] if mask.any() else None
+    if box is None:
+        return np.zeros(PROFILE_SIZE, np.float32)
+    image, mask = np.pad(image[box], 3), np.pad(mask[box], 3)
+    ranks = np.zeros(image.shape, np.float32)
+    ranks[mask] = _midranks(image[mask])
+    weight = mask.astype(np.float32)
+    sigma = PROFILE_MM / mm
+    share = np.maximum(ndimage.gaussian_filter(weight, sigma), 1e-3)
+    mean = ndimage.gaussian_filter(ranks, sigma) / share
+    square = ndimage.gaussian_filter(ranks * ranks, sigma) / share
+    spread = np.digitize(np.sqrt(np.maximum(square - mean**2, 0))[mask], SPREAD_EDGES)
+    depth = np.digitize(ndimage.distance_transform_edt(mask)[mask] * mm, DEPTH_EDGES)
+
+    def bins(values: Array) -> Array:
+        return np.clip((values * RANK_BINS).astype(int), 0, RANK_BINS - 1)
+
+    joint = (bins(ranks[mask]) * _SPREADS + spread) * _DEPTHS + depth
+    smooth = bins(mean[mask]) * _SPREADS + spread
+    counts = np.concatenate(
+        [
+            np.bincount(joint, minlength=RANK_BINS * _SPREADS * _DEPTHS),
+            np.bincount(smooth, minlength=RANK_BINS * _SPREADS),
+        ]
+    )
+    return np.sqrt(counts / len(joint)).astype(np.float32)
+
+
+def _coarse(image: Array, mask: Array, mm: float) -> tuple[Array, Array, float]:
+    """Block means near `PROFILE_MM`; a block at least half brain counts as brain."""
+    factor = max(1, round(PROFILE_MM / mm))
+    if factor == 1:
+        return image, mask, mm
+    pad = [(0, -size % factor) for size in image.shape]
+    x, y, z = (np.pad(mask, pad).shape[axis] // factor for axis in range(3))
+    blocks = (x, factor, y, factor, z, factor)
+    share = np.pad(mask, pad).reshape(blocks).mean(axis=(1, 3, 5), dtype=np.float32)
+    total = np.pad(image * mask, pad).reshape(blocks).mean(axis=(1, 3, 5), dtype=np.float32)
+    inside = share >= 0.5
+    return np.where(inside, total / np.maximum(share, 0.5), 0), inside, mm * factor
+
+
+def _midranks(values: Array) -> Array:
+    """Ranks in (0, 1), equal values sharing their mean rank, float32."""
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    end = np.cumsum(counts)
+    middle = (end - counts / 2) / len(values)
+    return np.asarray(middle[inverse], np.float32)
