@@ -164,7 +164,7 @@ class GlobalConfig(Settings):
         "snr", description="weight over t of losses taken on the estimate of the clean image"
     )
     t_power: float = Field(
-        0.5, gt=0, description="t is drawn as T·u^p: below 1 favours the noisy end"
+        0.2, gt=0, description="t is drawn as T·u^p: below 1 favours the noisy end"
     )
     site_balance: bool = True
     precision: Literal["bf16", "fp32"] = "bf16"

@@ -54,7 +54,7 @@ def read_sites(paths: list[Path], subjects: int) -> NDArray[np.float32]:
     found = []
     for path in sorted(paths):
         values = np.fromfile(path, np.float32)
-        whole = len(values) // (_ROW * subjects) * _ROW * subjects
+        whole = len(values) // (2 * _ROW * subjects) * 2 * _ROW * subjects  # both sequences
         found.append(values[:whole].reshape(-1, subjects, _ROW))
     return np.concatenate(found)
 

@@ -93,7 +93,7 @@ def _on_grids(
     data, affine = render_scan(person, scanner, sequence, mm, rng)
     mask = data > 0
     if corrected:
-        data = data / bias_field(data, mask, affine)
+        data = np.asarray(data / bias_field(data, mask, affine), np.float32)
     out = {}
     for name, (side, shape) in GRIDS.items():
         grid: NDArray[Any] = np.diag([side, side, side, 1.0])

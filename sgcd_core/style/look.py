@@ -121,17 +121,17 @@ def composition_profile(image: Array, mask: Array, mm: float) -> NDArray[np.floa
     depth = np.digitize(ndimage.distance_transform_edt(mask)[mask] * mm, DEPTH_EDGES)
 
     def bins(values: Array) -> Array:
-        return np.clip((values * RANK_BINS).astype(int), 0, RANK_BINS - 1)
+        return np.asarray(np.clip((values * RANK_BINS).astype(int), 0, RANK_BINS - 1))
 
     joint = (bins(ranks[mask]) * _SPREADS + spread) * _DEPTHS + depth
     smooth = bins(mean[mask]) * _SPREADS + spread
-    counts = np.concatenate(
+    counts: Array = np.concatenate(
         [
             np.bincount(joint, minlength=RANK_BINS * _SPREADS * _DEPTHS),
             np.bincount(smooth, minlength=RANK_BINS * _SPREADS),
         ]
     )
-    return np.sqrt(counts / len(joint)).astype(np.float32)
+    return np.asarray(np.sqrt(counts / len(joint)), np.float32)
 
 
 def _coarse(image: Array, mask: Array, mm: float) -> tuple[Array, Array, float]:
@@ -145,7 +145,8 @@ def _coarse(image: Array, mask: Array, mm: float) -> tuple[Array, Array, float]:
     share = np.pad(mask, pad).reshape(blocks).mean(axis=(1, 3, 5), dtype=np.float32)
     total = np.pad(image * mask, pad).reshape(blocks).mean(axis=(1, 3, 5), dtype=np.float32)
     inside = share >= 0.5
-    return np.where(inside, total / np.maximum(share, 0.5), 0), inside, mm * factor
+    blocks_mean: Array = np.where(inside, total / np.maximum(share, 0.5), 0)
+    return blocks_mean, inside, mm * factor
 
 
 def _midranks(values: Array) -> Array:

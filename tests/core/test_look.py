@@ -1,0 +1,169 @@
+"""Looks and matching: blind to contrast, exact on ranks, and knowing of composition."""
+
+import numpy as np
+import pytest
+import torch
+
+from sgcd_core.box import Box, find_box, load_box, shape_of
+from sgcd_core.config import load_config
+from sgcd_core.diffusion.network import build_network, from_cells, to_cells
+from sgcd_core.errors import ModelError
+from sgcd_core.style.composition import KNOTS, CompositionModel, match, true_shift
+from sgcd_core.style.look import (
+    LEVELS,
+    LOOK_SIZE,
+    Look,
+    composition_profile,
+    leave_out,
+    mean_look,
+    measure_look,
+    quantiles,
+)
+
+
+def brain(seed, fluid=0.3, size=24):
+    """A ball of fluid, grey and white matter; the part of fluid can be chosen."""
+    rng = np.random.default_rng(seed)
+    axes = np.meshgrid(*[np.linspace(-1, 1, size)] * 3, indexing="ij")
+    radius = np.sqrt(sum(a**2 for a in axes)) + 0.04 * rng.standard_normal((size,) * 3)
+    mask = radius < 0.95
+    rim = 0.95 * (1 - fluid) ** (1 / 3)
+    tissue = np.select([radius < 0.55, radius < rim], [0.85, 0.55], 0.15)
+    noisy = tissue + 0.03 * rng.standard_normal(mask.shape)
+    return (np.clip(noisy, 0.01, 1) * mask).astype(np.float32), mask
+
+
+def test_a_profile_does_not_see_a_rising_map_of_the_intensities():
+    image, mask = brain(0)
+    a = composition_profile(image, mask, 4.0)
+    b = composition_profile((300 * image**1.7) * mask, mask, 4.0)
+    np.testing.assert_allclose(a, b, atol=1e-6)
+    assert (a**2).sum() == pytest.approx(2, abs=1e-4)
+
+
+def test_a_profile_tells_brains_apart_by_what_is_in_them():
+    profiles = {f: [composition_profile(*brain(s, f), 4.0) for s in range(3)] for f in (0.15, 0.35)}
+    within = np.abs(profiles[0.15][0] - profiles[0.15][1]).sum()
+    between = np.abs(profiles[0.15][0] - profiles[0.35][0]).sum()
+    assert between > 1.5 * within
+
+
+def test_a_profile_is_nearly_the_same_on_a_finer_grid():
+    image, mask = brain(1)
+    fine, inside = (np.repeat(np.repeat(np.repeat(x, 2, 0), 2, 1), 2, 2) for x in (image, mask))
+    np.testing.assert_allclose(
+        composition_profile(image, mask, 4.0), composition_profile(fine, inside, 2.0), atol=1e-5
+    )
+
+
+def test_an_empty_mask_gives_an_empty_profile_and_an_empty_match():
+    image = np.zeros((8, 8, 8), np.float32)
+    mask = np.zeros((8, 8, 8), bool)
+    assert not composition_profile(image, mask, 4.0).any()
+    look = measure_look(*brain(0), 4.0)
+    assert not match(image, mask, 4.0, look, 0, None).any()
+
+
+def test_matching_gives_the_look_s_quantiles_and_keeps_the_order():
+    image, mask = brain(2)
+    other = (1 - 0.9 * np.exp(-2 * image)) * mask
+    look = measure_look(other, mask, 4.0)
+    got = match(image, mask, 4.0, look, 0, None)
+    np.testing.assert_allclose(quantiles(got, mask), look.quantiles, atol=2e-3)
+    np.testing.assert_allclose(got, other, atol=1e-2)
+    assert not got[~mask].any()
+
+
+def test_many_voxels_of_one_value_map_to_one_value():
+    image, mask = brain(3)
+    steps = np.round(image * 8) / 8
+    got = match(steps.astype(np.float32), mask, 4.0, measure_look(image, mask, 4.0), 0, None)
+    for value in np.unique(steps[mask]):
+        assert np.ptp(got[mask & (steps == value)]) == 0
+
+
+def test_the_look_of_the_others_is_the_mean_without_one():
+    looks = [measure_look(*brain(s), 4.0) for s in range(4)]
+    mean = mean_look(looks).vector()
+    np.testing.assert_allclose(
+        leave_out(mean, 4, looks[0].vector()), mean_look(looks[1:]).vector(), atol=1e-5
+    )
+    np.testing.assert_array_equal(leave_out(mean, 1, looks[0].vector()), looks[0].vector())
+    assert mean.shape == (LOOK_SIZE,)
+    np.testing.assert_array_equal(Look.from_vector(mean).vector(), mean)
+
+
+def test_ranks_rise_from_zero_to_one_whatever_the_weights():
+    torch.manual_seed(0)
+    model = CompositionModel(2)
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, std=3.0)
+    profiles = [composition_profile(*brain(s), 4.0) for s in (0, 1)]
+    ranks = model.ranks(*profiles, 1)
+    assert ranks[0] == 0 and ranks[-1] == 1 and (np.diff(ranks) >= 0).all()
+    assert np.abs(ranks - LEVELS).max() <= 0.25 + 1e-6
+
+
+def test_a_fitted_composition_model_halves_what_matching_does_to_another_composition():
+    """Fitted to balls of other amounts of fluid; measured on amounts it has not seen."""
+    amounts = np.linspace(0.12, 0.42, 16)
+    goal = mean_look([measure_look(*brain(90 + i, f), 4.0) for i, f in enumerate((0.2, 0.3))])
+    rows = [(composition_profile(*brain(i, f), 4.0), quantiles(*brain(i, f)))
+            for i, f in enumerate(amounts)]  # fmt: skip
+    scan = torch.from_numpy(np.stack([p for p, _ in rows]))
+    shift = torch.from_numpy(np.stack([true_shift(q, goal.quantiles) for _, q in rows]))
+    look = torch.from_numpy(goal.profile).expand(len(rows), -1)
+    sequence = torch.zeros(len(rows), dtype=torch.long)
+    torch.manual_seed(0)
+    model = CompositionModel(1, hidden=8)
+    optimizer = torch.optim.Adam([model.linear], lr=1e-3)
+    for _ in range(300):
+        loss = (model(scan, look, sequence) - shift).abs().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    errors = {"plain": 0.0, "composition": 0.0}
+    for seed, amount in ((51, 0.15), (52, 0.38)):
+        image, mask = brain(seed, amount)
+        restyled = (image**1.8) * mask
+        for name, helper in (("plain", None), ("composition", model)):
+            got = match(restyled, mask, 4.0, goal, 0, helper)
+            errors[name] += float(np.abs(got - image)[mask].mean())
+    assert errors["composition"] < 0.5 * errors["plain"]
+    assert len(KNOTS) == shift.shape[1] + 2
+
+
+def test_cells_hold_every_voxel():
+    x = torch.randn(2, 3, 8, 12, 4)
+    cells = to_cells(x, 4)
+    assert cells.shape == (2, 192, 2, 3, 1)
+    assert torch.equal(from_cells(cells, 4), x)
+
+
+def test_a_fresh_residual_network_copies_its_content_and_does_not_see_the_noise():
+    config = load_config("tiny", settings=["prepare.shape=[16, 16, 16]"])
+    network = build_network(config).eval()
+    x = torch.rand(1, 3, 16, 16, 16) * 2 - 1
+    labels = torch.zeros(1, 1 + len(LEVELS[::8]))
+    with torch.no_grad():
+        out = network(x, torch.tensor([999]), labels)
+        x[:, :1] += 3
+        again = network(x, torch.tensor([999]), labels)
+    assert out.shape == (1, 1, 16, 16, 16)
+    torch.testing.assert_close(out, again)
+
+
+def test_a_box_keeps_its_weights_and_fits_only_the_settings_it_was_made_with(tmp_path):
+    config = load_config("tiny", settings=["prepare.shape=[16, 16, 16]"])
+    network = build_network(config)
+    model = CompositionModel(2, hidden=4)
+    box = Box(network.state_dict(), model, {"shape": shape_of(config), "steps": 3})
+    back = Box.from_bytes(box.to_bytes())
+    assert back.meta == box.meta
+    for name, value in network.state_dict().items():
+        torch.testing.assert_close(back.network[name], value, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(back.composition.enter, model.enter.detach(), atol=1e-3, rtol=1e-3)
+    other = load_config("tiny", settings=["network.channels=[16, 32, 64]"])
+    assert find_box(other) is None
+    with pytest.raises(ModelError, match="MODEL-MISSING"):
+        load_box(other)
