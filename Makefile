@@ -3,6 +3,7 @@
 # make test    every test
 # make lint    ruff and mypy
 # make bench   the benchmarks, each against a named peer
+# make box     the weights that come with the package, from label maps: make box ANATOMY=FOLDER
 
 PYTHON ?= python3
 VENV   := .venv
@@ -13,7 +14,7 @@ EXTRAS := strip,dino,dev
 DEMO   ?= work/demo
 ARGS   ?=
 
-.PHONY: setup demo test lint format bench clean
+.PHONY: setup demo test lint format bench box clean
 
 setup: $(STAMP)
 
@@ -46,6 +47,9 @@ bench: setup
 	@set -e; found=0; for file in benchmarks/bench_*.py; do \
 	  test -e "$$file" || continue; found=1; echo "== $$file"; $(BIN)/python "$$file"; \
 	done; test $$found = 1 || echo "no benchmark yet"
+
+box: setup
+	$(BIN)/python -m pipelines.box work/box --anatomy $(ANATOMY) --install $(ARGS)
 
 clean:
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache

@@ -1,13 +1,14 @@
-"""The model in the box: weights that come with the package, one file a preset.
+"""The model in the box: weights that come with the package. `pipelines/box` made them.
 
-`pipelines/box` made them (`make box`), from digital scans alone. Each file holds the network
-(`network.*`), the composition model (`composition.*`) and, as metadata, what it was made with.
+`composition.safetensors` corrects the matching of scans to looks, whatever the preset;
+`PRESET.safetensors` is a network to start Stage 1 from. All of it learned from digital scans alone.
 """
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.resources import files
 from typing import Any
 
@@ -23,43 +24,52 @@ SHAPING = ("network", "schedule", "sequences")
 
 @dataclass(frozen=True)
 class Box:
-    """Weights to start from.
+    """A network to start from.
 
     Attributes:
         network: State of `build_network`, float32.
-        composition: Corrects the matching of scans to looks.
-        meta: How it was made: `config` (the settings of `SHAPING` and the condition), `steps`,
-            `volumes`, `seed` …
+        meta: How it was made: `shape` (the settings of `SHAPING`), `steps`, `volumes`, `seed` …
     """
 
     network: dict[str, Tensor]
-    composition: CompositionModel | None
     meta: dict[str, Any] = field(default_factory=dict)
 
     def to_bytes(self) -> bytes:
-        """As a safetensors file; the network in half precision, which its training uses too."""
-        from safetensors.torch import save
-
-        tensors = {f"network.{k}": v.detach().half() for k, v in self.network.items()}
-        tensors |= {k: v.detach().half() for k, v in composition_state(self.composition).items()}
-        ordered = {name: tensors[name].cpu().contiguous() for name in sorted(tensors)}
-        return save(ordered, metadata={"box": json.dumps(self.meta, sort_keys=True)})
+        """As a safetensors file, in half precision."""
+        return _save(self.network, self.meta)
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Box:
         """Inverse of `to_bytes`."""
-        from safetensors.torch import load
+        return cls(*_load(data))
 
-        length = int.from_bytes(data[:8], "little")
-        header = json.loads(data[8 : 8 + length])
-        tensors = load(data)
-        network = {
-            name.removeprefix("network."): value.float()
-            for name, value in tensors.items()
-            if name.startswith("network.")
-        }
-        meta = json.loads(header.get("__metadata__", {}).get("box", "{}"))
-        return cls(network, composition_from_state(tensors), meta)
+
+def _save(tensors: dict[str, Tensor], meta: dict[str, Any]) -> bytes:
+    from safetensors.torch import save
+
+    half = {name: tensors[name].detach().half().cpu().contiguous() for name in sorted(tensors)}
+    return save(half, metadata={"box": json.dumps(meta, sort_keys=True)})
+
+
+def _load(data: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    from safetensors.torch import load
+
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    tensors = {name: value.float() for name, value in load(data).items()}
+    return tensors, json.loads(header.get("__metadata__", {}).get("box", "{}"))
+
+
+def composition_bytes(model: CompositionModel, meta: dict[str, Any]) -> bytes:
+    """The composition model as a safetensors file, in half precision."""
+    return _save(composition_state(model), meta)
+
+
+@cache
+def load_composition() -> CompositionModel | None:
+    """The composition model of the package; None if it was built without."""
+    path = files("sgcd_core") / "weights" / "composition.safetensors"
+    return composition_from_state(_load(path.read_bytes())[0]) if path.is_file() else None
 
 
 def shape_of(config: SgcdConfig) -> dict[str, Any]:
@@ -70,8 +80,7 @@ def shape_of(config: SgcdConfig) -> dict[str, Any]:
 
 def find_box(config: SgcdConfig) -> Box | None:
     """The box whose weights fit the settings, or None."""
-    folder = files("sgcd_core") / "weights"
-    path = folder / f"{config.preset}.safetensors"
+    path = files("sgcd_core") / "weights" / f"{config.preset}.safetensors"
     if not path.is_file():
         return None
     box = Box.from_bytes(path.read_bytes())

@@ -14,14 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from sgcd_core.batch import Batch, to_device
-from sgcd_core.box import Box
+from sgcd_core.box import Box, load_composition
 from sgcd_core.config import GlobalConfig, SgcdConfig
 from sgcd_core.diffusion.network import ConditionalDenoiser, LookEmbedding, build_network
 from sgcd_core.diffusion.schedule import Schedule
 from sgcd_core.errors import ModelError
 from sgcd_core.losses import gradient_loss, prediction_loss
 from sgcd_core.modelpack import ModelPack
-from sgcd_core.style.composition import composition_state
+from sgcd_core.style.composition import CompositionModel, composition_state
 from sgcd_core.style.outlier import OutlierModel
 from sgcd_core.style.record import Record, statistics_of
 from sgcd_core.volume.condition import (
@@ -55,7 +55,9 @@ class GlobalStage:
         total_steps: Length of the run, for the learning-rate schedule.
         device: Where the network lives.
         box: Weights to start from, with a learning rate that is `box_rate` of the usual one;
-            None starts from fresh ones, without correction for composition.
+            None starts from fresh ones.
+        composition: Corrects the matching of scans to looks; part of the model, not trained here.
+            None: the one that comes with the package.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class GlobalStage:
         total_steps: int,
         device: torch.device | str = "cpu",
         box: Box | None = None,
+        composition: CompositionModel | None = None,
     ) -> None:
         torch.manual_seed(config.seed)
         self.config = config
@@ -71,7 +74,9 @@ class GlobalStage:
         self.device = torch.device(device)
         self.schedule = Schedule.from_config(config.schedule)
         self.network: nn.Module = build_network(config).to(self.device)
-        self.composition = box.composition if box is not None else None
+        if composition is None and config.condition.match == "composition":
+            composition = load_composition()
+        self.composition = composition
         self.matcher = LookMatcher(config.condition.match, config.prepare.mm, self.composition)
         self.rate = 1.0
         if box is not None:

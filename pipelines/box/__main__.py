@@ -25,6 +25,7 @@ from pipelines.box.composition import (
 from pipelines.box.network import train_network
 from pipelines.box.scans import SUBJECTS, Pool, SiteScans, produce, wait_for
 from pipelines.cohort import list_anatomies
+from sgcd_core.box import composition_bytes
 from sgcd_core.config import load_config
 from sgcd_core.style.composition import CompositionModel, composition_from_state, composition_state
 
@@ -38,7 +39,9 @@ def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m pipelines.box", description=__doc__)
     parser.add_argument("work", type=Path, help="folder for pool, checkpoints and weights")
     parser.add_argument("--anatomy", required=True, help="folder of FreeSurfer label maps")
-    parser.add_argument("--anatomies", type=int, default=10, help="use the first so many")
+    parser.add_argument(
+        "--anatomies", type=int, default=10, help="use the first so many, and the template"
+    )
     parser.add_argument("--preset", default="tiny", choices=("tiny", "small"))
     parser.add_argument("--minutes", type=float, default=120.0, help="for the network")
     parser.add_argument("--steps", type=int, default=20_000, help="of the learning-rate schedule")
@@ -51,7 +54,7 @@ def main(words: Sequence[str] | None = None) -> None:
     args = parser.parse_args(words)
     torch.set_num_threads(args.threads)
     pool = Pool(args.work / "pool")
-    anatomies = list_anatomies(args.anatomy)[: args.anatomies]
+    anatomies = [*list_anatomies(args.anatomy)[: args.anatomies], *list_anatomies(None)]
     context = multiprocessing.get_context("spawn")
     producers = [
         context.Process(target=_produce, args=(args.work, anatomies, n), daemon=True)
@@ -74,6 +77,8 @@ def main(words: Sequence[str] | None = None) -> None:
         goal = Path(__file__).parents[2] / "sgcd_core" / "weights"
         goal.mkdir(exist_ok=True)
         shutil.copy(weights, goal / weights.name)
+        meta = {"sites": len(read_sites(_profiles(args.work), SUBJECTS)) // 2, "seed": SEED}
+        (goal / "composition.safetensors").write_bytes(composition_bytes(composition, meta))
     print(f"weights: {weights} ({weights.stat().st_size / 2**20:.1f} MiB)")
 
 
@@ -94,6 +99,11 @@ def _produce(work: Path, anatomies: list[str], worker: int) -> None:
         produce(Pool(work / "pool"), anatomies, SEED, worker, measured=measured)
 
 
+def _profiles(work: Path) -> list[Path]:
+    """What the producers measured."""
+    return sorted(work.glob("profiles-*.f32"))
+
+
 def _composition(work: Path, pool: Pool, sites: int, refit: bool) -> CompositionModel:
     """The fitted model, from `work` or now."""
     path = work / "composition.pt"
@@ -102,7 +112,7 @@ def _composition(work: Path, pool: Pool, sites: int, refit: bool) -> Composition
         if found is not None:
             return found
     wait_for(pool, min(2 * sites, pool.keep), seconds=24 * 3600)
-    rows = read_sites(sorted(work.glob("profiles-*.f32")), SUBJECTS)
+    rows = read_sites(_profiles(work), SUBJECTS)
     # a site's two sequences follow each other and stay on one side
     held = (torch.arange(len(rows)) // 2 % HELD_OUT == 0).numpy()
     model = fit_composition(rows[~held])

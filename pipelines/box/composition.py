@@ -53,7 +53,8 @@ def read_sites(paths: list[Path], subjects: int) -> NDArray[np.float32]:
     """Rows that `measure_site` made, appended to files: (sites, subjects, row)."""
     found = []
     for path in sorted(paths):
-        values = np.fromfile(path, np.float32)
+        raw = path.read_bytes()
+        values = np.frombuffer(raw[: len(raw) // 4 * 4], np.float32)
         whole = len(values) // (2 * _ROW * subjects) * 2 * _ROW * subjects  # both sequences
         found.append(values[:whole].reshape(-1, subjects, _ROW))
     return np.concatenate(found)
@@ -74,15 +75,15 @@ def fit_composition(
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     model = CompositionModel(len(SEQUENCES), hidden)
-    rest = [model.enter, model.leave, model.bias]
+    rest = [weight for name, weight in model.named_parameters() if name != "linear"]
     optimizer = torch.optim.AdamW(
         [{"params": [model.linear], "weight_decay": 1e-4}, {"params": rest, "weight_decay": 1e-2}],
         lr=1e-3,
     )
     plan = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, eta_min=1e-5)
     for _ in range(steps):
-        scan, look, shift, sequence = _examples(sites, rng.integers(0, len(sites), batch), rng)
-        loss = (model(scan, look, sequence) - shift).abs().mean()
+        *given, shift = _examples(sites, rng.integers(0, len(sites), batch), rng)
+        loss = (model(*given) - shift).abs().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -96,26 +97,42 @@ def score_composition(model: CompositionModel, sites: Array, seed: int = 1) -> d
     out = {}
     for index, name in enumerate(SEQUENCES):
         mine = np.flatnonzero(sites[:, 0, 0] == index)
-        scan, look, shift, sequence = _examples(sites, np.repeat(mine, 5), rng)
+        *given, shift = _examples(sites, np.repeat(mine, 5), rng)
         with torch.no_grad():
-            error = (model(scan, look, sequence) - shift).abs().mean()
+            error = (model(*given) - shift).abs().mean()
         out[name] = float(error / shift.abs().mean())
     return out
 
 
-def _examples(
-    sites: Array, picks: Array, rng: np.random.Generator
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """One scan of each picked site, in its own or another style, against two or more others."""
+def _examples(sites: Array, picks: Array, rng: np.random.Generator) -> list[torch.Tensor]:
+    """One scan of each picked site, as another scanner would show it, against two or more others.
+
+    The other scanner's contrast is a map between the looks of two sites drawn at random, from twice
+    of it down to none; its noise, bias and resolution are those of the restyled profiles.
+
+    Returns:
+        The model's arguments, then the shift it is to predict.
+    """
     count, first = sites.shape[1], 1 + len(LEVELS)
     styles = [first + k * PROFILE_SIZE for k in range(STYLES + 1)]
-    scan, look, shift = [], [], []
+    groups = [np.flatnonzero(sites[:, 0, 0] == index) for index in range(len(SEQUENCES))]
+    rows: list[list[Array]] = [[], [], [], []]
     for pick in picks:
         site, order = sites[pick], rng.permutation(count)
         others = site[order[1 : 1 + int(rng.integers(2, count))]]
+        own, look = site[order[0], 1:first], others[:, 1:first].mean(0)
         at = styles[int(rng.integers(len(styles)))]
-        scan.append(site[order[0], at : at + PROFILE_SIZE])
-        look.append(others[:, first : first + PROFILE_SIZE].mean(0))
-        shift.append(true_shift(site[order[0], 1:first], others[:, 1:first].mean(0)))
-    stacked = [torch.from_numpy(np.stack(rows).astype(np.float32)) for rows in (scan, look, shift)]
-    return stacked[0], stacked[1], stacked[2], torch.from_numpy(sites[picks, 0, 0].astype(np.int64))
+        group = groups[int(site[0, 0])]
+        other = sites[group[int(rng.integers(len(group)))], :, 1:first].mean(0)
+        here = site[:, 1:first].mean(0) + 1e-7 * np.arange(len(LEVELS))
+        part = max(0.0, float(rng.uniform(-0.1, 2.0)))
+        shown = np.clip((1 - part) * own + part * np.interp(own, here, other), 0, 1)
+        rows[0].append(site[order[0], at : at + PROFILE_SIZE])
+        rows[1].append(others[:, first : first + PROFILE_SIZE].mean(0))
+        rows[2].append(true_shift(shown, look))
+        rows[3].append(true_shift(own, look))
+    scan, profile, identity, shift = (
+        torch.from_numpy(np.stack(r).astype(np.float32)) for r in rows
+    )
+    sequence = torch.from_numpy(sites[picks, 0, 0].astype(np.int64))
+    return [scan, profile, identity, sequence, shift]

@@ -83,9 +83,7 @@ def train_network(
     """
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint, weights = folder / "checkpoint.pt", folder / f"{config.preset}.safetensors"
-    stage = GlobalStage(config, total_steps, box=None)
-    stage.composition = composition
-    stage.matcher.composition = composition
+    stage = GlobalStage(config, total_steps, composition=composition)
     if checkpoint.exists():
         stage.load_state_dict(torch.load(checkpoint, weights_only=True))
     end = time.monotonic() + 60 * minutes
@@ -100,7 +98,7 @@ def train_network(
             "volumes": stage.done * config.global_stage.batch_size,
             "condition": config.condition.model_dump(mode="json"),
         }  # fmt: skip
-        box = Box(unwrapped(stage.network).state_dict(), composition, meta)
+        box = Box(unwrapped(stage.network).state_dict(), meta)
         weights.write_bytes(box.to_bytes())
         if rows:
             mean = {k: float(np.mean([r[k] for r in rows])) for k in rows[0]}

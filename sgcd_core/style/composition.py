@@ -1,8 +1,9 @@
 """Matching a scan to a look without mixing tissues: histogram matching that knows the brain.
 
 `CompositionModel` looks at two profiles, a scan's and a look's, and predicts the rank in the look
-that each rank of the scan stands for. It sees ranks only, so it knows no scanner, and was fitted to
-digital brains (`pipelines/box`): a scan against the look of other subjects of the same site.
+that each rank of the scan stands for. Profiles are ranks only, so it knows no scanner. It is
+fitted to digital brains (`pipelines/box`): a scan against the look of others of the same site. Only
+where a scan's own distribution already agrees with the predicted one is that believed.
 """
 
 from __future__ import annotations
@@ -32,13 +33,15 @@ MAX_SHIFT = 0.25
 
 
 class CompositionModel(nn.Module):
-    """Rank shifts from two profiles; one set of weights a sequence.
+    """Rank shifts from two profiles and two distributions; one set of weights a sequence.
 
-    A linear part, which few examples fit, and a small perceptron beside it that starts at zero.
+    The profiles predict the shift, by a linear part, which few examples fit, and a small
+    perceptron beside it. The shift that would change no intensity is known exactly; where the
+    two agree the scan comes from a scanner like the look's, and that one is trusted more.
 
     Args:
         sequences: How many.
-        hidden: Width of the perceptron.
+        hidden: Width of the perceptrons.
     """
 
     def __init__(self, sequences: int, hidden: int = 64) -> None:
@@ -48,25 +51,41 @@ class CompositionModel(nn.Module):
         self.enter = nn.Parameter(torch.randn(sequences, features, hidden) * features**-0.5)
         self.bias = nn.Parameter(torch.zeros(sequences, hidden))
         self.leave = nn.Parameter(torch.zeros(sequences, hidden, out))
+        self.trust_enter = nn.Parameter(torch.randn(sequences, 2 * out, hidden) * out**-0.5)
+        self.trust_bias = nn.Parameter(torch.zeros(sequences, hidden))
+        self.trust_leave = nn.Parameter(torch.zeros(sequences, hidden, out))
+        self.trust = nn.Parameter(torch.full((sequences, out), -1.0))
 
-    def forward(self, scan: Tensor, look: Tensor, sequence: Tensor) -> Tensor:
-        """Shifts (B, K) at the inner `KNOTS` of profiles (B, P), for sequences (B,)."""
+    def forward(self, scan: Tensor, look: Tensor, identity: Tensor, sequence: Tensor) -> Tensor:
+        """Shifts (B, K) at the inner `KNOTS`.
+
+        Args:
+            scan: (B, PROFILE_SIZE), the scans' profiles.
+            look: (B, PROFILE_SIZE), the looks'.
+            identity: (B, K), `true_shift` of the scans' own quantiles: it leaves them as they are.
+            sequence: (B,) int64.
+        """
         change = torch.cat([scan - look, 10 * (scan.square() - look.square())], 1)
-        out = torch.einsum("bi,bio->bo", change, self.linear[sequence])
         features = torch.cat([4 * change, 4 * look], 1)
-        inner = torch.einsum("bi,bih->bh", features, self.enter[sequence]) + self.bias[sequence]
-        out = out + torch.einsum("bh,bho->bo", torch.nn.functional.silu(inner),
-                                 self.leave[sequence])  # fmt: skip
+        out = torch.zeros_like(identity)
+        for index in range(len(self.linear)):
+            mine = (sequence == index).nonzero()[:, 0]
+            inner = nn.functional.silu(features[mine] @ self.enter[index] + self.bias[index])
+            shift = change[mine] @ self.linear[index] + inner @ self.leave[index]
+            gap = identity[mine] - shift
+            about = torch.cat([20 * gap, 20 * gap.abs()], 1)
+            inner = nn.functional.silu(about @ self.trust_enter[index] + self.trust_bias[index])
+            trust = torch.sigmoid(inner @ self.trust_leave[index] + self.trust[index])
+            out = out.index_put((mine,), shift + trust * gap)
         return MAX_SHIFT * torch.tanh(out / MAX_SHIFT)
 
     @torch.no_grad()
-    def ranks(self, scan: Array, look: Array, sequence: int) -> NDArray[np.float32]:
+    def ranks(
+        self, scan: Array, look: Array, identity: Array, sequence: int
+    ) -> NDArray[np.float32]:
         """Rank in the look for each of `LEVELS` in the scan, rising from 0 to 1, (257,)."""
-        shift = self(
-            torch.from_numpy(np.asarray(scan, np.float32))[None],
-            torch.from_numpy(np.asarray(look, np.float32))[None],
-            torch.tensor([sequence]),
-        )[0].numpy()
+        rows = [torch.from_numpy(np.asarray(x, np.float32))[None] for x in (scan, look, identity)]
+        shift = self(rows[0], rows[1], rows[2], torch.tensor([sequence]))[0].numpy()
         moved = np.clip(KNOTS + np.concatenate([[0.0], shift, [0.0]]), 0, 1)
         return np.interp(LEVELS, KNOTS, np.maximum.accumulate(moved)).astype(np.float32)
 
@@ -78,7 +97,7 @@ def match(
     """`image` with the intensities of `look`, rank for rank.
 
     Args:
-        image: (X, Y, Z) float32, any monotone scale.
+        image: (X, Y, Z) float32, [0, 1] as a prepared scan.
         mask: (X, Y, Z) bool.
         mm: Voxel side.
         look: What to match.
@@ -93,10 +112,11 @@ def match(
     if not mask.any():
         return out
     goal: Array = look.quantiles
+    own = quantiles(image, mask)
     if model is not None:
         profile = composition_profile(image, mask, mm)
-        goal = np.interp(model.ranks(profile, look.profile, sequence), LEVELS, goal)
-    own = quantiles(image, mask)
+        identity = true_shift(own, goal)
+        goal = np.interp(model.ranks(profile, look.profile, identity, sequence), LEVELS, goal)
     # equal quantiles (many voxels of one value) map to the middle of what they span
     unique, first, counts = np.unique(own, return_index=True, return_counts=True)
     middle = 0.5 * (goal[first] + goal[first + counts - 1])

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from sgcd_core.box import Box, find_box, load_box, shape_of
+from sgcd_core.box import Box, find_box, load_box, load_composition, shape_of
 from sgcd_core.config import load_config
 from sgcd_core.diffusion.network import build_network, from_cells, to_cells
 from sgcd_core.errors import ModelError
@@ -99,7 +99,7 @@ def test_ranks_rise_from_zero_to_one_whatever_the_weights():
     for weight in model.parameters():
         torch.nn.init.normal_(weight, std=3.0)
     profiles = [composition_profile(*brain(s), 4.0) for s in (0, 1)]
-    ranks = model.ranks(*profiles, 1)
+    ranks = model.ranks(*profiles, np.zeros(len(KNOTS) - 2), 1)
     assert ranks[0] == 0 and ranks[-1] == 1 and (np.diff(ranks) >= 0).all()
     assert np.abs(ranks - LEVELS).max() <= 0.25 + 1e-6
 
@@ -114,11 +114,13 @@ def test_a_fitted_composition_model_halves_what_matching_does_to_another_composi
     shift = torch.from_numpy(np.stack([true_shift(q, goal.quantiles) for _, q in rows]))
     look = torch.from_numpy(goal.profile).expand(len(rows), -1)
     sequence = torch.zeros(len(rows), dtype=torch.long)
+    strange = torch.full_like(shift, 0.2)  # what another contrast says of ranks: nothing
     torch.manual_seed(0)
     model = CompositionModel(1, hidden=8)
+    torch.nn.init.constant_(model.trust, -20.0)
     optimizer = torch.optim.Adam([model.linear], lr=1e-3)
     for _ in range(300):
-        loss = (model(scan, look, sequence) - shift).abs().mean()
+        loss = (model(scan, look, strange, sequence) - shift).abs().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -153,17 +155,35 @@ def test_a_fresh_residual_network_copies_its_content_and_does_not_see_the_noise(
     torch.testing.assert_close(out, again)
 
 
-def test_a_box_keeps_its_weights_and_fits_only_the_settings_it_was_made_with(tmp_path):
+def test_a_box_keeps_its_weights_and_fits_only_the_settings_it_was_made_with():
     config = load_config("tiny", settings=["prepare.shape=[16, 16, 16]"])
     network = build_network(config)
-    model = CompositionModel(2, hidden=4)
-    box = Box(network.state_dict(), model, {"shape": shape_of(config), "steps": 3})
+    box = Box(network.state_dict(), {"shape": shape_of(config), "steps": 3})
     back = Box.from_bytes(box.to_bytes())
     assert back.meta == box.meta
     for name, value in network.state_dict().items():
         torch.testing.assert_close(back.network[name], value, atol=1e-3, rtol=1e-3)
-    torch.testing.assert_close(back.composition.enter, model.enter.detach(), atol=1e-3, rtol=1e-3)
     other = load_config("tiny", settings=["network.channels=[16, 32, 64]"])
     assert find_box(other) is None
     with pytest.raises(ModelError, match="MODEL-MISSING"):
         load_box(other)
+
+
+def test_the_packaged_composition_model_knows_a_scan_of_the_look_s_own_scanner():
+    """Digital subjects it was not fitted to; plain matching changes what should stay as it is."""
+    from pipelines.box.scans import random_site
+    from pipelines.cohort import list_anatomies, load_anatomy
+
+    model = load_composition()
+    assert model is not None
+    anatomy = load_anatomy(list_anatomies(None)[0])
+    errors = {"plain": 0.0, "composition": 0.0}
+    for index, site in enumerate(random_site([anatomy], np.random.default_rng(5), subjects=4)):
+        images, masks = site.images["tiny"], site.masks["tiny"]
+        looks = [measure_look(i, m, 4.0) for i, m in zip(images, masks, strict=True)]
+        for k in range(4):
+            goal = mean_look([look for j, look in enumerate(looks) if j != k])
+            for name, helper in (("plain", None), ("composition", model)):
+                got = match(images[k], masks[k], 4.0, goal, index, helper)
+                errors[name] += float(np.abs(got - images[k])[masks[k]].mean())
+    assert errors["composition"] < 0.85 * errors["plain"]

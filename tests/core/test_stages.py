@@ -23,6 +23,7 @@ SETTINGS = [
     "network.channels=[8, 16]",
     "network.attention_levels=[false, true]",
     "network.head_channels=8",
+    "condition.match=histogram",  # the composition model knows brains, not balls
     "network.patch=1",
     "network.curve_knots=5",
     "network.norm_groups=4",

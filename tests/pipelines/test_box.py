@@ -1,0 +1,95 @@
+"""The pool of random sites, and training from it; balls stand for brains."""
+
+import numpy as np
+import torch
+
+from pipelines.box.composition import _ROW, fit_composition, measure_site, read_sites
+from pipelines.box.network import batches, train_network
+from pipelines.box.scans import GRIDS, Pool, SiteScans
+from sgcd_core.box import Box
+from sgcd_core.config import load_config
+from sgcd_core.diffusion.network import build_network
+from sgcd_core.style.composition import CompositionModel
+
+
+def ball(seed, shape, gamma):
+    rng = np.random.default_rng(seed)
+    axes = np.meshgrid(*[np.linspace(-1, 1, n) for n in shape], indexing="ij")
+    radius = np.sqrt(sum(a**2 for a in axes)) + 0.05 * rng.standard_normal(shape)
+    mask = radius < 0.9
+    tissue = np.select([radius < 0.4, radius < 0.4 + 0.3 * rng.uniform()], [0.8, 0.5], 0.2)
+    return (tissue**gamma * mask).astype(np.float32), mask
+
+
+def site(number, sequence="T1w", subjects=5):
+    images, masks = {}, {}
+    for grid, (_, shape) in GRIDS.items():
+        small = tuple(n // 2 for n in shape) if grid == "small" else shape
+        pairs = [ball(10 * number + k, small, 0.5 + 0.2 * number) for k in range(subjects)]
+        images[grid] = np.stack([p[0] for p in pairs])
+        masks[grid] = np.stack([p[1] for p in pairs])
+    return SiteScans(sequence, images, masks)
+
+
+def filled(folder, sites=3):
+    pool = Pool(folder)
+    for number in range(sites):
+        for sequence in ("T1w", "T2w"):
+            pool.add(f"{sequence}-0-{number:07d}", site(number, sequence))
+    return pool
+
+
+def test_a_pool_gives_back_what_was_put_in(tmp_path):
+    pool, scans = Pool(tmp_path), site(1)
+    pool.add("T1w-0-0000001", scans)
+    (path,) = pool.files()
+    sequence, images, masks = Pool.read(path, "tiny")
+    assert sequence == "T1w"
+    np.testing.assert_array_equal(masks, scans.masks["tiny"])
+    np.testing.assert_allclose(images, scans.images["tiny"], atol=1 / 254)
+    assert not images[~masks].any()
+
+
+def test_batches_are_the_same_for_a_seed_and_a_step(tmp_path):
+    pool = filled(tmp_path)
+    config = load_config("tiny")
+    stream = batches(pool, config, seed=3, start=0)
+    first, second = next(stream), next(stream)
+    again = next(batches(pool, config, seed=3, start=1))
+    assert torch.equal(second["image"], again["image"])
+    assert torch.equal(second["look"], again["look"])
+    assert not torch.equal(first["image"], second["image"])
+
+
+def test_the_box_is_trained_on_from_where_it_was_left(tmp_path):
+    pool = filled(tmp_path / "pool")
+    settings = [
+        "network.channels=[8, 16]", "network.attention_levels=[false, false]",
+        "network.norm_groups=4", "network.head_channels=8", "network.patch=4",
+    ]  # fmt: skip
+    config = load_config("tiny", settings=settings)
+    folder = tmp_path / "tiny"
+    model = CompositionModel(2, hidden=4)
+    lines = []
+    for steps in (2, 4):
+        weights = train_network(
+            pool, config, model, folder, minutes=5, total_steps=steps, report=lines.append
+        )
+    assert [line["step"] for line in lines] == [2, 4]
+    box = Box.from_bytes(weights.read_bytes())
+    assert box.meta["steps"] == 4 and box.meta["volumes"] == 8
+    build_network(config).load_state_dict(box.network)
+
+
+def test_the_composition_model_is_fitted_to_what_was_measured(tmp_path):
+    rows = [
+        measure_site(site(number, sequence), load_config().condition, seed=number)
+        for number in range(4)
+        for sequence in ("T1w", "T2w")
+    ]
+    assert rows[0].shape == (5, _ROW)
+    (tmp_path / "profiles-0.f32").write_bytes(np.stack(rows).tobytes() + b"half a row")
+    sites = read_sites([tmp_path / "profiles-0.f32"], 5)
+    assert sites.shape == (8, 5, _ROW)
+    one, two = (fit_composition(sites, steps=5, batch=4, hidden=4) for _ in range(2))
+    assert torch.equal(one.linear, two.linear) and one.linear.abs().sum() > 0
