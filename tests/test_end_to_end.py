@@ -10,11 +10,13 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+from conftest import S3Server
 
 from pipelines.catalog import Catalog
 from pipelines.lake import Lake
 from ray_jobs import cli
 from ray_jobs.session import session
+from sgcd_core.io.store import Store
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray]
 
@@ -42,13 +44,17 @@ class Place:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
-    """A lake after every step; one scan in the middle of the cohort is damaged."""
+def place(tmp_path_factory: pytest.TempPathFactory, s3_server: S3Server) -> Iterator[Place]:
+    """A lake after every step; one scan in the middle of the cohort is damaged.
+
+    The S3 server comes first, because Ray's workers get the environment Ray was started in.
+    """
     root = tmp_path_factory.mktemp("path")
     here = Place(root / "cohort", root / "lake")
     patch = pytest.MonkeyPatch()
     patch.delenv("MLFLOW_TRACKING_URI", raising=False)
     patch.delenv("RAY_ADDRESS", raising=False)
+    patch.setenv("XDG_DATA_HOME", str(root / "home"))  # MLflow's database of a lake on S3
     words = ["--subjects", "4", "--sites", "2", "--traveling", "1", "--unseen-sites", "1"]
     assert cli.main(["cohort", str(here.cohort), *words, "--mm", "2.6", "--workers", "1"]) == 0
     damaged = sorted(here.cohort.glob("sub-*/**/*_T1w.nii.gz"))[3]
@@ -159,3 +165,34 @@ def test_tuning_leaves_stage_1_untouched(place: Place) -> None:
     beside = folder / f"target-{TARGET}" / "1" / "global_network.safetensors"
     assert beside.read_bytes() == first
     assert (folder / f"target-{TARGET}" / "1" / "network.safetensors").read_bytes() != first
+
+
+def test_the_same_scans_from_s3_give_the_same_voxels(place: Place, s3_server: S3Server) -> None:
+    """Index, prepare and harmonize in a bucket; a damaged scan beside is a row there as well."""
+    store, data, lake = Store(), s3_server.uri("cohort"), s3_server.uri("lake")
+    here = {r["scan_id"]: r for r in place.catalog.rows("results").to_pylist()}
+    scans = place.catalog.rows("scans").to_pylist()
+    bad = next(s for s in scans if s["status"] != "ok")
+    good = [s for s in scans if s["status"] == "ok" and s["site"] == "siteB"][:2]
+    for scan in (bad, *good):
+        name = Path(scan["uri"]).relative_to(place.cohort)
+        store.write_bytes(f"{data}/{name}", Path(scan["uri"]).read_bytes())
+    table = (place.cohort / "participants.tsv").read_bytes()
+    store.write_bytes(f"{data}/participants.tsv", table)
+    for path in (place.lake / "models").rglob("*"):
+        if path.is_file():
+            store.write_bytes(f"{lake}/{path.relative_to(place.lake)}", path.read_bytes())
+    model = f"target-{TARGET}"
+    assert cli.main(["index", data, "--lake", lake]) == 1
+    assert cli.main(["prepare", *SET, "--lake", lake]) == 0
+    assert cli.main(["harmonize", "--model", model, "--lake", lake]) == 1
+    rows = Catalog(Lake(lake)).rows("results").to_pylist()
+    there = {(r["subject"], r["sequence"]): r for r in rows}
+    assert len(rows) == len(there) == 3
+    for scan in good:
+        row = there[scan["subject"], scan["sequence"]]
+        assert row["output_uri"].startswith("s3://")
+        assert row["output_sha256"] == here[scan["scan_id"]]["output_sha256"]
+    assert there[bad["subject"], bad["sequence"]]["code"] == here[bad["scan_id"]]["code"]
+    assert cli.main(["harmonize", "--model", model, "--lake", lake]) == 1  # nothing is redone
+    assert len(Catalog(Lake(lake)).history("results").to_pylist()) == 3
