@@ -1,0 +1,125 @@
+"""`python -m pipelines.box WORK --anatomy FOLDER`: make, or go on making, the weights of the box.
+
+Producers render random sites without end; the composition model is fitted once enough of them are
+measured; the network is then trained for `--minutes`. Run again to go on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from pipelines.box.composition import (
+    fit_composition,
+    measure_site,
+    read_sites,
+    score_composition,
+)
+from pipelines.box.network import train_network
+from pipelines.box.scans import SUBJECTS, Pool, SiteScans, produce, wait_for
+from pipelines.cohort import list_anatomies
+from sgcd_core.box import composition_bytes
+from sgcd_core.config import load_config
+from sgcd_core.style.composition import CompositionModel, composition_from_state, composition_state
+
+SEED = 2026
+#: One site in so many is kept for scoring the composition model.
+HELD_OUT = 7
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """See the module."""
+    parser = argparse.ArgumentParser(prog="python -m pipelines.box", description=__doc__)
+    parser.add_argument("work", type=Path, help="folder for pool, checkpoints and weights")
+    parser.add_argument("--anatomy", required=True, help="folder of FreeSurfer label maps")
+    parser.add_argument(
+        "--anatomies", type=int, default=10, help="use the first so many, and the template"
+    )
+    parser.add_argument("--preset", default="tiny", choices=("tiny", "small"))
+    parser.add_argument("--minutes", type=float, default=120.0, help="for the network")
+    parser.add_argument("--steps", type=int, default=20_000, help="of the learning-rate schedule")
+    parser.add_argument("--sites", type=int, default=250, help="measured before fitting")
+    parser.add_argument("--producers", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=1, help="of the trainer")
+    parser.add_argument("--refit", action="store_true", help="fit the composition model again")
+    parser.add_argument("--set", dest="settings", action="append", default=[], metavar="K=V")
+    parser.add_argument("--install", action="store_true", help="copy the weights into the package")
+    args = parser.parse_args(words)
+    if args.sites < 2 * HELD_OUT:
+        parser.error(f"--sites must be at least {2 * HELD_OUT}: one in {HELD_OUT} is held out")
+    torch.set_num_threads(args.threads)
+    pool = Pool(args.work / "pool")
+    anatomies = [*list_anatomies(args.anatomy)[: args.anatomies], *list_anatomies(None)]
+    context = multiprocessing.get_context("spawn")
+    producers = [
+        context.Process(target=_produce, args=(args.work, anatomies, n), daemon=True)
+        for n in range(args.producers)
+    ]
+    for producer in producers:
+        producer.start()
+    try:
+        config = load_config(args.preset, settings=args.settings)
+        composition = _composition(args.work, pool, args.sites, args.refit)
+        wait_for(pool, 20)
+        weights = train_network(
+            pool, config, composition, args.work / args.preset, minutes=args.minutes,
+            total_steps=args.steps, report=lambda line: print(json.dumps(line), flush=True),
+        )  # fmt: skip
+    finally:
+        for producer in producers:
+            producer.terminate()
+    if args.install:
+        goal = Path(__file__).parents[2] / "sgcd_core" / "weights"
+        goal.mkdir(exist_ok=True)
+        shutil.copy(weights, goal / weights.name)
+        meta = {"sites": len(read_sites(_profiles(args.work), SUBJECTS)) // 2, "seed": SEED}
+        (goal / "composition.safetensors").write_bytes(composition_bytes(composition, meta))
+    print(f"weights: {weights} ({weights.stat().st_size / 2**20:.1f} MiB)")
+
+
+def _produce(work: Path, anatomies: list[str], worker: int) -> None:
+    """One producer, at low priority, until it is ended."""
+    os.nice(10)
+    torch.set_num_threads(1)
+    condition = load_config().condition
+    count = 0
+    with (work / f"profiles-{worker}.f32").open("ab") as stream:
+
+        def measured(scans: SiteScans) -> None:
+            nonlocal count
+            count += 1
+            stream.write(measure_site(scans, condition, SEED + 1000 * count).tobytes())
+            stream.flush()
+
+        produce(Pool(work / "pool"), anatomies, SEED, worker, measured=measured)
+
+
+def _profiles(work: Path) -> list[Path]:
+    """What the producers measured."""
+    return sorted(work.glob("profiles-*.f32"))
+
+
+def _composition(work: Path, pool: Pool, sites: int, refit: bool) -> CompositionModel:
+    """The fitted model, from `work` or now."""
+    path = work / "composition.pt"
+    if path.exists() and not refit:
+        found = composition_from_state(torch.load(path, weights_only=True))
+        if found is not None:
+            return found
+    wait_for(pool, min(2 * sites, pool.keep), seconds=24 * 3600)
+    rows = read_sites(_profiles(work), SUBJECTS)
+    # a site's two sequences follow each other and stay on one side
+    held = (torch.arange(len(rows)) // 2 % HELD_OUT == 0).numpy()
+    model = fit_composition(rows[~held])
+    scores = score_composition(model, rows[held])
+    print(json.dumps({"composition": scores, "sites": len(rows) // 2}), flush=True)
+    model = fit_composition(rows)
+    torch.save(composition_state(model), path)
+    return model
