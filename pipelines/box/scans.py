@@ -26,6 +26,7 @@ from pipelines.cohort import (
     render_scan,
 )
 from pipelines.cohort.anatomy import CENTRE
+from sgcd_core.config import load_config
 from sgcd_core.volume.bias import bias_field
 from sgcd_core.volume.resample import resample_masked
 
@@ -38,8 +39,8 @@ ANATOMIES_AT_ONCE = 4
 SEQUENCES = ("T1w", "T2w")
 #: Grids a scan is kept on: name → (voxel side in mm, shape).
 GRIDS: dict[str, tuple[float, tuple[int, int, int]]] = {
-    "tiny": (4.0, (48, 56, 48)),
-    "small": (2.0, (96, 112, 96)),
+    name: (grid.mm, grid.shape)
+    for name, grid in ((name, load_config(name).prepare) for name in ("tiny", "small"))
 }
 
 

@@ -17,6 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from sgcd_core.volume.resample import block_mean
+
 Array = NDArray[Any]
 
 #: Levels at which a look's quantile function is held.
@@ -139,11 +141,9 @@ def _coarse(image: Array, mask: Array, mm: float) -> tuple[Array, Array, float]:
     factor = max(1, round(PROFILE_MM / mm))
     if factor == 1:
         return image, mask, mm
-    pad = [(0, -size % factor) for size in image.shape]
-    x, y, z = (np.pad(mask, pad).shape[axis] // factor for axis in range(3))
-    blocks = (x, factor, y, factor, z, factor)
-    share = np.pad(mask, pad).reshape(blocks).mean(axis=(1, 3, 5), dtype=np.float32)
-    total = np.pad(image * mask, pad).reshape(blocks).mean(axis=(1, 3, 5), dtype=np.float32)
+    sides = np.full(3, factor)
+    share = block_mean(mask.astype(np.float32), sides)
+    total = block_mean(image * mask, sides)
     inside = share >= 0.5
     blocks_mean: Array = np.where(inside, total / np.maximum(share, 0.5), 0)
     return blocks_mean, inside, mm * factor

@@ -8,24 +8,13 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from sgcd_core.volume.resample import bounding_box, voxel_sides
+from sgcd_core.volume.resample import block_mean, bounding_box, voxel_sides
 
 Array = NDArray[Any]
 
 #: N4 runs on blocks of about this side: the field is smooth, so nothing is lost.
 WORK_MM = 6.0
 ITERATIONS = (20, 20, 25)
-
-
-def _block_mean(volume: Array, factor: Array) -> Array:
-    """Means over blocks of `factor` voxels; the far edge is padded with zeros."""
-    pad = [(0, int(-size % f)) for size, f in zip(volume.shape, factor, strict=True)]
-    x = np.pad(volume, pad)
-    a, b, c = (int(f) for f in factor)
-    out: Array = x.reshape(x.shape[0] // a, a, x.shape[1] // b, b, x.shape[2] // c, c).mean(
-        axis=(1, 3, 5), dtype=np.float32
-    )
-    return out
 
 
 def bias_field(image: Array, mask: Array, affine: Array) -> Array:
@@ -45,8 +34,8 @@ def bias_field(image: Array, mask: Array, affine: Array) -> Array:
     factor = np.maximum(np.round(WORK_MM / sides), 1).astype(int)
     box = bounding_box(mask)
     usable = mask[box] & (image[box] > 0)
-    share = _block_mean(usable.astype(np.float32), factor)
-    total = _block_mean(np.where(usable, image[box], np.float32(0)), factor)
+    share = block_mean(usable.astype(np.float32), factor)
+    total = block_mean(np.where(usable, image[box], np.float32(0)), factor)
     inside = share >= 0.5
     if inside.sum() < 100:
         return np.ones(image.shape, np.float32)

@@ -39,6 +39,17 @@ def bounding_box(mask: Array, margin: int = 0) -> Box:
     return (sides[0], sides[1], sides[2])
 
 
+def block_mean(volume: Array, factor: Array) -> Array:
+    """Means over blocks of `factor` voxels; the far edge is padded with zeros."""
+    pad = [(0, int(-size % f)) for size, f in zip(volume.shape, factor, strict=True)]
+    x = np.pad(volume, pad)
+    a, b, c = (int(f) for f in factor)
+    out: Array = x.reshape(x.shape[0] // a, a, x.shape[1] // b, b, x.shape[2] // c, c).mean(
+        axis=(1, 3, 5), dtype=np.float32
+    )
+    return out
+
+
 def shifted(affine: Array, box: Box) -> Array:
     """The affine of the grid that is cut out by `box`."""
     out = np.array(affine, dtype=np.float64)
