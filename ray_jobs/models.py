@@ -12,7 +12,7 @@ from sgcd_core.io.store import Store, join
 #: Written last, so its presence says that a model is complete.
 PACK = "pack.json"
 #: What makes two trainings the same.
-SAME = ("kind", "target", "config_digest", "data_digest", "parent_weights")
+SAME = ("init", "kind", "target", "config_digest", "data_digest", "parent_weights")
 
 
 def models(lake: Lake) -> dict[str, list[int]]:
