@@ -67,7 +67,7 @@ def harmonize_scan(scan: Mapping[str, Any], job: Job, harmonizer: Harmonizer, st
     """The `results` row of one scan. Never raises: a scan that fails is a row that says why.
 
     Args:
-        scan: Row of `scans`.
+        scan: Row of `scans`; `site_look`, where there is one, is the look of its site.
         job: What is the same for all.
         harmonizer: The loaded model.
         stem: Path of the output below the derivative's root, without suffix: see `derivative`.
@@ -146,7 +146,7 @@ def _harmonize(
     with _clock(row, "seconds_model"):
         result = harmonizer.harmonize(
             files.image, mask, sequence=sequence, scan_id=scan_id, seed=config.seed,
-            samples=job.samples,
+            samples=job.samples, site_look=scan.get("site_look"),
         )  # fmt: skip
         row["outlier_score"] = float(harmonizer.outlier_score(files.image, mask, sequence))
     scores = guard_scores(files.image, result.image, mask)

@@ -19,6 +19,7 @@ from ray_jobs.models import meta_of, resolve
 from ray_jobs.outcome import DONE, WITH_FAILURES, Outcome, failure_line
 from ray_jobs.session import cpu_count, session
 from ray_jobs.settings import over_model
+from ray_jobs.site_looks import site_looks
 from ray_jobs.volume_stream import packed
 
 log = logging.getLogger(__name__)
@@ -82,6 +83,16 @@ def run(args: Any) -> Outcome:
                 Progress("harmonize", len(work)) as progress,
                 commit,
             ):
+                looks = {}
+                if config.condition.match != "none":
+                    looks = site_looks(
+                        ray, scans, work, lake, config, args.workers or cpu_count(),
+                        again=args.force,
+                    )  # fmt: skip
+                work = [
+                    scan | {"site_look": looks.get((scan["site"], scan["sequence"]))}
+                    for scan in work
+                ]
                 for row in harmonize_stream(ray, work, job, args.workers, args.gpus):
                     commit.add(row)
                     counts[row["status"]] += 1

@@ -170,8 +170,8 @@ def training_stream(
 
     Returns:
         Data set whose rows have `step` and, for each role, `ROLE_image` float32 (X, Y, Z),
-        `ROLE_mask` uint8 (X, Y, Z), `ROLE_sequence`, `ROLE_seed` and `ROLE_look`, the look of
-        the scan's site without this scan.
+        `ROLE_mask` uint8 (X, Y, Z), `ROLE_sequence`, `ROLE_seed`, `ROLE_look`, the look of the
+        scan's site without this scan, and `ROLE_source`, the look it is taken to have.
     """
     blocks = max(1, min(len(schedule), 4 * cpu_count(), len(schedule) // 8))
     items = ray.data.from_items([packed(row) for row in schedule], override_num_blocks=blocks)
@@ -212,7 +212,7 @@ def load_packed(
     """Read the prepared volumes that one row of a schedule names; see `training_stream`."""
     from pipelines.lake import Lake
     from pipelines.prepare import load_prepared
-    from sgcd_core.style.look import leave_out, measure_look
+    from sgcd_core.style.look import blend, leave_out, measure_look
 
     row = unpacked(item)
     lake = Lake(lake_uri.rstrip("/"))
@@ -226,6 +226,8 @@ def load_packed(
         out[f"{role}_sequence"] = sequence
         out[f"{role}_seed"] = seed
         out[f"{role}_look"] = leave_out(mean, count, own)
+        # from its own to its site's: the smaller a group, the further off its look is
+        out[f"{role}_source"] = blend(mean, own, np.random.default_rng(seed).uniform())
     return out
 
 
@@ -297,4 +299,5 @@ def to_batch(columns: dict[str, Any], role: str) -> Batch:
         "sequence": tensor("sequence").long(),
         "seed": tensor("seed").long(),
         "look": tensor("look").float(),
+        "source": tensor("source").float(),
     }

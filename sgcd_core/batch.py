@@ -25,6 +25,8 @@ class Batch(TypedDict):
             the same losses however it is split over workers.
         look: (B, LOOK_SIZE) float32, the look of the site each scan is from, measured on other
             scans; where it is not known, the scan's own.
+        source: (B, LOOK_SIZE) float32, the look each scan is taken to have: its site's and some
+            of its own.
     """
 
     image: Tensor
@@ -32,6 +34,7 @@ class Batch(TypedDict):
     sequence: Tensor
     seed: Tensor
     look: Tensor
+    source: Tensor
 
 
 def make_batch(
@@ -41,8 +44,9 @@ def make_batch(
     seeds: Sequence[int],
     known: Sequence[str],
     looks: Sequence[NDArray[np.float32]],
+    sources: Sequence[NDArray[np.float32]],
 ) -> Batch:
-    """Stack (X, Y, Z) volumes into a batch; `known` is `config.sequences`, `looks` are vectors.
+    """Stack (X, Y, Z) volumes into a batch; `known` is `config.sequences`, looks are vectors.
 
     Raises:
         InputError: SCAN-SEQUENCE, a sequence the model does not know.
@@ -58,6 +62,7 @@ def make_batch(
         sequence=torch.tensor([list(known).index(name) for name in sequences]),
         seed=torch.tensor(list(seeds), dtype=torch.int64),
         look=torch.from_numpy(np.stack(looks).astype(np.float32)),
+        source=torch.from_numpy(np.stack(sources).astype(np.float32)),
     )
 
 
@@ -75,4 +80,5 @@ def to_device(batch: Batch, device: torch.device | str) -> Batch:
         sequence=batch["sequence"].to(device),
         seed=batch["seed"],
         look=batch["look"],
+        source=batch["source"],
     )

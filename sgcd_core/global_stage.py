@@ -216,10 +216,7 @@ def predict(
 ) -> tuple[ConditionalDenoiser, Tensor, Tensor]:
     """Noise a batch, take its style-free condition and ask the network: (denoiser, x_t, output)."""
     x_t = schedule.add_noise(to_network(batch["image"]), drawn.noise, drawn.t)
-    condition = build_condition(
-        batch["image"], batch["mask"], config.condition, matcher, batch["look"],
-        batch["sequence"], drawn.generators,
-    )  # fmt: skip
+    condition = build_condition(batch, config.condition, matcher, batch["look"], drawn.generators)
     denoiser = ConditionalDenoiser(
         network,
         schedule,

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from sgcd_core.batch import Batch, make_batch, to_device
 from sgcd_core.config import SamplerConfig, SgcdConfig
 from sgcd_core.diffusion.network import ConditionalDenoiser, LookEmbedding, build_network
 from sgcd_core.diffusion.sampler import noise_for, starting_image, walk_down
@@ -17,6 +18,7 @@ from sgcd_core.diffusion.schedule import Schedule
 from sgcd_core.errors import InputError, ModelError
 from sgcd_core.modelpack import ModelPack
 from sgcd_core.style.composition import composition_from_state
+from sgcd_core.style.look import LOOK_SIZE, OWN_PART, blend, measure_look
 from sgcd_core.style.outlier import OutlierModel, style_features
 from sgcd_core.volume.condition import (
     LookMatcher,
@@ -73,6 +75,7 @@ class Harmonizer:
         sequence: str,
         scan_id: str,
         *,
+        site_look: NDArray[np.float32] | None = None,
         seed: int = 0,
         samples: int = 1,
     ) -> Harmonized:
@@ -83,6 +86,8 @@ class Harmonizer:
             mask: (X, Y, Z) bool.
             sequence: One of the model's sequences.
             scan_id: Seeds the noise, with `seed`.
+            site_look: (LOOK_SIZE,), the mean look of the scans of its site and sequence; with
+                None the scan stands for its site.
             seed: The run's seed.
             samples: Outputs drawn; more than one also gives their mean and deviation.
 
@@ -91,12 +96,10 @@ class Harmonizer:
             ModelError: MODEL-GRID.
         """
         started = time.perf_counter()
-        x, inside, label = self._tensors(image, mask, sequence)
+        batch = self._batch(image, mask, sequence, site_look)
         sampler = self.config.target_sampler if self.is_target else self.config.global_sampler
         draws = max(samples, sampler.seeds)
-        outputs = torch.stack(
-            [self._draw(x, inside, label, scan_id, seed, i)[0, 0] for i in range(draws)]
-        )
+        outputs = torch.stack([self._draw(batch, scan_id, seed, i)[0, 0] for i in range(draws)])
         spread = outputs.std(dim=0, unbiased=False) if samples > 1 else None
         return Harmonized(
             image=outputs.mean(0).cpu().numpy().astype(np.float32),
@@ -111,9 +114,10 @@ class Harmonizer:
         index = list(self.config.sequences).index(sequence)
         return self.outliers.score(style_features(image, mask), index)
 
-    def _tensors(
-        self, image: NDArray[np.float32], mask: NDArray[np.bool_], sequence: str
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _batch(
+        self, image: NDArray[np.float32], mask: NDArray[np.bool_], sequence: str,
+        site_look: NDArray[np.float32] | None,
+    ) -> Batch:  # fmt: skip
         config = self.config
         if sequence not in config.sequences:
             raise InputError(
@@ -129,44 +133,45 @@ class Harmonizer:
             )
         if not mask.any():
             raise InputError("the brain mask is empty.", code="SCAN-EMPTY")
-        x = torch.from_numpy(np.ascontiguousarray(image, np.float32))[None, None].to(self.device)
-        inside = torch.from_numpy(np.ascontiguousarray(mask, bool))[None, None].to(self.device)
-        label = torch.tensor([config.sequences.index(sequence)], device=self.device)
-        return x, inside, label
+        look = np.zeros(LOOK_SIZE, np.float32)
+        if config.condition.match != "none":
+            look = measure_look(image, mask, config.prepare.mm).vector()
+            look = look if site_look is None else blend(site_look, look, OWN_PART)
+        batch = make_batch([image], [mask], [sequence], [0], config.sequences, [look], [look])
+        return to_device(batch, self.device)
 
-    def _draw(
-        self, x: Tensor, mask: Tensor, label: Tensor, scan_id: str, seed: int, index: int
-    ) -> Tensor:
-        noise = noise_for(scan_id, seed, index, tuple(x.shape)).to(self.device)
+    def _draw(self, batch: Batch, scan_id: str, seed: int, index: int) -> Tensor:
+        noise = noise_for(scan_id, seed, index, tuple(batch["image"].shape)).to(self.device)
         aligned = global_image(
-            self.global_network, self.schedule, self.config, self.matcher, x, mask, label,
-            self.common, noise,
+            self.global_network, self.schedule, self.config, self.matcher, batch, self.common,
+            noise,
         )  # fmt: skip
         if not self.is_target:
             return aligned
         return target_image(
-            self.network, self.schedule, self.config, self.matcher, x, aligned, mask, label,
-            self.looks, self.common, noise, inverter=self.global_network,
+            self.network, self.schedule, self.config, self.matcher, batch, aligned, self.looks,
+            self.common, noise, inverter=self.global_network,
         )  # fmt: skip
 
 
 def global_image(
     network: nn.Module, schedule: Schedule, config: SgcdConfig, matcher: LookMatcher,
-    image: Tensor, mask: Tensor, sequence: Tensor, looks: Tensor, noise: Tensor,
+    batch: Batch, looks: Tensor, noise: Tensor,
 ) -> Tensor:  # fmt: skip
-    """I' of Stage 1: noise the scan to t_start, then DDIM down to 0 (Eq. 9).
+    """I' of Stage 1: noise the scans to t_start, then DDIM down to 0 (Eq. 9).
 
-    All volumes (B, 1, X, Y, Z); `image` and the result in [0, 1], 0 outside the mask. `looks`
-    (S, LOOK_SIZE) is the common look of each sequence.
+    The result is (B, 1, X, Y, Z) in [0, 1], 0 outside the mask. `looks` (S, LOOK_SIZE) is the
+    common look of each sequence.
     """
-    denoiser = sampling_denoiser(network, schedule, config, matcher, image, mask, sequence, looks)
-    return _sample(schedule, config.global_sampler, denoiser, denoiser, image, mask, noise)
+    denoiser = sampling_denoiser(network, schedule, config, matcher, batch, looks)
+    sampler = config.global_sampler
+    return _sample(schedule, sampler, denoiser, denoiser, batch["image"], batch["mask"], noise)
 
 
 def target_image(
     network: nn.Module, schedule: Schedule, config: SgcdConfig, matcher: LookMatcher,
-    image: Tensor, aligned: Tensor, mask: Tensor, sequence: Tensor, looks: Tensor,
-    common: Tensor, noise: Tensor, inverter: nn.Module,
+    batch: Batch, aligned: Tensor, looks: Tensor, common: Tensor, noise: Tensor,
+    inverter: nn.Module,
 ) -> Tensor:  # fmt: skip
     """I_{X→T} of Stage 2: the globally aligned image goes up, then down with the tuned network.
 
@@ -175,29 +180,28 @@ def target_image(
         schedule: Noise schedule.
         config: All settings.
         matcher: Takes the scan's own look away.
-        image: The scan I_X; the condition is taken from it.
+        batch: The scans I_X; the condition is taken from them.
         aligned: I'_X of Stage 1.
-        mask: Brain mask.
-        sequence: (B,) labels.
         looks: (S, LOOK_SIZE), the target's.
         common: (S, LOOK_SIZE), the common domain's.
         noise: Used where the sampler starts from noise.
         inverter: Network of the way up (the frozen Stage 1 network).
     """
-    down = sampling_denoiser(network, schedule, config, matcher, image, mask, sequence, looks)
+    down = sampling_denoiser(network, schedule, config, matcher, batch, looks)
     up = down
     if config.target_sampler.start == "inversion":
-        up = sampling_denoiser(inverter, schedule, config, matcher, image, mask, sequence, common)
-    return _sample(schedule, config.target_sampler, up, down, aligned, mask, noise)
+        up = sampling_denoiser(inverter, schedule, config, matcher, batch, common)
+    return _sample(schedule, config.target_sampler, up, down, aligned, batch["mask"], noise)
 
 
 def sampling_denoiser(
     network: nn.Module, schedule: Schedule, config: SgcdConfig, matcher: LookMatcher,
-    image: Tensor, mask: Tensor, sequence: Tensor, looks: Tensor,
+    batch: Batch, looks: Tensor,
 ) -> ConditionalDenoiser:  # fmt: skip
-    """Denoiser with the scan's own condition in one of `looks` (S, LOOK_SIZE), x̂0 clipped."""
+    """Denoiser with the scans' own condition in one of `looks` (S, LOOK_SIZE), x̂0 clipped."""
+    sequence = batch["sequence"]
     look = looks[sequence.cpu()]
-    condition = build_condition(image, mask, config.condition, matcher, look, sequence)
+    condition = build_condition(batch, config.condition, matcher, look)
     return ConditionalDenoiser(
         network, schedule, config, condition.channels, condition.content,
         LookEmbedding.labels_of(sequence, look), config.target_stage.precision, clip=True,

@@ -18,7 +18,7 @@ from sgcd_core.config import SgcdConfig, parse_config
 from sgcd_core.errors import InputError, ModelError
 from sgcd_core.io.store import Store, join, sha256_hex
 
-FORMAT = 2
+FORMAT = 3
 _PACK = "pack.json"
 
 

@@ -159,9 +159,8 @@ class TargetStage:
         with torch.no_grad():
             base = embed_batch(self.encoder, aligned, plans)
         denoiser = sampling_denoiser(
-            self.network, self.schedule, self.config, self.matcher, batch["image"],
-            batch["mask"], batch["sequence"], self.looks,
-        )  # fmt: skip
+            self.network, self.schedule, self.config, self.matcher, batch, self.looks
+        )
         found: dict[str, float] = {}
 
         def backward(x0: Tensor) -> None:
@@ -220,9 +219,8 @@ class TargetStage:
 
     def _start(self, batch: Batch, aligned: Tensor) -> Tensor:
         up = sampling_denoiser(
-            self.frozen, self.schedule, self.config, self.matcher, batch["image"], batch["mask"],
-            batch["sequence"], self.common,
-        )  # fmt: skip
+            self.frozen, self.schedule, self.config, self.matcher, batch, self.common
+        )
         return starting_image(
             self.schedule, self.config.target_sampler, up, to_network(aligned), _noise(batch)
         )
@@ -230,8 +228,8 @@ class TargetStage:
     @torch.no_grad()
     def _aligned(self, batch: Batch) -> Tensor:
         return global_image(
-            self.frozen, self.schedule, self.config, self.matcher, batch["image"], batch["mask"],
-            batch["sequence"], self.common, _noise(batch),
+            self.frozen, self.schedule, self.config, self.matcher, batch, self.common,
+            _noise(batch),
         )  # fmt: skip
 
     @torch.no_grad()

@@ -1,7 +1,7 @@
 """Fitting the composition model of the box: which rank of a look a rank of a scan stands for.
 
-One example is a scan in a random style against the look of other subjects of its site; the answer
-is known because the scan's own intensities are the site's.
+One example is one to three scans of a site in a random style against the look of other subjects of
+that site; the answer is known because the scans' own intensities are the site's.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from pipelines.box.scans import GRIDS, SEQUENCES, SiteScans
 from sgcd_core.config import ConditionConfig
 from sgcd_core.style.composition import CompositionModel, true_shift
-from sgcd_core.style.look import LEVELS, LOOK_SIZE, PROFILE_SIZE, composition_profile, measure_look
+from sgcd_core.style.look import LEVELS, LOOK_SIZE, PROFILE_SIZE, measure_look
 from sgcd_core.volume.condition import augment_contrast
 
 Array = NDArray[Any]
@@ -44,7 +44,7 @@ def measure_site(scans: SiteScans, config: ConditionConfig, seed: int) -> NDArra
             generator = torch.Generator().manual_seed(seed + STYLES * number + style)
             volume, inside = torch.from_numpy(image)[None, None], torch.from_numpy(mask)[None, None]
             styled = augment_contrast(volume, inside, config, [generator])[0, 0].numpy()
-            parts.append(composition_profile(styled, mask, mm))
+            parts.append(measure_look(styled, mask, mm).profile)
         rows.append(np.concatenate(parts))
     return np.asarray(rows, np.float32)
 
@@ -105,7 +105,7 @@ def score_composition(model: CompositionModel, sites: Array, seed: int = 1) -> d
 
 
 def _examples(sites: Array, picks: Array, rng: np.random.Generator) -> list[torch.Tensor]:
-    """One scan of each picked site, as another scanner would show it, against two or more others.
+    """Some scans of each picked site, as another scanner shows them, against two or more others.
 
     The other scanner's contrast is a map between the looks of two sites drawn at random, from twice
     of it down to none; its noise, bias and resolution are those of the restyled profiles.
@@ -114,21 +114,22 @@ def _examples(sites: Array, picks: Array, rng: np.random.Generator) -> list[torc
         The model's arguments, then the shift it is to predict.
     """
     count, first = sites.shape[1], 1 + len(LEVELS)
-    styles = [first + k * PROFILE_SIZE for k in range(STYLES + 1)]
+    styles = [first, *(1 + LOOK_SIZE + k * PROFILE_SIZE for k in range(STYLES))]
     groups = [np.flatnonzero(sites[:, 0, 0] == index) for index in range(len(SEQUENCES))]
     rows: list[list[Array]] = [[], [], [], []]
     for pick in picks:
         site, order = sites[pick], rng.permutation(count)
-        others = site[order[1 : 1 + int(rng.integers(2, count))]]
-        own, look = site[order[0], 1:first], others[:, 1:first].mean(0)
+        size = int(rng.integers(1, count - 1))
+        some, others = order[:size], order[size : size + int(rng.integers(2, count - size + 1))]
+        own, look = site[some, 1:first].mean(0), site[others, 1:first].mean(0)
         at = styles[int(rng.integers(len(styles)))]
         group = groups[int(site[0, 0])]
         other = sites[group[int(rng.integers(len(group)))], :, 1:first].mean(0)
         here = site[:, 1:first].mean(0) + 1e-7 * np.arange(len(LEVELS))
         part = max(0.0, float(rng.uniform(-0.1, 2.0)))
         shown = np.clip((1 - part) * own + part * np.interp(own, here, other), 0, 1)
-        rows[0].append(site[order[0], at : at + PROFILE_SIZE])
-        rows[1].append(others[:, first : first + PROFILE_SIZE].mean(0))
+        rows[0].append(site[some, at : at + PROFILE_SIZE].mean(0))
+        rows[1].append(site[others, first : first + PROFILE_SIZE].mean(0))
         rows[2].append(true_shift(shown, look))
         rows[3].append(true_shift(own, look))
     scan, profile, identity, shift = (

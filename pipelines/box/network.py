@@ -18,7 +18,7 @@ from sgcd_core.config import SgcdConfig
 from sgcd_core.errors import SgcdError
 from sgcd_core.global_stage import GlobalStage, unwrapped
 from sgcd_core.style.composition import CompositionModel
-from sgcd_core.style.look import Look, mean_look, measure_look
+from sgcd_core.style.look import blend, mean_look, measure_look
 
 
 def batches(pool: Pool, config: SgcdConfig, seed: int, start: int) -> Iterator[Batch]:
@@ -33,7 +33,8 @@ def batches(pool: Pool, config: SgcdConfig, seed: int, start: int) -> Iterator[B
         images: list[Any] = []
         masks: list[Any] = []
         names: list[str] = []
-        looks: list[Look] = []
+        looks: list[Any] = []
+        sources: list[Any] = []
         seeds: list[int] = []
         while len(images) < size:
             files = pool.files()
@@ -47,14 +48,16 @@ def batches(pool: Pool, config: SgcdConfig, seed: int, start: int) -> Iterator[B
                 volumes, inside = volumes[:, ::-1].copy(), inside[:, ::-1].copy()
             order = rng.permutation(len(volumes))
             others = order[1 : 1 + int(rng.integers(2, len(order)))]
-            looks.append(mean_look([measure_look(volumes[j], inside[j], mm) for j in others]))
+            own = measure_look(volumes[order[0]], inside[order[0]], mm)
+            rest = [measure_look(volumes[j], inside[j], mm) for j in order[1:]]
+            looks.append(mean_look(rest[: len(others)]).vector())
+            here = mean_look([own, *rest]).vector()
+            sources.append(blend(here, own.vector(), rng.uniform()))
             images.append(volumes[order[0]])
             masks.append(inside[order[0]])
             names.append(name)
             seeds.append(sample_seed(seed, step, len(images)))
-        yield make_batch(
-            images, masks, names, seeds, config.sequences, [look.vector() for look in looks]
-        )
+        yield make_batch(images, masks, names, seeds, config.sequences, looks, sources)
         step += 1
 
 

@@ -1,9 +1,10 @@
 """Matching a scan to a look without mixing tissues: histogram matching that knows the brain.
 
-`CompositionModel` looks at two profiles, a scan's and a look's, and predicts the rank in the look
-that each rank of the scan stands for. Profiles are ranks only, so it knows no scanner. It is
-fitted to digital brains (`pipelines/box`): a scan against the look of others of the same site. Only
-where a scan's own distribution already agrees with the predicted one is that believed.
+`CompositionModel` looks at two profiles, of the look a scan has and of the one wanted, and predicts
+the rank in the second that each rank in the first stands for. Profiles are ranks only, so it knows
+no scanner. It is fitted to digital brains (`pipelines/box`): some scans against the look of others
+of the same site. Only where their distribution already agrees with the predicted one is that
+believed. The map is one curve for all scans of a site: what tells its subjects apart stays.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ from sgcd_core.style.look import (
     LEVELS,
     PROFILE_SIZE,
     Look,
-    composition_profile,
-    quantiles,
+    unshaded,
 )
+from sgcd_core.style.shading import shading_field
 
 Array = NDArray[Any]
 
@@ -91,36 +92,39 @@ class CompositionModel(nn.Module):
 
 
 def match(
-    image: Array, mask: Array, mm: float, look: Look, sequence: int,
+    image: Array, mask: Array, mm: float, look: Look, source: Look, sequence: int,
     model: CompositionModel | None,
 ) -> NDArray[np.float32]:  # fmt: skip
-    """`image` with the intensities of `look`, rank for rank.
+    """`image` with the intensities and the shading of `look`.
 
     Args:
         image: (X, Y, Z) float32, [0, 1] as a prepared scan.
         mask: (X, Y, Z) bool.
         mm: Voxel side.
         look: What to match.
+        source: The look the scan has: its site's, or its own where no site is known.
         sequence: Index of the sequence.
-        model: Corrects the ranks for composition; None is plain histogram matching to the mean
-            quantile function.
+        model: Corrects the ranks for composition; None is plain histogram matching of the mean
+            quantile functions.
 
     Returns:
-        (X, Y, Z) float32, 0 outside the mask.
+        (X, Y, Z) float32 in [0, 1], 0 outside the mask.
     """
     out = np.zeros(image.shape, np.float32)
     if not mask.any():
         return out
+    own: Array = source.quantiles
     goal: Array = look.quantiles
-    own = quantiles(image, mask)
     if model is not None:
-        profile = composition_profile(image, mask, mm)
         identity = true_shift(own, goal)
-        goal = np.interp(model.ranks(profile, look.profile, identity, sequence), LEVELS, goal)
+        ranks = model.ranks(source.profile, look.profile, identity, sequence)
+        goal = np.interp(ranks, LEVELS, goal)
     # equal quantiles (many voxels of one value) map to the middle of what they span
     unique, first, counts = np.unique(own, return_index=True, return_counts=True)
     middle = 0.5 * (goal[first] + goal[first + counts - 1])
-    out[mask] = np.interp(image[mask], unique, middle)
+    flat = unshaded(image, source.shading, mm)[mask]
+    shade = shading_field(look.shading, image.shape, mm)[mask]
+    out[mask] = np.clip(np.interp(flat, unique, middle) * shade, 0, 1)
     return out
 
 

@@ -5,6 +5,7 @@ an old brain has more fluid, so its white matter begins at a higher rank. A *pro
 description of the brain in ranks alone, blind to contrast: how the ranks are spread over
 homogeneous and mixed, deep and superficial tissue. `composition.py` predicts from two profiles
 how ranks have to be shifted; then matching keeps tissues apart that plain histogram matching mixes.
+The shading (`shading.py`) is taken out before either is measured, and is part of the look.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from sgcd_core.style.shading import SHADING_SIZE, estimate_shading, shading_field
 from sgcd_core.volume.resample import block_mean
 
 Array = NDArray[Any]
@@ -41,24 +43,29 @@ class Look:
         quantiles: (257,) float32, mean quantile function of the intensities inside the masks: the
             Wasserstein barycentre of the scans' distributions.
         profile: (PROFILE_SIZE,) float32, mean profile.
+        shading: (SHADING_SIZE,) float32, mean coefficients of the shading.
     """
 
     quantiles: NDArray[np.float32]
     profile: NDArray[np.float32]
+    shading: NDArray[np.float32]
 
     def vector(self) -> NDArray[np.float32]:
-        """Both parts as one vector, for storing."""
-        return np.concatenate([self.quantiles, self.profile]).astype(np.float32)
+        """All parts as one vector, for storing."""
+        return np.concatenate([self.quantiles, self.profile, self.shading]).astype(np.float32)
 
     @classmethod
     def from_vector(cls, vector: Array) -> Look:
         """Inverse of `vector`."""
         values = np.asarray(vector, np.float32)
-        return cls(values[: len(LEVELS)], values[len(LEVELS) :])
+        first, second = len(LEVELS), len(LEVELS) + PROFILE_SIZE
+        return cls(values[:first], values[first:second], values[second:])
 
 
+#: How much of a scan's own look is in the look it is taken to have, its site's being known.
+OWN_PART = 0.3
 #: Length of `Look.vector`.
-LOOK_SIZE = len(LEVELS) + PROFILE_SIZE
+LOOK_SIZE = len(LEVELS) + PROFILE_SIZE + SHADING_SIZE
 
 
 def measure_look(image: Array, mask: Array, mm: float) -> Look:
@@ -69,17 +76,23 @@ def measure_look(image: Array, mask: Array, mm: float) -> Look:
         mask: (X, Y, Z) bool, the brain.
         mm: Voxel side.
     """
-    return Look(quantiles(image, mask), composition_profile(image, mask, mm))
+    coarse, inside, side = _coarse(np.asarray(image, np.float32), np.asarray(mask, bool), mm)
+    shading = estimate_shading(coarse, inside, side)
+    flat = unshaded(image, shading, mm)
+    return Look(quantiles(flat, mask), composition_profile(flat, mask, mm), shading)
+
+
+def unshaded(image: Array, shading: Array, mm: float) -> NDArray[np.float32]:
+    """`image` (X, Y, Z) without a shading; it may leave [0, 1]."""
+    return np.asarray(image / shading_field(shading, image.shape, mm), np.float32)
 
 
 def mean_look(looks: Sequence[Look]) -> Look:
     """The look of a group of scans."""
     if not looks:
         raise ValueError("a look needs at least one scan")
-    return Look(
-        np.mean([look.quantiles for look in looks], axis=0, dtype=np.float32),
-        np.mean([look.profile for look in looks], axis=0, dtype=np.float32),
-    )
+    vectors: Array = np.stack([look.vector() for look in looks])
+    return Look.from_vector(vectors.mean(axis=0))
 
 
 def leave_out(mean: Array, count: int, own: Array) -> NDArray[np.float32]:
@@ -94,6 +107,27 @@ def leave_out(mean: Array, count: int, own: Array) -> NDArray[np.float32]:
         return np.asarray(own, np.float32)
     rest = (np.asarray(mean, np.float64) * count - np.asarray(own)) / (count - 1)
     return np.asarray(rest, np.float32)
+
+
+def blend(site: Array, own: Array, part: float) -> NDArray[np.float32]:
+    """Look vector between a site's and a scan's own; `part` is the scan's."""
+    return np.asarray((1 - part) * np.asarray(site) + part * np.asarray(own), np.float32)
+
+
+def restyled(look: Array, before: Array, after: Array, mask: Array) -> NDArray[np.float32]:
+    """Look vector of a site whose scans were all recoloured as one of them was.
+
+    Args:
+        look: (LOOK_SIZE,), the site's.
+        before: (X, Y, Z), a scan of the site.
+        after: (X, Y, Z), the same scan with other intensities.
+        mask: (X, Y, Z) bool.
+    """
+    out = np.array(look, np.float32)
+    count = len(LEVELS)
+    rising = quantiles(before, mask) + 1e-7 * np.arange(count)
+    out[:count] = np.interp(out[:count], rising, quantiles(after, mask))
+    return out
 
 
 def quantiles(image: Array, mask: Array) -> NDArray[np.float32]:

@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sgcd_core.batch import Batch
 from sgcd_core.config import ConditionConfig
 from sgcd_core.style.composition import CompositionModel, match
-from sgcd_core.style.look import Look
+from sgcd_core.style.look import Look, restyled
 
 
 def to_network(image: Tensor) -> Tensor:
@@ -56,44 +57,51 @@ class LookMatcher:
         self.kind, self.mm = kind, mm
         self.composition = composition if kind == "composition" else None
 
-    def __call__(self, image: Tensor, mask: Tensor, look: Tensor, sequence: Tensor) -> Tensor:
-        """Images (B, 1, X, Y, Z) in the look (B, LOOK_SIZE) of sequences (B,)."""
+    def __call__(
+        self, image: Tensor, mask: Tensor, look: Tensor, source: Tensor, sequence: Tensor
+    ) -> Tensor:
+        """Images (B, 1, X, Y, Z) from the look `source` to `look`, both (B, LOOK_SIZE)."""
         if self.kind == "none":
             return image
         rows = [
             match(
                 sample[0].cpu().numpy(), inside[0].cpu().numpy(), self.mm,
-                Look.from_vector(wanted.cpu().numpy()), int(index), self.composition,
+                Look.from_vector(wanted.cpu().numpy()), Look.from_vector(has.cpu().numpy()),
+                int(index), self.composition,
             )
-            for sample, inside, wanted, index in zip(image, mask, look, sequence, strict=True)
+            for sample, inside, wanted, has, index in zip(
+                image, mask, look, source, sequence, strict=True
+            )
         ]  # fmt: skip
         return torch.from_numpy(np.stack(rows))[:, None].to(image.device)
 
 
 def build_condition(
-    image: Tensor,
-    mask: Tensor,
+    batch: Batch,
     config: ConditionConfig,
     matcher: LookMatcher,
     look: Tensor,
-    sequence: Tensor,
     generators: Sequence[torch.Generator] | None = None,
 ) -> Condition:
-    """Condition of `image` (B, 1, X, Y, Z) in [0, 1] with `mask` (B, 1, X, Y, Z) bool.
+    """Condition of a batch of prepared scans.
 
     Args:
-        image: Prepared scans.
-        mask: Brain masks.
+        batch: Scans, masks, sequences, and the looks they have (`source`).
         config: Which channels, and how strong the augmentation.
         matcher: Takes the scan's own look away.
         look: (B, LOOK_SIZE), the look that is wanted.
-        sequence: (B,) int64.
         generators: With them and `contrast_augmentation`, each sample's style is randomized
             first (training). None takes the scans as they are (inference).
     """
+    image, mask, source = batch["image"], batch["mask"], batch["source"]
     if generators is not None and config.contrast_augmentation:
-        image = augment_contrast(image, mask, config, generators)
-    image = matcher(image, mask, look, sequence)
+        styled = augment_contrast(image, mask, config, generators)
+        rows = [
+            restyled(*(tensor.cpu().numpy() for tensor in (look_, old[0], new[0], inside[0])))
+            for look_, old, new, inside in zip(source, image, styled, mask, strict=True)
+        ]
+        image, source = styled, torch.from_numpy(np.stack(rows))
+    image = matcher(image, mask, look, source, batch["sequence"])
     parts = []
     content = to_network(image) if config.content_channel else None
     if config.gradient_channel:

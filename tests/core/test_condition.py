@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from scipy import ndimage
 from sklearn.linear_model import LogisticRegression
 
+from sgcd_core.batch import make_batch
 from sgcd_core.config import ConditionConfig
 from sgcd_core.style.look import mean_look, measure_look
 from sgcd_core.volume.condition import (
@@ -21,9 +23,12 @@ from sgcd_core.volume.condition import (
 def brain(seed=0, size=16):
     rng = np.random.default_rng(seed)
     grid = np.stack(np.meshgrid(*[np.linspace(-1, 1, size)] * 3, indexing="ij"))
-    radius = np.sqrt((grid**2).sum(0)) + 0.05 * rng.standard_normal((size,) * 3)
-    mask = radius < 0.9
-    tissue = np.select([radius < 0.35, radius < 0.65], [0.15, 0.85], 0.5)
+    mask = np.sqrt((grid**2).sum(0)) < 0.95
+    # folds, not shells: no smooth shading looks like them
+    folds = ndimage.gaussian_filter(rng.standard_normal((size,) * 3), 1.5)
+    low, high = np.quantile(folds[mask], (0.3, 0.65))
+    tissue = np.select([folds < low, folds < high], [0.15, 0.5], 0.85)
+    tissue = np.clip(tissue + 0.01 * rng.standard_normal(mask.shape), 0, 1)
     return (tissue * mask).astype(np.float32), mask
 
 
@@ -83,13 +88,13 @@ def test_augmented_style_is_the_same_for_a_seed_whatever_the_batch():
 
 def condition_of(image, mask, config, seeds=None):
     """Condition with every scan brought to the mean look of all."""
-    pairs = zip(image[:, 0].numpy(), mask[:, 0].numpy(), strict=True)
-    look = mean_look([measure_look(a, m, 4.0) for a, m in pairs]).vector()
-    wanted = torch.from_numpy(look).expand(len(image), -1)
-    sequence = torch.zeros(len(image), dtype=torch.long)
-    return build_condition(
-        image, mask, config, LookMatcher(config.match, 4.0), wanted, sequence, seeds
-    )
+    images, masks = image[:, 0].numpy(), mask[:, 0].numpy()
+    own = [measure_look(a, m, 4.0) for a, m in zip(images, masks, strict=True)]
+    count, vectors = len(images), [look.vector() for look in own]
+    known = ("T1w",)
+    batch = make_batch(images, masks, ["T1w"] * count, [0] * count, known, vectors, vectors)
+    wanted = torch.from_numpy(mean_look(own).vector()).expand(count, -1)
+    return build_condition(batch, config, LookMatcher(config.match, 4.0), wanted, seeds)
 
 
 def test_inference_sees_the_scan_as_it_is():
@@ -124,7 +129,7 @@ def test_a_gradient_map_gives_the_site_away_and_augmentation_with_matching_hides
 
 def test_augmentation_alone_hides_much_of_a_milder_difference():
     config = ConditionConfig(match="none", remap_strength=1.0, bias_strength=0.25, noise_std=0.04)
-    assert site_accuracy(config, augment=False, gammas=(1.25, 0.8)) >= 0.95
+    assert site_accuracy(config, augment=False, gammas=(1.25, 0.8)) >= 0.9
     assert site_accuracy(config, augment=True, gammas=(1.25, 0.8)) <= 0.85
 
 

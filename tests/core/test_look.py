@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from scipy import ndimage
 
 from sgcd_core.box import Box, find_box, load_box, load_composition, shape_of
 from sgcd_core.config import load_config
@@ -18,7 +19,9 @@ from sgcd_core.style.look import (
     mean_look,
     measure_look,
     quantiles,
+    restyled,
 )
+from sgcd_core.style.shading import SHADING_SIZE, estimate_shading, shading_field
 
 
 def brain(seed, fluid=0.3, size=24):
@@ -61,14 +64,14 @@ def test_an_empty_mask_gives_an_empty_profile_and_an_empty_match():
     mask = np.zeros((8, 8, 8), bool)
     assert not composition_profile(image, mask, 4.0).any()
     look = measure_look(*brain(0), 4.0)
-    assert not match(image, mask, 4.0, look, 0, None).any()
+    assert not match(image, mask, 4.0, look, look, 0, None).any()
 
 
 def test_matching_gives_the_look_s_quantiles_and_keeps_the_order():
-    image, mask = brain(2)
+    image, mask = lumps(2)
     other = (1 - 0.9 * np.exp(-2 * image)) * mask
     look = measure_look(other, mask, 4.0)
-    got = match(image, mask, 4.0, look, 0, None)
+    got = match(image, mask, 4.0, look, measure_look(image, mask, 4.0), 0, None)
     np.testing.assert_allclose(quantiles(got, mask), look.quantiles, atol=2e-3)
     np.testing.assert_allclose(got, other, atol=1e-2)
     assert not got[~mask].any()
@@ -77,7 +80,10 @@ def test_matching_gives_the_look_s_quantiles_and_keeps_the_order():
 def test_many_voxels_of_one_value_map_to_one_value():
     image, mask = brain(3)
     steps = np.round(image * 8) / 8
-    got = match(steps.astype(np.float32), mask, 4.0, measure_look(image, mask, 4.0), 0, None)
+    steps = steps.astype(np.float32)
+    look, own = measure_look(image, mask, 4.0), measure_look(steps, mask, 4.0)
+    flat = [Look(x.quantiles, x.profile, np.zeros(SHADING_SIZE)) for x in (look, own)]
+    got = match(steps, mask, 4.0, *flat, 0, None)
     for value in np.unique(steps[mask]):
         assert np.ptp(got[mask & (steps == value)]) == 0
 
@@ -91,6 +97,63 @@ def test_the_look_of_the_others_is_the_mean_without_one():
     np.testing.assert_array_equal(leave_out(mean, 1, looks[0].vector()), looks[0].vector())
     assert mean.shape == (LOOK_SIZE,)
     np.testing.assert_array_equal(Look.from_vector(mean).vector(), mean)
+
+
+def lumps(seed, size=40):
+    """Three tissues without any symmetry that a smooth field could mimic."""
+    rng = np.random.default_rng(seed)
+    noise = ndimage.gaussian_filter(rng.standard_normal((size,) * 3), 2.0)
+    axes = np.meshgrid(*[np.linspace(-1, 1, size)] * 3, indexing="ij")
+    mask = np.sqrt(sum(a**2 for a in axes)) < 0.95
+    low, high = np.quantile(noise[mask], (0.3, 0.65))
+    tissue = np.select([noise < low, noise < high], [0.15, 0.5], 0.85)
+    return (tissue + 0.02 * rng.standard_normal(mask.shape)) * mask, mask
+
+
+def test_a_shading_is_found_and_taken_out():
+    image, mask = lumps(1)
+    truth = np.zeros(SHADING_SIZE)
+    truth[[0, 3, 7]] = 0.2, -0.3, 0.2
+    field = shading_field(truth, image.shape, 4.0)
+    found = shading_field(estimate_shading(image * field, mask, 4.0), image.shape, 4.0)
+    none = shading_field(estimate_shading(image, mask, 4.0), image.shape, 4.0)
+    left = np.log(found / field / none)[mask]
+    assert np.log(field)[mask].std() > 0.08
+    assert left.std() < 0.25 * np.log(field)[mask].std()
+
+
+def test_a_shading_is_the_same_field_on_a_finer_grid():
+    values = np.linspace(-0.1, 0.1, SHADING_SIZE)
+    coarse = shading_field(values, (10, 12, 8), 4.0)
+    fine = shading_field(values, (20, 24, 16), 2.0)
+    means = fine.reshape(10, 2, 12, 2, 8, 2).mean((1, 3, 5))
+    np.testing.assert_allclose(means, coarse, atol=2e-3)
+
+
+def test_too_few_voxels_have_no_shading():
+    mask = np.zeros((8, 8, 8), bool)
+    mask[2:4, 2:4, 2:4] = True
+    assert not estimate_shading(mask.astype(np.float32), mask, 4.0).any()
+
+
+def test_one_curve_for_all_scans_of_a_site_keeps_what_tells_them_apart():
+    """Two subjects of a site with other amounts of fluid: each keeps its own tissue values."""
+    scans = [lumps(s) for s in (3, 4)]
+    site = mean_look([measure_look(x, m, 4.0) for x, m in scans])
+    goal = mean_look([measure_look((0.1 + 0.8 * x**1.5) * m, m, 4.0) for x, m in scans])
+    for x, m in scans:
+        got = match(x, m, 4.0, goal, site, 0, None)
+        np.testing.assert_allclose(got[m], (0.1 + 0.8 * np.clip(x, 0, 1) ** 1.5)[m], atol=0.06)
+
+
+def test_a_site_s_look_follows_a_recoloured_scan():
+    scans = [brain(s) for s in range(3)]
+    site = mean_look([measure_look(*scan, 4.0) for scan in scans]).vector()
+    image, mask = scans[0]
+    moved = restyled(site, image, image**2, mask)
+    count = len(LEVELS)
+    np.testing.assert_allclose(moved[:count], site[:count] ** 2, atol=0.02)
+    np.testing.assert_array_equal(moved[count:], site[count:])
 
 
 def test_ranks_rise_from_zero_to_one_whatever_the_weights():
@@ -127,9 +190,9 @@ def test_a_fitted_composition_model_halves_what_matching_does_to_another_composi
     errors = {"plain": 0.0, "composition": 0.0}
     for seed, amount in ((51, 0.15), (52, 0.38)):
         image, mask = brain(seed, amount)
-        restyled = (image**1.8) * mask
+        shown = (image**1.8) * mask
         for name, helper in (("plain", None), ("composition", model)):
-            got = match(restyled, mask, 4.0, goal, 0, helper)
+            got = match(shown, mask, 4.0, goal, measure_look(shown, mask, 4.0), 0, helper)
             errors[name] += float(np.abs(got - image)[mask].mean())
     assert errors["composition"] < 0.5 * errors["plain"]
     assert len(KNOTS) == shift.shape[1] + 2
@@ -184,6 +247,6 @@ def test_the_packaged_composition_model_knows_a_scan_of_the_look_s_own_scanner()
         for k in range(4):
             goal = mean_look([look for j, look in enumerate(looks) if j != k])
             for name, helper in (("plain", None), ("composition", model)):
-                got = match(images[k], masks[k], 4.0, goal, index, helper)
+                got = match(images[k], masks[k], 4.0, goal, looks[k], index, helper)
                 errors[name] += float(np.abs(got - images[k])[masks[k]].mean())
     assert errors["composition"] < 0.85 * errors["plain"]

@@ -78,6 +78,7 @@ def batch(gammas, first=0, sequences=None):
         [sample_seed(0, first, i) for i in range(len(pairs))],
         ("T1w", "T2w"),
         [site_look(g) for g in gammas],
+        [site_look(g) for g in gammas],
     )
 
 

@@ -1,0 +1,109 @@
+"""The looks of the sites that are harmonized: measured once in a lake, then kept.
+
+What a site does to its scans is told by several of them better than by one, so a scan is taken to
+look as its site does. The look of a site is written down the first time it is needed. Scans that
+arrive later meet the same one: two scans of a site are never corrected differently because of when
+they came.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from typing import Any
+from urllib.parse import quote
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipelines.lake import Lake
+from ray_jobs.volume_stream import Row, prepare_stream, survey
+from sgcd_core.config import SgcdConfig
+from sgcd_core.io.store import Store, join
+
+#: Scans measured of each site and sequence; the mean of more would hardly move.
+MOST_SCANS = 32
+_FORMAT = 1
+
+Look = NDArray[np.float32]
+
+
+def look_uri(lake: Lake, recipe: str, site: str, sequence: str) -> str:
+    """Where the look of a site and sequence is kept."""
+    return join(lake.prepared(recipe), "looks", f"{quote(site, safe='')}_{sequence}.json")
+
+
+def site_looks(
+    ray: Any, scans: list[Row], work: list[Row], lake: Lake, config: SgcdConfig, workers: int,
+    *, again: bool = False,
+) -> dict[tuple[str, str], Look]:  # fmt: skip
+    """Looks by site and sequence of the scans in `work`; those not kept yet are measured.
+
+    Args:
+        ray: The connected module.
+        scans: Rows of `scans`, all of the lake. Those of the test split are taken only where a
+            site has no other.
+        work: Rows of `scans` that are to be harmonized. A scan whose site is not known has no
+            look but its own.
+        lake: Where the looks are kept, beside the prepared scans.
+        config: Gives the recipe.
+        workers: For scans that are not prepared yet.
+        again: Measure those that are kept as well.
+    """
+    store, recipe = Store(), config.prepare.digest()
+    wanted = sorted({
+        (row["site"], row["sequence"]) for row in work
+        if row["site"] is not None and row["sequence"] in config.sequences
+    })  # fmt: skip
+    found: dict[tuple[str, str], Look] = {}
+    for site, sequence in wanted:
+        uri = look_uri(lake, recipe, site, sequence)
+        if not again and store.exists(uri):
+            found[site, sequence] = _read(store, uri)
+    missing = [key for key in wanted if key not in found]
+    if not missing:
+        return found
+    sample = [row for key in missing for row in _sample(scans, key)]
+    measured = _measure(ray, sample, lake, config, workers)
+    index = {name: i for i, name in enumerate(config.sequences)}
+    for site, sequence in missing:
+        if (site, index[sequence]) not in measured:
+            continue  # none of its scans could be prepared: each says so in its row
+        count, look = measured[site, index[sequence]]
+        uri = look_uri(lake, recipe, site, sequence)
+        body = {"format": _FORMAT, "site": site, "sequence": sequence, "scans": count,
+                "look": [float(value) for value in look]}  # fmt: skip
+        with contextlib.suppress(FileExistsError):  # another run was first: its look counts
+            store.write_bytes(uri, json.dumps(body).encode(), if_absent=not again)
+        found[site, sequence] = _read(store, uri)
+    return found
+
+
+def _read(store: Store, uri: str) -> Look:
+    body = json.loads(store.read_bytes(uri, max_bytes=1_000_000))
+    return np.asarray(body["look"], np.float32)
+
+
+def _sample(scans: list[Row], key: tuple[str, str]) -> list[Row]:
+    """Up to `MOST_SCANS` usable scans of a site and sequence, the same whatever the order."""
+    mine = [
+        row for row in scans
+        if row["status"] == "ok" and (row["site"], row["sequence"]) == key
+    ]  # fmt: skip
+    mine = [row for row in mine if row["split"] != "test"] or mine
+    return sorted(mine, key=lambda row: str(row["scan_id"]))[:MOST_SCANS]
+
+
+def _measure(ray: Any, sample: list[Row], lake: Lake, config: SgcdConfig, workers: int) -> Any:
+    """Number of scans and mean look by site and sequence index, of those that can be prepared."""
+    from pipelines.training_data import prepared_ids
+
+    recipe = config.prepare.digest()
+    ready = prepared_ids(lake, recipe)
+    todo = [row for row in sample if row["scan_id"] not in ready]
+    if todo:
+        for _ in prepare_stream(ray, todo, lake.uri, config.prepare, workers):
+            pass
+        ready = prepared_ids(lake, recipe)
+    usable = [row for row in sample if row["scan_id"] in ready]
+    return survey(ray, usable, lake.uri, config).looks if usable else {}

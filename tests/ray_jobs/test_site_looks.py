@@ -1,0 +1,32 @@
+"""Which scans a site's look is measured on, and where it is kept."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pipelines.lake import Lake
+from ray_jobs.site_looks import MOST_SCANS, _sample, look_uri
+
+
+def scan(number: int, split: str = "train", **more: Any) -> dict[str, Any]:
+    base = {"scan_id": f"{number:04d}", "site": "A", "sequence": "T1w", "status": "ok"}
+    return base | {"split": split} | more
+
+
+def test_test_scans_count_only_where_a_site_has_no_other() -> None:
+    mixed = [scan(1), scan(2, "test"), scan(3, status="failed"), scan(4, site="B")]
+    assert [row["scan_id"] for row in _sample(mixed, ("A", "T1w"))] == ["0001"]
+    alone = [scan(2, "test"), scan(5, "test"), scan(4, site="B")]
+    assert [row["scan_id"] for row in _sample(alone, ("A", "T1w"))] == ["0002", "0005"]
+
+
+def test_the_sample_is_bounded_and_does_not_depend_on_the_order() -> None:
+    many = [scan(n) for n in range(3 * MOST_SCANS)]
+    found = _sample(many, ("A", "T1w"))
+    assert len(found) == MOST_SCANS
+    assert found == _sample(many[::-1], ("A", "T1w"))
+
+
+def test_any_site_name_is_one_file() -> None:
+    uri = look_uri(Lake("/lake"), "r", "St. Mary's/3T", "T2w")
+    assert uri == "/lake/prepared/r/looks/St.%20Mary%27s%2F3T_T2w.json"
