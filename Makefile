@@ -3,6 +3,7 @@
 # make test    every test
 # make lint    ruff and mypy
 # make bench   the benchmarks, each against a named peer
+# make bench-quality ANATOMY=FOLDER   how close to the truth, beside the classical methods
 # make box     the weights that come with the package, from label maps: make box ANATOMY=FOLDER
 
 PYTHON ?= python3
@@ -14,7 +15,7 @@ EXTRAS := strip,dino,dev
 DEMO   ?= work/demo
 ARGS   ?=
 
-.PHONY: setup demo test lint format bench box clean
+.PHONY: setup demo test lint format bench bench-quality box clean
 
 setup: $(STAMP)
 
@@ -47,6 +48,9 @@ bench: setup
 	@set -e; found=0; for file in benchmarks/bench_*.py; do \
 	  test -e "$$file" || continue; found=1; echo "== $$file"; $(BIN)/python "$$file"; \
 	done; test $$found = 1 || echo "no benchmark yet"
+
+bench-quality: setup
+	$(BIN)/python benchmarks/quality.py work/quality $(if $(ANATOMY),--anatomy $(ANATOMY)) $(ARGS)
 
 box: setup
 	$(BIN)/python -m pipelines.box work/box --anatomy $(ANATOMY) --install $(ARGS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from sgcd_core.config import SgcdConfig
 from sgcd_core.errors import SgcdError
 from sgcd_core.global_stage import GlobalStage, unwrapped
 from sgcd_core.style.composition import CompositionModel
-from sgcd_core.style.look import blend, mean_look, measure_look
+from sgcd_core.style.look import Look, blend, mean_look, measure_look
+from sgcd_core.style.shading import mirrored
 
 
 def batches(pool: Pool, config: SgcdConfig, seed: int, start: int) -> Iterator[Batch]:
@@ -27,6 +29,7 @@ def batches(pool: Pool, config: SgcdConfig, seed: int, start: int) -> Iterator[B
     A brain's mirror image is a brain, and no label depends on the side.
     """
     size, mm = config.global_stage.batch_size, config.prepare.mm
+    measured: dict[Path, list[Look]] = {}
     step = start
     while True:
         rng = np.random.default_rng([seed, step])
@@ -38,21 +41,23 @@ def batches(pool: Pool, config: SgcdConfig, seed: int, start: int) -> Iterator[B
         seeds: list[int] = []
         while len(images) < size:
             files = pool.files()
+            path = files[int(rng.integers(len(files)))]
             try:
-                name, volumes, inside = Pool.read(
-                    files[int(rng.integers(len(files)))], config.preset
-                )
+                name, volumes, inside = Pool.read(path, config.preset)
             except FileNotFoundError:  # a producer took the file away
                 continue
+            if path not in measured:
+                pairs = zip(volumes, inside, strict=True)
+                measured[path] = [measure_look(image, mask, mm) for image, mask in pairs]
+            looks_here = measured[path]
             if rng.uniform() < 0.5:
                 volumes, inside = volumes[:, ::-1].copy(), inside[:, ::-1].copy()
+                looks_here = [replace(x, shading=mirrored(x.shading)) for x in looks_here]
             order = rng.permutation(len(volumes))
             others = order[1 : 1 + int(rng.integers(2, len(order)))]
-            own = measure_look(volumes[order[0]], inside[order[0]], mm)
-            rest = [measure_look(volumes[j], inside[j], mm) for j in order[1:]]
-            looks.append(mean_look(rest[: len(others)]).vector())
-            here = mean_look([own, *rest]).vector()
-            sources.append(blend(here, own.vector(), rng.uniform()))
+            looks.append(mean_look([looks_here[j] for j in others]).vector())
+            site, own = mean_look(looks_here).vector(), looks_here[order[0]].vector()
+            sources.append(blend(site, own, rng.uniform()))
             images.append(volumes[order[0]])
             masks.append(inside[order[0]])
             names.append(name)

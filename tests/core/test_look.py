@@ -21,7 +21,7 @@ from sgcd_core.style.look import (
     quantiles,
     restyled,
 )
-from sgcd_core.style.shading import SHADING_SIZE, estimate_shading, shading_field
+from sgcd_core.style.shading import SHADING_SIZE, estimate_shading, mirrored, shading_field
 
 
 def brain(seed, fluid=0.3, size=24):
@@ -128,6 +128,14 @@ def test_a_shading_is_the_same_field_on_a_finer_grid():
     fine = shading_field(values, (20, 24, 16), 2.0)
     means = fine.reshape(10, 2, 12, 2, 8, 2).mean((1, 3, 5))
     np.testing.assert_allclose(means, coarse, atol=2e-3)
+
+
+def test_a_mirrored_shading_is_the_mirrored_field():
+    values = np.linspace(-0.1, 0.1, SHADING_SIZE)
+    field = shading_field(values, (10, 12, 8), 4.0)
+    np.testing.assert_allclose(
+        shading_field(mirrored(values), (10, 12, 8), 4.0), field[::-1], atol=1e-6
+    )
 
 
 def test_too_few_voxels_have_no_shading():

@@ -1,0 +1,153 @@
+"""How close harmonized scans come to the truth, beside the classical methods; anyone can rerun it.
+
+Digital traveling subjects: training subjects are scanned at one site each, test subjects (of
+anatomies no training saw) at every site, one site never in training. Each step is a command a user
+would type, so an interrupted run goes on where it stopped.
+
+    python benchmarks/quality.py WORK --anatomy FOLDER_OF_LABEL_MAPS [--preset small]
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pipelines.baselines import BASELINES, make_baseline
+from pipelines.catalog import Catalog
+from pipelines.evaluate import find_truth, load_output, usable_results
+from pipelines.lake import Lake
+from pipelines.prepare import load_prepared
+from pipelines.verdict import METHOD_TITLES, Line, number, summarize
+from ray_jobs import cli
+from sgcd_core.config import SgcdConfig
+from sgcd_core.io.store import Store
+from sgcd_core.metrics import MEASURES, measure_all
+from sgcd_core.modelpack import load_modelpack
+
+Row = dict[str, Any]
+TITLES = METHOD_TITLES | {"stage1": "SGCD, Stage 1 alone", "sgcd": "**SGCD**"}
+#: Subjects at each training site.
+EACH = 6
+
+
+def main() -> None:
+    """See the module."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("work", type=Path, help="folder for cohort and lake; kept")
+    parser.add_argument("--anatomy", help="folder of label maps; without it the template")
+    parser.add_argument("--preset", default="small", choices=("tiny", "small"))
+    parser.add_argument("--sites", type=int, default=5, help="in training; one more is not")
+    parser.add_argument("--traveling", type=int, default=4)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--target", default="siteA")
+    parser.add_argument("--steps", type=int, default=60, help="of Stage 1")
+    parser.add_argument("--tune-steps", type=int, default=24, help="of Stage 2")
+    parser.add_argument("--set", dest="settings", action="append", default=[], metavar="K=V")
+    args = parser.parse_args()
+    started = time.monotonic()
+    lake = build(args)
+    lines = summarize(rows(lake, args.target), seed=args.seed).groups
+    print(table(lines))
+    print(f"{(time.monotonic() - started) / 60:.1f} minutes")
+
+
+def build(args: argparse.Namespace) -> Lake:
+    """Cohort, model and harmonized scans; each step does only what is left to do."""
+    cohort, lake = args.work / "cohort", args.work / "lake"
+    place = ["--anatomy", args.anatomy] if args.anatomy else []
+    sets = [word for item in args.settings for word in ("--set", item)]
+    sets += ["--set", f"global_stage.steps={args.steps}"]
+    run("cohort", cohort, *place, "--sites", args.sites, "--subjects", EACH * args.sites,
+        "--traveling", args.traveling, "--mm", 2, "--seed", args.seed, "--workers", 2)  # fmt: skip
+    run("index", cohort, "--lake", lake)
+    run("prepare", "--lake", lake, "--preset", args.preset, *sets)
+    run("train", "--lake", lake, "--preset", args.preset, *sets)
+    run("tune", "--lake", lake, "--target", args.target, "--set",
+        f"target_stage.steps={args.tune_steps}")  # fmt: skip
+    run("harmonize", "--lake", lake, "--model", "global")
+    run("harmonize", "--lake", lake, "--model", f"target-{args.target}")
+    return Lake.open(str(lake))
+
+
+def run(*words: object) -> None:
+    """One command; a scan that fails is a row of its own and does not end the benchmark."""
+    line = [str(word) for word in words]
+    print("$ sgcd", *line, flush=True)
+    if cli.main(line) not in (0, 1):
+        raise SystemExit(f"sgcd {line[0]} failed")
+
+
+def rows(lake: Lake, target: str) -> list[Row]:
+    """Measures of every test scan by every method, against the subject's scan at the target."""
+    catalog = Catalog(lake)
+    scans = catalog.rows("scans").to_pylist()
+    by_id = {scan["scan_id"]: scan for scan in scans}
+    name = f"target-{target}"
+    pack = load_modelpack(lake.model(name, 1), Store())
+    recipe, seen = pack.config.prepare.digest(), pack.meta["training_sites"]
+    fitted = _fitted(lake, scans, target, pack.config)
+    out: list[Row] = []
+    stage1 = {r["scan_id"]: r for r in usable_results(catalog, "global", 1)}
+    for result in usable_results(catalog, name, 1):
+        scan = by_id[result["scan_id"]]
+        truth = find_truth(scan, scans, target)
+        if truth is None:
+            continue
+        own = load_prepared(lake, recipe, scan["scan_id"])
+        goal = load_prepared(lake, recipe, truth["scan_id"])
+        images = {m: fitted[m, scan["sequence"]].apply(own.image, own.mask) for m in BASELINES}
+        images["sgcd"] = load_output(result, own.image.shape)
+        if scan["scan_id"] in stage1:
+            images["stage1"] = load_output(stage1[scan["scan_id"]], own.image.shape)
+        for method, image in images.items():
+            for metric, value in measure_all(image, goal.image, own.mask & goal.mask).items():
+                out.append({"subject": scan["subject"], "site": scan["site"], "value": value,
+                            "sequence": scan["sequence"], "seen": scan["site"] in seen,
+                            "method": method, "metric": metric})  # fmt: skip
+    return out
+
+
+def _fitted(lake: Lake, scans: list[Row], target: str, config: SgcdConfig) -> dict[Any, Any]:
+    """Every classical method, fit to the target's training scans of every sequence."""
+    out = {}
+    for sequence in config.sequences:
+        mine = [s for s in scans if s["site"] == target and s["split"] != "test"
+                and s["sequence"] == sequence and s["status"] == "ok"]  # fmt: skip
+        files = [load_prepared(lake, config.prepare.digest(), s["scan_id"]) for s in mine]
+        for name in BASELINES:
+            out[name, sequence] = make_baseline(name, sequence).fit(
+                [(f.image, f.mask) for f in files]
+            )
+    return out
+
+
+def table(lines: list[Line]) -> str:
+    """Markdown: a row a method and group, mean and 95 % interval over subjects."""
+    head = [m for m in MEASURES if any(line.metric == m for line in lines)]
+    text = [f"| scans | method | {' | '.join(MEASURES[m].title for m in head)} |"]
+    text.append("|---|---|" + "---|" * len(head))
+    for sequence, seen in dict.fromkeys((line.sequence, line.seen) for line in lines):
+        group = {x.metric: x for x in lines if (x.sequence, x.seen) == (sequence, seen)}
+        for method in _order(group):
+            cells = []
+            for metric in head:
+                found = group[metric].by_method[method]
+                cell = number(metric, found.mean)
+                low, high = number(metric, found.low), number(metric, found.high)
+                cells.append(f"{cell} ({low} to {high})")
+            name = f"{sequence}, {'seen' if seen else 'unseen'}"
+            text.append(f"| {name} | {TITLES[method]} | {' | '.join(cells)} |")
+    return "\n".join(text)
+
+
+def _order(group: dict[str, Line]) -> Iterator[str]:
+    """Classical methods, then Stage 1, then both stages."""
+    have = next(iter(group.values())).by_method
+    yield from (m for m in (*BASELINES, "stage1", "sgcd") if m in have)
+
+
+if __name__ == "__main__":
+    main()
