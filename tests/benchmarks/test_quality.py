@@ -1,4 +1,4 @@
-"""The table of the quality benchmark: every method, every group, better values where they belong."""
+"""The table of the quality benchmark: every method and group, values where they belong."""
 
 from __future__ import annotations
 
