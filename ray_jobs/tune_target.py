@@ -145,7 +145,9 @@ def tune_worker(setup: dict[str, Any]) -> None:
             for n, (scan_id, sequence) in enumerate(setup["target_scans"]):
                 entry = (scan_id, sequence, n, setup["target"])
                 item = packed({"step": 0, "scans": {"scan": entry}})
-                columns = load_packed(item, worker.lake.uri, config.prepare, setup["looks"])
+                columns = load_packed(
+                    item, worker.lake.uri, config.prepare, setup["looks"], config.sequences
+                )
                 yield to_batch({k: [v] for k, v in columns.items()}, "scan")
 
         stage.measure_target(scans())

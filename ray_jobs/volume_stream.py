@@ -8,6 +8,7 @@ from __future__ import annotations
 import pickle
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -177,7 +178,12 @@ def training_stream(
     items = ray.data.from_items([packed(row) for row in schedule], override_num_blocks=blocks)
     stream = items.map(
         load_packed,
-        fn_kwargs={"lake_uri": lake_uri, "config": config.prepare, "looks": looks},
+        fn_kwargs={
+            "lake_uri": lake_uri,
+            "config": config.prepare,
+            "looks": looks,
+            "names": config.sequences,
+        },
         num_cpus=0.25,  # reading is mostly waiting, and training needs the rest
     )
     stream.context.execution_options.preserve_order = True
@@ -207,8 +213,9 @@ class _Breathe:
 
 
 def load_packed(
-    item: dict[str, Any], lake_uri: str, config: PrepareConfig, looks: Looks
-) -> dict[str, Any]:
+    item: dict[str, Any], lake_uri: str, config: PrepareConfig, looks: Looks,
+    names: Sequence[str],
+) -> dict[str, Any]:  # fmt: skip
     """Read the prepared volumes that one row of a schedule names; see `training_stream`."""
     from pipelines.lake import Lake
     from pipelines.prepare import load_prepared
@@ -219,7 +226,7 @@ def load_packed(
     out: dict[str, Any] = {"step": row["step"]}
     for role, (scan_id, sequence, seed, site) in row["scans"].items():
         files = load_prepared(lake, config.digest(), scan_id)
-        own = measure_look(files.image, files.mask, config.mm).vector()
+        own = measure_look(files.image, files.mask, config.mm, names[sequence]).vector()
         count, mean = looks[site, sequence]
         out[f"{role}_image"] = np.asarray(files.image, dtype=np.float32)
         out[f"{role}_mask"] = np.asarray(files.mask, dtype=np.uint8)
@@ -280,9 +287,10 @@ def survey_packed(item: dict[str, Any], lake_uri: str, config: PrepareConfig) ->
     from sgcd_core.style.look import measure_look
     from sgcd_core.style.outlier import style_features
 
-    files = load_prepared(Lake(lake_uri.rstrip("/")), config.digest(), unpacked(item)["scan_id"])
+    row = unpacked(item)
+    files = load_prepared(Lake(lake_uri.rstrip("/")), config.digest(), row["scan_id"])
     image, mask = np.asarray(files.image, np.float32), np.asarray(files.mask, bool)
-    look = measure_look(image, mask, config.mm).vector()
+    look = measure_look(image, mask, config.mm, row["sequence"]).vector()
     return packed({"features": style_features(image, mask), "look": look})
 
 

@@ -77,7 +77,9 @@ class GlobalStage:
         if composition is None and config.condition.match == "composition":
             composition = load_composition()
         self.composition = composition
-        self.matcher = LookMatcher(config.condition.match, config.prepare.mm, self.composition)
+        self.matcher = LookMatcher(
+            config.condition.match, config.prepare.mm, config.sequences, self.composition
+        )
         self.rate = 1.0
         if box is not None:
             self.network.load_state_dict(box.network)

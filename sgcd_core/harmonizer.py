@@ -58,7 +58,7 @@ class Harmonizer:
         self.is_target = pack.global_network is not None
         self.outliers = OutlierModel.from_state(pack.state)
         self.matcher = LookMatcher(
-            self.config.condition.match, self.config.prepare.mm,
+            self.config.condition.match, self.config.prepare.mm, self.config.sequences,
             composition_from_state(pack.state),
         )  # fmt: skip
         self.common = pack.state["looks.common"]
@@ -135,7 +135,7 @@ class Harmonizer:
             raise InputError("the brain mask is empty.", code="SCAN-EMPTY")
         look = np.zeros(LOOK_SIZE, np.float32)
         if config.condition.match != "none":
-            look = measure_look(image, mask, config.prepare.mm).vector()
+            look = measure_look(image, mask, config.prepare.mm, sequence).vector()
             look = look if site_look is None else blend(site_look, look, OWN_PART)
         batch = make_batch([image], [mask], [sequence], [0], config.sequences, [look], [look])
         return to_device(batch, self.device)

@@ -61,8 +61,9 @@ class TargetStage:
         self.schedule = Schedule(pack.state["alpha_bars"])
         self.common, self.looks = pack.state["looks.common"], looks
         self.matcher = LookMatcher(
-            config.condition.match, config.prepare.mm, composition_from_state(pack.state)
-        )
+            config.condition.match, config.prepare.mm, config.sequences,
+            composition_from_state(pack.state),
+        )  # fmt: skip
         self.frozen = build_network(config)
         self.frozen.load_state_dict(pack.network)
         self.frozen.to(self.device).eval().requires_grad_(False)

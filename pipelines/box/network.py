@@ -48,7 +48,7 @@ def batches(pool: Pool, config: SgcdConfig, seed: int, start: int) -> Iterator[B
                 continue
             if path not in measured:
                 pairs = zip(volumes, inside, strict=True)
-                measured[path] = [measure_look(image, mask, mm) for image, mask in pairs]
+                measured[path] = [measure_look(image, mask, mm, name) for image, mask in pairs]
             looks_here = measured[path]
             if rng.uniform() < 0.5:
                 volumes, inside = volumes[:, ::-1].copy(), inside[:, ::-1].copy()

@@ -21,9 +21,10 @@ from sgcd_core.style.look import (
     LEVELS,
     PROFILE_SIZE,
     Look,
-    unshaded,
+    rising,
+    through,
 )
-from sgcd_core.style.shading import shading_field
+from sgcd_core.style.shading import contrast_of, shading_field
 
 Array = NDArray[Any]
 
@@ -92,8 +93,8 @@ class CompositionModel(nn.Module):
 
 
 def match(
-    image: Array, mask: Array, mm: float, look: Look, source: Look, sequence: int,
-    model: CompositionModel | None,
+    image: Array, mask: Array, mm: float, look: Look, source: Look, sequence: str, index: int = 0,
+    model: CompositionModel | None = None,
 ) -> NDArray[np.float32]:  # fmt: skip
     """`image` with the intensities and the shading of `look`.
 
@@ -103,7 +104,8 @@ def match(
         mm: Voxel side.
         look: What to match.
         source: The look the scan has: its site's, or its own where no site is known.
-        sequence: Index of the sequence.
+        sequence: BIDS suffix.
+        index: Of the sequence in `model`.
         model: Corrects the ranks for composition; None is plain histogram matching of the mean
             quantile functions.
 
@@ -113,18 +115,19 @@ def match(
     out = np.zeros(image.shape, np.float32)
     if not mask.any():
         return out
-    own: Array = source.quantiles
-    goal: Array = look.quantiles
+    own, goal = rising(source.quantiles), rising(look.quantiles)
+    shown = contrast_of(sequence, LEVELS)
+    there = shown = own if shown is None else shown
     if model is not None:
-        identity = true_shift(own, goal)
-        ranks = model.ranks(source.profile, look.profile, identity, sequence)
-        goal = np.interp(ranks, LEVELS, goal)
-    # equal quantiles (many voxels of one value) map to the middle of what they span
-    unique, first, counts = np.unique(own, return_index=True, return_counts=True)
-    middle = 0.5 * (goal[first] + goal[first + counts - 1])
-    flat = unshaded(image, source.shading, mm)[mask]
-    shade = shading_field(look.shading, image.shape, mm)[mask]
-    out[mask] = np.clip(np.interp(flat, unique, middle) * shade, 0, 1)
+        identity = true_shift(source.quantiles, look.quantiles)
+        ranks = model.ranks(source.profile, look.profile, identity, index)
+        there = np.interp(ranks, LEVELS, shown)
+    # own contrast → average contrast, where shadings act → ranks of the look → its contrast
+    values = through(image[mask], source.quantiles, shown)
+    values = values / shading_field(source.shading, image.shape, mm)[mask]
+    values = np.interp(values, shown, there)
+    values = values * shading_field(look.shading, image.shape, mm)[mask]
+    out[mask] = np.clip(np.interp(values, shown, goal), 0, 1)
     return out
 
 
@@ -135,8 +138,7 @@ def true_shift(own: Array, look: Array) -> NDArray[np.float32]:
         own: (257,) quantile function of a scan at the look's own site.
         look: (257,) quantile function of the look.
     """
-    rising = np.asarray(look, np.float64) + 1e-7 * np.arange(len(LEVELS))
-    rank = np.interp(np.asarray(own, np.float64), rising, LEVELS)
+    rank = np.interp(np.asarray(own, np.float64), rising(look), LEVELS)
     inner = KNOTS[1:-1]
     return np.asarray(np.interp(inner, LEVELS, rank) - inner, np.float32)
 

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from sgcd_core.style.shading import SHADING_SIZE, estimate_shading, shading_field
+from sgcd_core.style.shading import SHADING_SIZE, contrast_of, estimate_shading, shading_field
 from sgcd_core.volume.resample import block_mean
 
 Array = NDArray[Any]
@@ -68,23 +68,42 @@ OWN_PART = 0.3
 LOOK_SIZE = len(LEVELS) + PROFILE_SIZE + SHADING_SIZE
 
 
-def measure_look(image: Array, mask: Array, mm: float) -> Look:
+def measure_look(image: Array, mask: Array, mm: float, sequence: str) -> Look:
     """The look of one prepared scan.
 
     Args:
         image: (X, Y, Z) float, [0, 1].
         mask: (X, Y, Z) bool, the brain.
         mm: Voxel side.
+        sequence: BIDS suffix.
     """
-    coarse, inside, side = _coarse(np.asarray(image, np.float32), np.asarray(mask, bool), mm)
+    image, mask = np.asarray(image, np.float32), np.asarray(mask, bool)
+    if not mask.any():
+        none = np.zeros(SHADING_SIZE, np.float32)
+        return Look(np.zeros(len(LEVELS), np.float32), composition_profile(image, mask, mm), none)
+    raw = quantiles(image, mask)
+    own, shown = rising(raw), contrast_of(sequence, LEVELS)
+    shown = own if shown is None else shown
+    average = np.where(mask, through(image, raw, shown), 0).astype(np.float32)
+    coarse, inside, side = _coarse(average, mask, mm)
     shading = estimate_shading(coarse, inside, side)
-    flat = unshaded(image, shading, mm)
+    flat = np.interp(average / shading_field(shading, image.shape, mm), shown, own)
+    flat = np.asarray(flat * mask, np.float32)
     return Look(quantiles(flat, mask), composition_profile(flat, mask, mm), shading)
 
 
-def unshaded(image: Array, shading: Array, mm: float) -> NDArray[np.float32]:
-    """`image` (X, Y, Z) without a shading; it may leave [0, 1]."""
-    return np.asarray(image / shading_field(shading, image.shape, mm), np.float32)
+def through(values: Array, own: Array, shown: Array) -> NDArray[np.float64]:
+    """`values` of a scan with quantile function `own` as those of one with `shown`, rank for rank.
+
+    Equal quantiles (many voxels of one value) map to the middle of what they span.
+    """
+    unique, first, counts = np.unique(own, return_index=True, return_counts=True)
+    return np.asarray(np.interp(values, unique, 0.5 * (shown[first] + shown[first + counts - 1])))
+
+
+def rising(values: Array) -> NDArray[np.float64]:
+    """A quantile function made strictly rising, so that it can be inverted."""
+    return np.asarray(values, np.float64) + 1e-7 * np.arange(len(values))
 
 
 def mean_look(looks: Sequence[Look]) -> Look:
@@ -125,8 +144,7 @@ def restyled(look: Array, before: Array, after: Array, mask: Array) -> NDArray[n
     """
     out = np.array(look, np.float32)
     count = len(LEVELS)
-    rising = quantiles(before, mask) + 1e-7 * np.arange(count)
-    out[:count] = np.interp(out[:count], rising, quantiles(after, mask))
+    out[:count] = np.interp(out[:count], rising(quantiles(before, mask)), quantiles(after, mask))
     return out
 
 

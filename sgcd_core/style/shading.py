@@ -38,6 +38,38 @@ EDGE = 0.15
 MOST_VOXELS, LIMIT = 8000, 0.6
 
 
+#: Ranks at which the average contrasts are held.
+_RANKS = (
+    0, 0.005, 0.01, 0.02, 0.03, 0.0625, 0.125, 0.1875, 0.25, 0.3125, 0.375, 0.4375, 0.5, 0.5625,
+    0.625, 0.6875, 0.75, 0.8125, 0.875, 0.9375, 0.955, 0.97, 0.98, 0.99, 0.995, 1,
+)  # fmt: skip
+#: What an average scan's intensities are at these ranks: the mean over digital sites.
+_CONTRASTS = {
+    "T1w": (
+        0, 0.005, 0.027, 0.067, 0.096, 0.165, 0.259, 0.336, 0.402, 0.459, 0.511, 0.56, 0.606,
+        0.649, 0.691, 0.733, 0.775, 0.819, 0.862, 0.905, 0.921, 0.938, 0.954, 0.981, 1.005,
+        1.083,
+    ),
+    "T2w": (
+        0, 0.002, 0.01, 0.022, 0.029, 0.048, 0.08, 0.115, 0.154, 0.194, 0.234, 0.273, 0.313,
+        0.354, 0.396, 0.44, 0.487, 0.54, 0.609, 0.716, 0.763, 0.818, 0.866, 0.933, 0.975, 1.082,
+    ),
+}  # fmt: skip
+
+
+def contrast_of(sequence: str, levels: Array) -> NDArray[np.float64] | None:
+    """Quantile function at `levels` of an average scan; None for a sequence none is known of.
+
+    A field acts on intensities; how much of it is seen depends on the contrast, and so does what
+    anatomy adds to a fit. Shown in one contrast, the scans of all sites are fitted alike.
+    """
+    values = _CONTRASTS.get(sequence)
+    if values is None:
+        return None
+    rising = np.asarray(values) + 1e-6 * np.arange(len(values))
+    return np.asarray(np.interp(levels, _RANKS, rising))
+
+
 def shading_field(coefficients: Array, shape: tuple[int, ...], mm: float) -> NDArray[np.float32]:
     """1 + F on a grid centred where the fit's was: float32 `shape`, within 0.4 and 1.6."""
     terms = _terms(tuple(shape), float(mm))

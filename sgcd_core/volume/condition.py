@@ -50,11 +50,15 @@ class LookMatcher:
     Args:
         kind: `composition`, `histogram` or `none`.
         mm: Voxel side of the model grid.
+        sequences: Names, in the order of their indices.
         composition: For kind `composition`; without it that kind is `histogram`.
     """
 
-    def __init__(self, kind: str, mm: float, composition: CompositionModel | None = None) -> None:
-        self.kind, self.mm = kind, mm
+    def __init__(
+        self, kind: str, mm: float, sequences: Sequence[str],
+        composition: CompositionModel | None = None,
+    ) -> None:  # fmt: skip
+        self.kind, self.mm, self.sequences = kind, mm, tuple(sequences)
         self.composition = composition if kind == "composition" else None
 
     def __call__(
@@ -67,7 +71,7 @@ class LookMatcher:
             match(
                 sample[0].cpu().numpy(), inside[0].cpu().numpy(), self.mm,
                 Look.from_vector(wanted.cpu().numpy()), Look.from_vector(has.cpu().numpy()),
-                int(index), self.composition,
+                self.sequences[int(index)], int(index), self.composition,
             )
             for sample, inside, wanted, has, index in zip(
                 image, mask, look, source, sequence, strict=True

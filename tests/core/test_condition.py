@@ -89,12 +89,12 @@ def test_augmented_style_is_the_same_for_a_seed_whatever_the_batch():
 def condition_of(image, mask, config, seeds=None):
     """Condition with every scan brought to the mean look of all."""
     images, masks = image[:, 0].numpy(), mask[:, 0].numpy()
-    own = [measure_look(a, m, 4.0) for a, m in zip(images, masks, strict=True)]
+    own = [measure_look(a, m, 4.0, "T1w") for a, m in zip(images, masks, strict=True)]
     count, vectors = len(images), [look.vector() for look in own]
     known = ("T1w",)
     batch = make_batch(images, masks, ["T1w"] * count, [0] * count, known, vectors, vectors)
     wanted = torch.from_numpy(mean_look(own).vector()).expand(count, -1)
-    return build_condition(batch, config, LookMatcher(config.match, 4.0), wanted, seeds)
+    return build_condition(batch, config, LookMatcher(config.match, 4.0, known), wanted, seeds)
 
 
 def test_inference_sees_the_scan_as_it_is():

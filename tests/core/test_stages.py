@@ -61,7 +61,7 @@ def scan(seed, gamma):
 @functools.cache
 def site_look(gamma):
     """The look of a site from four scans that no batch holds."""
-    looks = [measure_look(*scan(900 + i, gamma), mm=4.0) for i in range(4)]
+    looks = [measure_look(*scan(900 + i, gamma), 4.0, "T1w") for i in range(4)]
     return mean_look(looks).vector()
 
 
