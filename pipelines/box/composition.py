@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from pipelines.box.scans import GRIDS, SEQUENCES, SiteScans
 from sgcd_core.config import ConditionConfig
 from sgcd_core.style.composition import CompositionModel, true_shift
-from sgcd_core.style.look import LEVELS, LOOK_SIZE, PROFILE_SIZE, measure_look
+from sgcd_core.style.look import LEVELS, LOOK_SIZE, PROFILE_SIZE, measure_look, rising
 from sgcd_core.volume.condition import augment_contrast
 
 Array = NDArray[Any]
@@ -125,7 +125,7 @@ def _examples(sites: Array, picks: Array, rng: np.random.Generator) -> list[torc
         at = styles[int(rng.integers(len(styles)))]
         group = groups[int(site[0, 0])]
         other = sites[group[int(rng.integers(len(group)))], :, 1:first].mean(0)
-        here = site[:, 1:first].mean(0) + 1e-7 * np.arange(len(LEVELS))
+        here = rising(site[:, 1:first].mean(0))
         part = max(0.0, float(rng.uniform(-0.1, 2.0)))
         shown = np.clip((1 - part) * own + part * np.interp(own, here, other), 0, 1)
         rows[0].append(site[some, at : at + PROFILE_SIZE].mean(0))
