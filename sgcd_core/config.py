@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from sgcd_core.errors import ConfigError
 
 Prediction = Literal["epsilon", "v", "x0", "residual"]
+Precision = Literal["auto", "bf16", "fp32"]
 
 
 class Settings(BaseModel):
@@ -72,8 +73,13 @@ class ConditionConfig(Settings):
     remap_knots: int = Field(6, ge=2, description="knots of the random monotone intensity map")
     remap_strength: float = Field(0.7, ge=0, le=1, description="0 identity, 1 fully random map")
     bias_strength: float = Field(0.1, ge=0, description="log-amplitude of the random bias field")
-    noise_std: float = Field(0.02, ge=0, description="largest standard deviation of added noise")
-    blur_voxels: float = Field(0.5, ge=0, description="largest Gaussian sigma, voxels")
+    noise_std: float = Field(0.03, ge=0, description="largest standard deviation of added noise")
+    blur_mm: float = Field(
+        1.3, ge=0, description="most that resolution is lowered, an axis: sigma of a Gaussian, mm"
+    )
+    sharpen_mm: float = Field(
+        0.0, ge=0, description="most that it is raised; for scans without noise (the box)"
+    )
 
 
 class ScheduleConfig(Settings):
@@ -167,7 +173,7 @@ class GlobalConfig(Settings):
         0.2, gt=0, description="t is drawn as T·u^p: below 1 favours the noisy end"
     )
     site_balance: bool = True
-    precision: Literal["bf16", "fp32"] = "bf16"
+    precision: Precision = Field("auto", description="auto: bf16 where the device is made for it")
     checkpoint_every: int = Field(100, ge=1)
     clip_norm: float = Field(1.0, gt=0)
 
@@ -193,7 +199,7 @@ class TargetConfig(Settings):
     )
     backprop: Literal["stepwise", "chain"] = "stepwise"
     last_k: int = Field(1, ge=1, description="generative steps that are trained (stepwise)")
-    precision: Literal["bf16", "fp32"] = "bf16"
+    precision: Precision = "auto"
     clip_norm: float = Field(1.0, gt=0)
 
 
@@ -258,7 +264,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {},
     "small": {
         "prepare": {"shape": (96, 112, 96), "mm": 2.0},
-        "network": {"patch": 4, "channels": (64, 96, 128)},
+        "condition": {"noise_std": 0.08},
         "global_stage": {"steps": 4000},
         "target_stage": {"steps": 400},
     },

@@ -25,6 +25,7 @@ from sgcd_core.style.composition import CompositionModel, composition_state
 from sgcd_core.style.outlier import OutlierModel
 from sgcd_core.style.record import Record, statistics_of
 from sgcd_core.volume.condition import (
+    Condition,
     LookMatcher,
     build_condition,
     from_network,
@@ -94,8 +95,8 @@ class GlobalStage:
         """Replace the network by `wrapper(network)`, for example DDP, keeping its parameters."""
         self.network = wrapper(self.network)
 
-    def step(self, batch: Batch) -> dict[str, float]:
-        """One optimizer step on `batch`.
+    def step(self, batch: Batch, condition: Condition | None = None) -> dict[str, float]:
+        """One optimizer step on `batch`, whose condition is taken here unless given.
 
         Returns:
             `loss` and its parts `noise` (L_N), `gradient` (L_G), `record` (L_E), and
@@ -110,7 +111,7 @@ class GlobalStage:
             group["lr"] = rate
         batch = to_device(batch, self.device)
         self.network.train()
-        losses, statistics, weight = self._losses(batch)
+        losses, statistics, weight = self._losses(batch, condition)
         losses["record"] = self.record.compare_and_update(statistics, batch["sequence"], weight)
         loss = (
             stage.weight_noise * losses["noise"]
@@ -131,13 +132,16 @@ class GlobalStage:
         values = {name: float(value.detach()) for name, value in losses.items()}
         return {"loss": float(loss.detach()), **values, "learning_rate": rate}
 
-    def _losses(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    def _losses(
+        self, batch: Batch, condition: Condition | None
+    ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         """L_N and L_G, and the statistics of x̂0 with their weights, for L_E."""
         config, stage = self.config, self.config.global_stage
         image, mask = batch["image"], batch["mask"]
         drawn = draw(batch, self.schedule.timesteps, stage.t_power)
         denoiser, x_t, output = predict(
-            self.network, self.schedule, config, self.matcher, batch, drawn, stage.precision
+            self.network, self.schedule, config, self.matcher, batch, drawn, stage.precision,
+            condition,
         )
         target = self.schedule.training_target(
             config.network.prediction, to_network(image), drawn.noise, drawn.t, denoiser.content
@@ -215,17 +219,21 @@ def predict(
     batch: Batch,
     drawn: Draw,
     precision_name: str,
+    condition: Condition | None = None,
 ) -> tuple[ConditionalDenoiser, Tensor, Tensor]:
     """Noise a batch, take its style-free condition and ask the network: (denoiser, x_t, output)."""
     x_t = schedule.add_noise(to_network(batch["image"]), drawn.noise, drawn.t)
-    condition = build_condition(batch, config.condition, matcher, batch["look"], drawn.generators)
+    if condition is None:
+        condition = build_condition(
+            batch, config.condition, matcher, batch["look"], drawn.generators
+        )
     denoiser = ConditionalDenoiser(
         network,
         schedule,
         config,
         condition.channels,
         condition.content,
-        LookEmbedding.labels_of(batch["sequence"], batch["look"]),
+        LookEmbedding.labels_of(batch["sequence"], batch["look"], condition.source),
         precision_name,
     )
     return denoiser, x_t, denoiser.output(x_t, drawn.t)

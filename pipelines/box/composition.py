@@ -43,7 +43,7 @@ def measure_site(scans: SiteScans, config: ConditionConfig, seed: int) -> NDArra
         for style in range(STYLES):
             generator = torch.Generator().manual_seed(seed + STYLES * number + style)
             volume, inside = torch.from_numpy(image)[None, None], torch.from_numpy(mask)[None, None]
-            styled = augment_contrast(volume, inside, config, [generator])[0, 0].numpy()
+            styled = augment_contrast(volume, inside, config, [generator], mm)[0, 0].numpy()
             parts.append(measure_look(styled, mask, mm, scans.sequence).profile)
         rows.append(np.concatenate(parts))
     return np.asarray(rows, np.float32)

@@ -5,65 +5,118 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from pipelines.box.scans import Pool
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from pipelines.box.scans import SUBJECTS, Pool
 from sgcd_core.batch import Batch, make_batch, sample_seed
 from sgcd_core.box import Box, shape_of
 from sgcd_core.config import SgcdConfig
+from sgcd_core.diffusion.network import LookEmbedding
 from sgcd_core.errors import SgcdError
-from sgcd_core.global_stage import GlobalStage, unwrapped
+from sgcd_core.global_stage import GlobalStage, draw, unwrapped
 from sgcd_core.style.composition import CompositionModel
-from sgcd_core.style.look import Look, blend, mean_look, measure_look
-from sgcd_core.style.shading import mirrored
+from sgcd_core.style.look import blend, mirrored_look, textures
+from sgcd_core.volume.condition import Condition, LookMatcher, build_condition
 
 
-def batches(pool: Pool, config: SgcdConfig, seed: int, start: int) -> Iterator[Batch]:
-    """Batches from the pool: random sites, mirrored at random, each with the look of others there.
+class Samples(IterableDataset[dict[str, Any]]):
+    """Endless samples from the pool: random sites, mirrored at random, each with the look of
+    others there. A brain's mirror image is a brain, and no label depends on the side.
 
-    A brain's mirror image is a brain, and no label depends on the side.
+    Args:
+        pool: Producers may go on filling it.
+        config: Settings of the preset.
+        composition: The fitted composition model.
+        seed: Of everything.
+        start: Number of the first sample.
+        crop: Sides of a random window, voxels; None for whole volumes. The condition is always
+            taken from the whole volume.
     """
-    size, mm = config.global_stage.batch_size, config.prepare.mm
-    measured: dict[Path, list[Look]] = {}
-    step = start
-    while True:
-        rng = np.random.default_rng([seed, step])
-        images: list[Any] = []
-        masks: list[Any] = []
-        names: list[str] = []
-        looks: list[Any] = []
-        sources: list[Any] = []
-        seeds: list[int] = []
-        while len(images) < size:
-            files = pool.files()
-            path = files[int(rng.integers(len(files)))]
+
+    def __init__(
+        self, pool: Pool, config: SgcdConfig, composition: CompositionModel, seed: int, start: int,
+        crop: tuple[int, int, int] | None,
+    ) -> None:  # fmt: skip
+        self.pool, self.config, self.seed, self.start, self.crop = pool, config, seed, start, crop
+        self.matcher = LookMatcher(
+            config.condition.match, config.prepare.mm, config.sequences, composition
+        )
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """Samples of one loader process, in turn with the others'."""
+        torch.set_num_threads(1)
+        worker = get_worker_info()
+        first, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        number = self.start + first
+        while True:
+            rng = np.random.default_rng([self.seed, number])
+            files = self.pool.files()
             try:
-                name, volumes, inside = Pool.read(path, config.preset)
+                yield self.sample(files[int(rng.integers(len(files)))], number, rng)
             except FileNotFoundError:  # a producer took the file away
                 continue
-            if path not in measured:
-                pairs = zip(volumes, inside, strict=True)
-                measured[path] = [measure_look(image, mask, mm, name) for image, mask in pairs]
-            looks_here = measured[path]
-            if rng.uniform() < 0.5:
-                volumes, inside = volumes[:, ::-1].copy(), inside[:, ::-1].copy()
-                looks_here = [replace(x, shading=mirrored(x.shading)) for x in looks_here]
-            order = rng.permutation(len(volumes))
-            others = order[1 : 1 + int(rng.integers(2, len(order)))]
-            looks.append(mean_look([looks_here[j] for j in others]).vector())
-            site, own = mean_look(looks_here).vector(), looks_here[order[0]].vector()
-            sources.append(blend(site, own, rng.uniform()))
-            images.append(volumes[order[0]])
-            masks.append(inside[order[0]])
-            names.append(name)
-            seeds.append(sample_seed(seed, step, len(images)))
-        yield make_batch(images, masks, names, seeds, config.sequences, looks, sources)
-        step += 1
+            number += step
+
+    def sample(self, path: Path, number: int, rng: np.random.Generator) -> dict[str, Any]:
+        """One scan of a file: its batch of one, and its condition."""
+        config, name = self.config, path.name.split("-")[0]
+        index = int(rng.integers(SUBJECTS))
+        image, mask, looks = self.pool.read(path, config.preset, index)
+        others = rng.permutation(np.delete(np.arange(len(looks)), index))
+        look = looks[others[: int(rng.integers(2, len(looks)))]].mean(0)
+        source = blend(looks.mean(0), looks[index], rng.uniform())
+        if rng.uniform() < 0.5:
+            image, mask = image[::-1].copy(), mask[::-1].copy()
+            look, source = mirrored_look(look), mirrored_look(source)
+        seed = sample_seed(self.seed, number)
+        batch = make_batch([image], [mask], [name], [seed], config.sequences, [look], [source])
+        # the same generator draws noise and timestep first, as in a step of `sgcd train`
+        drawn = draw(batch, config.schedule.timesteps, config.global_stage.t_power)
+        condition = build_condition(
+            batch, config.condition, self.matcher, batch["look"], drawn.generators
+        )
+        window = (slice(None), slice(None), *self._window(image.shape, rng))
+        return {
+            **{k: v[window] if k in ("image", "mask") else v for k, v in batch.items()},
+            "condition": (
+                condition.channels[window],
+                None if condition.content is None else condition.content[window],
+                condition.source,
+            ),
+        }
+
+    def _window(self, shape: tuple[int, ...], rng: np.random.Generator) -> tuple[slice, ...]:
+        if self.crop is None:
+            return tuple(slice(None) for _ in shape)
+        starts = [int(rng.integers(0, s - c + 1)) for s, c in zip(shape, self.crop, strict=True)]
+        return tuple(slice(a, a + c) for a, c in zip(starts, self.crop, strict=True))
+
+
+def collate(samples: list[dict[str, Any]]) -> tuple[Batch, Condition]:
+    """A batch and its condition from samples."""
+    names = [k for k in samples[0] if k != "condition"]
+    batch: Any = {k: torch.cat([s[k] for s in samples]) for k in names}
+    parts = [
+        None if rows[0] is None else torch.cat(rows)
+        for rows in zip(*(s["condition"] for s in samples), strict=True)
+    ]
+    return batch, Condition(*parts)  # type: ignore[arg-type]
+
+
+def set_textures(network: torch.nn.Module, pool: Pool, config: SgcdConfig) -> None:
+    """Write what the pool's textures are like into the network's label embedding."""
+    found = [np.load(path)[f"{config.preset}_looks"] for path in pool.files()]
+    values = torch.from_numpy(textures(np.concatenate(found)))
+    for module in network.modules():
+        if isinstance(module, LookEmbedding):
+            module.texture_mean.copy_(values.mean(0))
+            module.texture_std.copy_(values.std(0).clamp(min=0.05))
 
 
 def train_network(
@@ -75,6 +128,9 @@ def train_network(
     minutes: float,
     total_steps: int,
     every: int = 100,
+    crop: tuple[int, int, int] | None = None,
+    loaders: int = 1,
+    start_from: Path | None = None,
     report: Callable[[dict[str, Any]], None] = lambda row: None,
 ) -> Path:
     """Train for a while, from the newest checkpoint in `folder`; returns the box file.
@@ -87,6 +143,9 @@ def train_network(
         minutes: How long at most.
         total_steps: Length of the learning-rate schedule; more steps are not done.
         every: Steps between checkpoints.
+        crop: Train on random windows of so many voxels; a scan at 2 mm is large.
+        loaders: Processes that take conditions.
+        start_from: Box file to start from where there is no checkpoint yet.
         report: Called with the mean losses of each such stretch.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -94,6 +153,10 @@ def train_network(
     stage = GlobalStage(config, total_steps, composition=composition)
     if checkpoint.exists():
         stage.load_state_dict(torch.load(checkpoint, weights_only=True))
+    elif start_from is not None:
+        unwrapped(stage.network).load_state_dict(Box.from_bytes(start_from.read_bytes()).network)
+    else:
+        set_textures(unwrapped(stage.network), pool, config)
     end = time.monotonic() + 60 * minutes
     rows: list[dict[str, float]] = []
 
@@ -116,11 +179,16 @@ def train_network(
             report(line)
         rows.clear()
 
-    source = batches(pool, config, config.seed, stage.done)
+    size = config.global_stage.batch_size
+    samples = Samples(pool, config, composition, config.seed, size * stage.done, crop)
+    source = iter(DataLoader(
+        samples, batch_size=size, num_workers=loaders, collate_fn=collate,
+        prefetch_factor=4 if loaders else None, multiprocessing_context="spawn" if loaders else None,
+    ))  # fmt: skip
     while stage.done < total_steps and time.monotonic() < end:
-        batch = next(source)
+        batch, condition = next(source)
         try:
-            rows.append(stage.step(batch))
+            rows.append(stage.step(batch, condition))
         except SgcdError:
             save()
             raise

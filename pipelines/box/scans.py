@@ -1,7 +1,8 @@
 """Prepared scans of random sites, made on the fly, and the pool that training draws them from.
 
 A site is a random scanner that a few random subjects visit once each; no subject visits two sites,
-so no pair of scans of one brain exists.
+so no pair of scans of one brain exists. What the network learns to make is the acquisition without
+its noise: from noisy scans it would learn to copy their noise.
 """
 
 from __future__ import annotations
@@ -23,10 +24,11 @@ from pipelines.cohort import (
     load_anatomy,
     random_scanner,
     random_subject,
-    render_scan,
+    render_acquisition,
 )
 from pipelines.cohort.anatomy import CENTRE
 from sgcd_core.config import load_config
+from sgcd_core.style.look import measure_look
 from sgcd_core.volume.bias import bias_field
 from sgcd_core.volume.resample import resample_masked
 
@@ -51,11 +53,13 @@ class SiteScans:
     Attributes:
         sequence: BIDS suffix.
         images: By grid, (N, X, Y, Z) float32 in [0, 1], 0 outside the brain.
+        clean: The same acquisitions without noise, on the same intensity scale.
         masks: By grid, (N, X, Y, Z) bool.
     """
 
     sequence: str
     images: dict[str, NDArray[np.float32]]
+    clean: dict[str, NDArray[np.float32]]
     masks: dict[str, NDArray[np.bool_]]
 
 
@@ -76,33 +80,38 @@ def random_site(
     people = [random_subject(anatomies[int(rng.integers(len(anatomies)))], rng)
               for _ in range(subjects)]  # fmt: skip
     for sequence in SEQUENCES:
-        found: dict[str, list[tuple[Array, Array]]] = {name: [] for name in GRIDS}
+        found: dict[str, list[tuple[Array, Array, Array]]] = {name: [] for name in GRIDS}
         for person in people:
-            for name, pair in _on_grids(person, scanner, sequence, mm, corrected, rng).items():
-                found[name].append(pair)
-        yield SiteScans(
-            sequence,
-            {name: np.stack([image for image, _ in pairs]) for name, pairs in found.items()},
-            {name: np.stack([mask for _, mask in pairs]) for name, pairs in found.items()},
-        )
+            for name, three in _on_grids(person, scanner, sequence, mm, corrected, rng).items():
+                found[name].append(three)
+        stacks = {name: [np.stack(x) for x in zip(*all_, strict=True)]
+                  for name, all_ in found.items()}  # fmt: skip
+        images, clean, masks = ({name: s[i] for name, s in stacks.items()} for i in range(3))
+        yield SiteScans(sequence, images, clean, masks)
 
 
 def _on_grids(
     person: Any, scanner: Scanner, sequence: str, mm: float, corrected: bool,
     rng: np.random.Generator,
-) -> dict[str, tuple[Array, Array]]:  # fmt: skip
-    data, affine = render_scan(person, scanner, sequence, mm, rng)
+) -> dict[str, tuple[Array, Array, Array]]:  # fmt: skip
+    """By grid, the scan, the acquisition without noise and the brain mask."""
+    data, clean, affine = render_acquisition(person, scanner, sequence, mm, rng)
     mask = data > 0
     if corrected:
-        data = np.asarray(data / bias_field(data, mask, affine), np.float32)
+        field = bias_field(data, mask, affine)
+        data, clean = (np.asarray(x / field, np.float32) for x in (data, clean))
     out = {}
     for name, (side, shape) in GRIDS.items():
         grid: NDArray[Any] = np.diag([side, side, side, 1.0])
         grid[:3, 3] = CENTRE - side * (np.array(shape) - 1) / 2
         image, inside = resample_masked(data, mask, affine, grid, shape)
+        without, _ = resample_masked(clean, mask, affine, grid, shape)
         low, high = np.percentile(image[inside], (0.5, 99.5))
-        scaled = np.clip((image - low) / max(high - low, 1e-6), 0, 1) * inside
-        out[name] = (scaled.astype(np.float32), inside)
+        scaled, ideal = (
+            (np.clip((x - low) / max(high - low, 1e-6), 0, 1) * inside).astype(np.float32)
+            for x in (image, without)
+        )
+        out[name] = (scaled, ideal, inside)
     return out
 
 
@@ -124,23 +133,30 @@ class Pool:
         return sorted(self.folder.glob("*.npz"), key=lambda path: path.name.split("-")[::-1])
 
     def add(self, name: str, scans: SiteScans) -> None:
-        """Write one file, complete or not at all; intensities in 254 steps, 0 is outside."""
-        arrays = {
-            grid: np.round(image * 254 + scans.masks[grid]).astype(np.uint8)
-            for grid, image in scans.images.items()
-        }
+        """Write one file, complete or not at all: what scans without noise are, in 254 steps with
+        0 outside, and the looks of the scans as they are.
+        """
+        arrays: dict[str, Array] = {}
+        for grid, clean in scans.clean.items():
+            masks, mm = scans.masks[grid], GRIDS[grid][0]
+            arrays[grid] = np.round(clean * 254 + masks).astype(np.uint8)
+            arrays[f"{grid}_looks"] = np.stack([
+                measure_look(image, mask, mm, scans.sequence).vector()
+                for image, mask in zip(scans.images[grid], masks, strict=True)
+            ])  # fmt: skip
         handle, temporary = tempfile.mkstemp(dir=self.folder, suffix=".tmp")
         with os.fdopen(handle, "wb") as stream:
             np.savez(stream, **arrays)  # type: ignore[arg-type]
         os.replace(temporary, self.folder / f"{name}.npz")
 
     @staticmethod
-    def read(path: Path, grid: str) -> tuple[str, NDArray[np.float32], NDArray[np.bool_]]:
-        """Sequence, images (N, X, Y, Z) in [0, 1] and masks of a file."""
+    def read(path: Path, grid: str, index: int) -> tuple[Array, Array, Array]:
+        """Scan `index` of a file without its noise, (X, Y, Z) in [0, 1], its mask, and the looks
+        (N, LOOK_SIZE) of all scans of the file.
+        """
         with np.load(path) as arrays:
-            codes = arrays[grid]
-        images = (codes.astype(np.float32) - 1) / 254
-        return path.name.split("-")[0], np.maximum(images, 0), codes > 0
+            codes, looks = arrays[grid][index], arrays[f"{grid}_looks"]
+        return np.maximum((codes.astype(np.float32) - 1) / 254, 0), codes > 0, looks
 
 
 def produce(

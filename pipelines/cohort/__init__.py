@@ -6,7 +6,12 @@ On the fly, without files: `load_anatomy`, `random_subject`, `random_scanner`, `
 from pipelines.cohort.anatomy import Anatomy, list_anatomies, load_anatomy
 from pipelines.cohort.make import CohortSummary, make_cohort
 from pipelines.cohort.physics import Protocol, signal
-from pipelines.cohort.render import class_fractions, render_scan, render_truth
+from pipelines.cohort.render import (
+    class_fractions,
+    render_acquisition,
+    render_scan,
+    render_truth,
+)
 from pipelines.cohort.scanner import Scanner, random_scanner, random_sites
 from pipelines.cohort.subject import Subject, random_subject
 
@@ -23,6 +28,7 @@ __all__ = [
     "random_scanner",
     "random_sites",
     "random_subject",
+    "render_acquisition",
     "render_scan",
     "render_truth",
     "signal",

@@ -40,7 +40,27 @@ def render_scan(
 ) -> tuple[Array, Affine]:
     """One scan, float32 in stored orientation, raw intensities ≥ 0; voxel → world mm RAS+.
 
-    Deterministic in its arguments. Outside the brain the scan is exactly 0 unless `head`.
+    Outside the brain the scan is exactly 0 unless `head`. See `render_acquisition`.
+    """
+    scan, _, affine = render_acquisition(
+        subject, scanner, sequence, mm, rng, head=head, shift=shift
+    )
+    return scan, affine
+
+
+def render_acquisition(
+    subject: Subject,
+    scanner: Scanner,
+    sequence: str,
+    mm: float,
+    rng: np.random.Generator,
+    *,
+    head: bool = False,
+    shift: float = 0.0,
+) -> tuple[Array, Array, Affine]:
+    """One scan, the same acquisition without its noise, and their affine, voxel → mm RAS+.
+
+    Both float32 in stored orientation, raw intensities ≥ 0. Deterministic in its arguments.
 
     Args:
         subject: Who.
@@ -72,16 +92,20 @@ def render_scan(
     sigma = np.float32(how.noise)
     real = image + sigma * rng.standard_normal(shape, dtype=np.float32)
     imaginary = sigma * rng.standard_normal(shape, dtype=np.float32)
-    image = np.sqrt(real * real + imaginary * imaginary)
-    image = np.float32(how.gain) * image ** np.float32(how.gamma)
-    if not head:
-        image *= hull > 0.5
+    noisy = np.sqrt(real * real + imaginary * imaginary)
     start = nib.orientations.io_orientation(np.diag([1.0, 1, 1, 1]))
     turn = nib.orientations.ornt_transform(
         start, nib.orientations.axcodes2ornt(scanner.orientation)
     )
-    stored = np.ascontiguousarray(nib.orientations.apply_orientation(image, turn))
-    return stored.astype(np.float32), affine @ nib.orientations.inv_ornt_aff(turn, shape)
+
+    def stored(values: Array) -> Array:
+        values = np.float32(how.gain) * values ** np.float32(how.gamma)
+        if not head:
+            values = values * (hull > 0.5)
+        turned = nib.orientations.apply_orientation(values, turn)
+        return np.ascontiguousarray(turned, dtype=np.float32)
+
+    return stored(noisy), stored(image), affine @ nib.orientations.inv_ornt_aff(turn, shape)
 
 
 def scan_grid(

@@ -11,14 +11,21 @@ The shading (`shading.py`) is taken out before either is measured, and is part o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from sgcd_core.style.shading import SHADING_SIZE, contrast_of, estimate_shading, shading_field
+from sgcd_core.style.shading import (
+    SHADING_SIZE,
+    contrast_of,
+    estimate_shading,
+    mirrored,
+    shading_field,
+)
+from sgcd_core.style.texture import TEXTURE_SIZE, measure_texture
 from sgcd_core.volume.resample import block_mean
 
 Array = NDArray[Any]
@@ -44,28 +51,32 @@ class Look:
             Wasserstein barycentre of the scans' distributions.
         profile: (PROFILE_SIZE,) float32, mean profile.
         shading: (SHADING_SIZE,) float32, mean coefficients of the shading.
+        texture: (TEXTURE_SIZE,) float32, mean sharpness and noise along each axis.
     """
 
     quantiles: NDArray[np.float32]
     profile: NDArray[np.float32]
     shading: NDArray[np.float32]
+    texture: NDArray[np.float32]
 
     def vector(self) -> NDArray[np.float32]:
         """All parts as one vector, for storing."""
-        return np.concatenate([self.quantiles, self.profile, self.shading]).astype(np.float32)
+        parts = [self.quantiles, self.profile, self.shading, self.texture]
+        return np.concatenate(parts).astype(np.float32)
 
     @classmethod
     def from_vector(cls, vector: Array) -> Look:
         """Inverse of `vector`."""
         values = np.asarray(vector, np.float32)
-        first, second = len(LEVELS), len(LEVELS) + PROFILE_SIZE
-        return cls(values[:first], values[first:second], values[second:])
+        return cls(*np.split(values, _ENDS))
 
 
 #: How much of a scan's own look is in the look it is taken to have, its site's being known.
 OWN_PART = 0.3
 #: Length of `Look.vector`.
-LOOK_SIZE = len(LEVELS) + PROFILE_SIZE + SHADING_SIZE
+LOOK_SIZE = len(LEVELS) + PROFILE_SIZE + SHADING_SIZE + TEXTURE_SIZE
+#: Where the parts of `Look.vector` end, but for the last.
+_ENDS = np.cumsum([len(LEVELS), PROFILE_SIZE, SHADING_SIZE]).tolist()
 
 
 def measure_look(image: Array, mask: Array, mm: float, sequence: str) -> Look:
@@ -79,8 +90,7 @@ def measure_look(image: Array, mask: Array, mm: float, sequence: str) -> Look:
     """
     image, mask = np.asarray(image, np.float32), np.asarray(mask, bool)
     if not mask.any():
-        none = np.zeros(SHADING_SIZE, np.float32)
-        return Look(np.zeros(len(LEVELS), np.float32), composition_profile(image, mask, mm), none)
+        return Look.from_vector(np.zeros(LOOK_SIZE, np.float32))
     raw = quantiles(image, mask)
     own, shown = rising(raw), contrast_of(sequence, LEVELS)
     shown = own if shown is None else shown
@@ -89,7 +99,8 @@ def measure_look(image: Array, mask: Array, mm: float, sequence: str) -> Look:
     shading = estimate_shading(coarse, inside, side)
     flat = np.interp(average / shading_field(shading, image.shape, mm), shown, own)
     flat = np.asarray(flat * mask, np.float32)
-    return Look(quantiles(flat, mask), composition_profile(flat, mask, mm), shading)
+    profile = composition_profile(flat, mask, mm)
+    return Look(quantiles(flat, mask), profile, shading, measure_texture(average, mask))
 
 
 def through(values: Array, own: Array, shown: Array) -> NDArray[np.float64]:
@@ -133,19 +144,36 @@ def blend(site: Array, own: Array, part: float) -> NDArray[np.float32]:
     return np.asarray((1 - part) * np.asarray(site) + part * np.asarray(own), np.float32)
 
 
-def restyled(look: Array, before: Array, after: Array, mask: Array) -> NDArray[np.float32]:
+def restyled(
+    look: Array, before: Array, after: Array, mask: Array, sequence: str
+) -> NDArray[np.float32]:
     """Look vector of a site whose scans were all recoloured as one of them was.
 
     Args:
         look: (LOOK_SIZE,), the site's.
         before: (X, Y, Z), a scan of the site.
-        after: (X, Y, Z), the same scan with other intensities.
+        after: (X, Y, Z), the same scan with other intensities, sharpness and noise.
         mask: (X, Y, Z) bool.
+        sequence: BIDS suffix.
     """
     out = np.array(look, np.float32)
-    count = len(LEVELS)
-    out[:count] = np.interp(out[:count], rising(quantiles(before, mask)), quantiles(after, mask))
+    count, now = len(LEVELS), quantiles(after, mask)
+    out[:count] = np.interp(out[:count], rising(quantiles(before, mask)), now)
+    shown = contrast_of(sequence, LEVELS)
+    average = after if shown is None else through(after, now, shown)
+    out[_ENDS[-1] :] = measure_texture(np.where(mask, average, 0), mask)
     return out
+
+
+def mirrored_look(look: Array) -> NDArray[np.float32]:
+    """Look vector of the same scans with left and right exchanged."""
+    own = Look.from_vector(look)
+    return replace(own, shading=mirrored(own.shading)).vector()
+
+
+def textures(looks: Array) -> Array:
+    """The textures (…, TEXTURE_SIZE) of look vectors (…, LOOK_SIZE)."""
+    return looks[..., _ENDS[-1] :]
 
 
 def quantiles(image: Array, mask: Array) -> NDArray[np.float32]:

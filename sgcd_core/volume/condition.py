@@ -7,6 +7,7 @@ condition is taken from a randomly recoloured scan, while the denoising target s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -38,10 +39,12 @@ class Condition:
     Attributes:
         channels: (B, C, X, Y, Z) float32 in [-1, 1], concatenated with the noisy image.
         content: (B, 1, X, Y, Z) float32 in [-1, 1], or None where the option is off.
+        source: (B, LOOK_SIZE), the looks the scans had before they were matched.
     """
 
     channels: Tensor
     content: Tensor | None
+    source: Tensor
 
 
 class LookMatcher:
@@ -99,10 +102,15 @@ def build_condition(
     """
     image, mask, source = batch["image"], batch["mask"], batch["source"]
     if generators is not None and config.contrast_augmentation:
-        styled = augment_contrast(image, mask, config, generators)
+        styled = augment_contrast(image, mask, config, generators, matcher.mm)
         rows = [
-            restyled(*(tensor.cpu().numpy() for tensor in (look_, old[0], new[0], inside[0])))
-            for look_, old, new, inside in zip(source, image, styled, mask, strict=True)
+            restyled(
+                *(tensor.cpu().numpy() for tensor in (look_, old[0], new[0], inside[0])),
+                matcher.sequences[int(index)],
+            )
+            for look_, old, new, inside, index in zip(
+                source, image, styled, mask, batch["sequence"], strict=True
+            )
         ]
         image, source = styled, torch.from_numpy(np.stack(rows))
     image = matcher(image, mask, look, source, batch["sequence"])
@@ -113,7 +121,7 @@ def build_condition(
     if content is not None:
         parts.append(content)
     channels = torch.cat(parts, dim=1) if parts else image[:, :0]
-    return Condition(channels, content)
+    return Condition(channels, content, source)
 
 
 def forward_gradient(image: Tensor) -> Tensor:
@@ -152,9 +160,10 @@ def masked_quantiles(image: Tensor, mask: Tensor, levels: tuple[float, ...]) -> 
 
 
 def augment_contrast(
-    image: Tensor, mask: Tensor, config: ConditionConfig, generators: Sequence[torch.Generator]
-) -> Tensor:
-    """The same anatomy in a random style: monotone remap, smooth bias, blur, noise.
+    image: Tensor, mask: Tensor, config: ConditionConfig, generators: Sequence[torch.Generator],
+    mm: float,
+) -> Tensor:  # fmt: skip
+    """The same anatomy in a random style: monotone remap, smooth bias, resolution, noise.
 
     Afterwards rescaled to the robust range [0, 1] of a prepared scan, so that an augmented scan
     and a new one look alike to the network. Random numbers are drawn on the CPU.
@@ -165,26 +174,34 @@ def augment_contrast(
         config: Strengths.
         generators: A CPU generator a sample; the same state gives the same style, whatever the
             batch.
+        mm: Voxel side.
 
     Returns:
         (B, 1, X, Y, Z) float32 in [0, 1], 0 outside the mask.
     """
     pairs = zip(image, generators, strict=True)
-    out = torch.stack([_one_style(sample, config, generator) for sample, generator in pairs])
+    out = torch.stack([_one_style(sample, config, generator, mm) for sample, generator in pairs])
     limits = masked_quantiles(out, mask, (0.005, 0.995))
     low, high = limits[:, 0].view(-1, 1, 1, 1, 1), limits[:, 1].view(-1, 1, 1, 1, 1)
     out = ((out - low) / (high - low).clamp(min=1e-6)).clamp(0, 1)
     return out * mask
 
 
-def _one_style(image: Tensor, config: ConditionConfig, generator: torch.Generator) -> Tensor:
+def _one_style(
+    image: Tensor, config: ConditionConfig, generator: torch.Generator, mm: float
+) -> Tensor:
     device = image.device
 
-    def uniform() -> float:
-        return float(torch.rand((), generator=generator))
+    def uniform(*shape: int) -> Tensor:
+        return torch.rand(shape, generator=generator)
+
+    def smooth() -> Tensor:
+        """A random field of about unit deviation, from a coarse grid."""
+        coarse = torch.randn((1, 1, 4, 4, 4), generator=generator).to(device)
+        return F.interpolate(coarse, image.shape[1:], mode="trilinear", align_corners=True)[0]
 
     # Monotone remap through random knots, blended with the identity.
-    increments = -torch.log(torch.rand(config.remap_knots, generator=generator).clamp(min=1e-6))
+    increments = -torch.log(uniform(config.remap_knots).clamp(min=1e-6))
     random_map = torch.cat([torch.zeros(1), increments.cumsum(0) / increments.sum()])
     blend = config.remap_strength * uniform()
     knots = torch.lerp(torch.linspace(0, 1, config.remap_knots + 1), random_map, blend).to(device)
@@ -192,27 +209,29 @@ def _one_style(image: Tensor, config: ConditionConfig, generator: torch.Generato
     index = position.floor().long().clamp(max=config.remap_knots - 1)
     out = torch.lerp(knots[index], knots[index + 1], position - index)
     # Smooth multiplicative field from a coarse random grid.
-    coarse = torch.randn((1, 1, 4, 4, 4), generator=generator).to(device)
-    field = F.interpolate(coarse, size=image.shape[1:], mode="trilinear", align_corners=True)[0]
-    out = out * torch.exp(config.bias_strength * uniform() * field)
+    out = out * torch.exp(config.bias_strength * float(uniform()) * smooth())
     # Resolution, then noise: in this order, because noise is added by the receiver.
-    sigma = config.blur_voxels * uniform()
-    if sigma > 0.2:
-        out = gaussian_blur(out[None], sigma)[0]
-    std = config.noise_std * uniform()
-    return out + std * torch.randn(image.shape, generator=generator).to(device)
+    along = torch.lerp(uniform(1), uniform(3), uniform())
+    variance = along * (config.blur_mm**2 + config.sharpen_mm**2) - config.sharpen_mm**2
+    out = blurred(out, (variance / mm**2).tolist())
+    # A scan's noise is no longer white after resampling, nor even after bias correction.
+    noise = torch.randn(image.shape, generator=generator).to(device)
+    noise = blurred(noise, (0.3 * uniform() * uniform(3)).tolist())
+    noise = noise / noise.std().clamp(min=1e-6) * torch.exp(0.15 * smooth())
+    return out + config.noise_std * float(uniform()) * noise
 
 
-def gaussian_blur(image: Tensor, sigma: float) -> Tensor:
-    """Separable Gaussian of `sigma` voxels on (B, 1, X, Y, Z), replicated at the border."""
-    radius = max(1, int(3 * sigma + 0.5))
-    x = torch.arange(-radius, radius + 1, device=image.device, dtype=image.dtype)
-    kernel = torch.exp(-0.5 * (x / sigma) ** 2)
-    kernel = kernel / kernel.sum()
-    for axis in range(3):
-        shape = [1, 1, 1, 1, 1]
-        shape[2 + axis] = -1
-        pad = [0] * 6
-        pad[2 * (2 - axis)] = pad[2 * (2 - axis) + 1] = radius
-        image = F.conv3d(F.pad(image, pad, mode="replicate"), kernel.view(shape))
-    return image
+def blurred(volume: Tensor, variance: Sequence[float]) -> Tensor:
+    """(…, X, Y, Z) blurred by a Gaussian of `variance` voxels² along each axis, periodic.
+
+    Below 0 it is sharpened, by the inverse of that Gaussian.
+    """
+    sides = volume.shape[-3:]
+    spectrum = torch.fft.rfftn(volume, dim=(-3, -2, -1))
+    for axis, (side, amount) in enumerate(zip(sides, variance, strict=True)):
+        frequency = (torch.fft.rfftfreq if axis == 2 else torch.fft.fftfreq)(side)
+        window = torch.exp(-2 * (math.pi * frequency) ** 2 * amount).to(volume.device)
+        shape = [-1 if a == axis else 1 for a in range(3)]
+        spectrum = spectrum * window.view(shape)
+    out: Tensor = torch.fft.irfftn(spectrum, s=sides, dim=(-3, -2, -1))
+    return out
