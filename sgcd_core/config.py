@@ -163,6 +163,12 @@ class GlobalConfig(Settings):
     warmup_steps: int = Field(20, ge=0)
     schedule: Literal["constant", "cosine"] = "cosine"
     loss: Literal["l1", "l2"] = Field("l1", description="of the network's prediction (L_N)")
+    loss_mm: float = Field(
+        8.0,
+        ge=0,
+        description="L_N and L_G compare images smoothed to this width (FWHM, mm): a "
+        "scan's noise is nothing to learn; 0: voxel by voxel",
+    )
     weight_noise: float = Field(1.0, ge=0, description="weight of L_N")
     weight_gradient: float = Field(0.1, ge=0, description="weight of L_G")
     weight_record: float = Field(0.1, ge=0, description="weight of L_E")
@@ -289,8 +295,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         },
         "global_stage": {
             "epochs": 300, "learning_rate": 1e-4, "warmup_steps": 0, "schedule": "constant",
-            "loss": "l2", "weight_gradient": 1.0, "weight_record": 1.0, "x0_weight": "flat",
-            "t_power": 1.0, "batch_size": 1, "precision": "fp32",
+            "loss": "l2", "loss_mm": 0.0, "weight_gradient": 1.0, "weight_record": 1.0,
+            "x0_weight": "flat", "t_power": 1.0, "batch_size": 1, "precision": "fp32",
         },
         "target_stage": {
             "epochs": 30, "learning_rate": 1e-6, "encoder": "biomedclip", "weight_style": 1.0,

@@ -31,6 +31,7 @@ from sgcd_core.volume.condition import (
     from_network,
     to_network,
 )
+from sgcd_core.volume.resample import FWHM
 
 
 def planned_steps(steps: int, epochs: int | None, scans: int, batch_size: int) -> int:
@@ -140,7 +141,13 @@ class GlobalStage:
         image, mask = batch["image"], batch["mask"]
         drawn = draw(batch, self.schedule.timesteps, stage.t_power)
         denoiser, x_t, output = predict(
-            self.network, self.schedule, config, self.matcher, batch, drawn, stage.precision,
+            self.network,
+            self.schedule,
+            config,
+            self.matcher,
+            batch,
+            drawn,
+            stage.precision,
             condition,
         )
         target = self.schedule.training_target(
@@ -151,10 +158,10 @@ class GlobalStage:
         weight = torch.ones_like(drawn.t, dtype=torch.float32)
         if stage.x0_weight == "snr":
             weight = self.schedule.clean_weight(config.network.prediction, drawn.t)
-        inside = loss_region(config, mask)
+        inside, sigma = loss_region(config, mask), loss_sigma(config)
         losses = {
-            "noise": prediction_loss(output, target, inside, stage.loss).mean(),
-            "gradient": (weight * gradient_loss(estimate, image, mask)).mean(),
+            "noise": prediction_loss(output, target, inside, stage.loss, sigma).mean(),
+            "gradient": (weight * gradient_loss(estimate, image, mask, sigma)).mean(),
         }
         return losses, statistics_of(estimate, mask, config.record), weight
 
@@ -242,6 +249,16 @@ def predict(
 def loss_region(config: SgcdConfig, mask: Tensor) -> Tensor | None:
     """Where L_N counts: the brain for predictions of the image, everywhere for noise."""
     return mask if config.network.prediction in ("x0", "residual") else None
+
+
+def loss_sigma(config: SgcdConfig) -> float:
+    """Sigma in voxels of the smoothing that `global_stage.loss_mm` asks for.
+
+    Predictions of noise are compared voxel by voxel whatever it says: noise is what they are.
+    """
+    if config.network.prediction in ("epsilon", "v"):
+        return 0.0
+    return config.global_stage.loss_mm / FWHM / config.prepare.mm
 
 
 def unwrapped(network: nn.Module) -> nn.Module:

@@ -204,7 +204,8 @@ def sampling_denoiser(
     condition = build_condition(batch, config.condition, matcher, look)
     return ConditionalDenoiser(
         network, schedule, config, condition.channels, condition.content,
-        LookEmbedding.labels_of(sequence, look, condition.source), config.target_stage.precision, clip=True,
+        LookEmbedding.labels_of(sequence, look, condition.source),
+        config.target_stage.precision, clip=True,
     )  # fmt: skip
 
 

@@ -6,11 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sgcd_core.volume.condition import gradient_map
+from sgcd_core.volume.condition import blurred, gradient_map
 
 
 def prediction_loss(
-    output: Tensor, target: Tensor, mask: Tensor | None, kind: str = "l2"
+    output: Tensor, target: Tensor, mask: Tensor | None, kind: str = "l2", sigma: float = 0.0
 ) -> Tensor:
     """L_N of Eq. 3: mean error of the network's prediction, one value a sample.
 
@@ -19,23 +19,28 @@ def prediction_loss(
         target: Same shape.
         mask: (B, 1, X, Y, Z) bool to restrict to, or None for the whole volume.
         kind: `l2` as the paper, or `l1`.
+        sigma: Of the Gaussian the error is smoothed with first, voxels. A scan's own noise is in
+            the scan that the network is given too: voxel by voxel it would learn to copy it.
 
     Returns:
         (B,) losses.
     """
-    error = (output - target).abs() if kind == "l1" else (output - target).square()
+    difference = smoothed(output - target, mask, sigma)
+    error = difference.abs() if kind == "l1" else difference.square()
     return masked_mean(error, mask)
 
 
-def gradient_loss(estimate: Tensor, reference: Tensor, mask: Tensor) -> Tensor:
+def gradient_loss(estimate: Tensor, reference: Tensor, mask: Tensor, sigma: float = 0.0) -> Tensor:
     """L_G: squared difference of the normalized gradient maps inside the mask, (B,).
 
     Args:
         estimate: (B, 1, X, Y, Z) estimate of the clean image, [0, 1].
         reference: The image whose edges must stay, [0, 1].
         mask: (B, 1, X, Y, Z) bool.
+        sigma: Of the Gaussian both are smoothed with first, voxels.
     """
-    difference = gradient_map(estimate, mask) - gradient_map(reference, mask)
+    a, b = (smoothed(image, mask, sigma) for image in (estimate, reference))
+    difference = gradient_map(a, mask) - gradient_map(b, mask)
     return masked_mean(difference.square(), mask)
 
 
@@ -51,6 +56,19 @@ def style_direction_loss(moved: Tensor, wanted: Tensor) -> Tensor:
 def style_reconstruction_loss(moved: Tensor, wanted: Tensor) -> Tensor:
     """L_R: L1 distance of a target scan's own style and its reconstruction's (B, E), (B,)."""
     return (wanted - moved).abs().sum(-1)
+
+
+def smoothed(image: Tensor, mask: Tensor | None, sigma: float) -> Tensor:
+    """Gaussian smoothing inside the mask (everywhere where None), 0 outside; sigma 0: as it is.
+
+    Voxels outside count for nothing (normalized convolution; Knutsson 1993, CVPR).
+    """
+    if sigma <= 0:
+        return image
+    inside = torch.ones_like(image) if mask is None else mask.to(image.dtype)
+    variance = [sigma**2] * 3
+    weight = blurred(inside, variance).clamp(min=1e-3)
+    return blurred(image * inside, variance) / weight * inside
 
 
 def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:

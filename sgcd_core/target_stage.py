@@ -23,7 +23,7 @@ from sgcd_core.diffusion.network import ConditionalDenoiser, build_network
 from sgcd_core.diffusion.sampler import reverse_grid, starting_image
 from sgcd_core.diffusion.schedule import Schedule
 from sgcd_core.errors import InputError, ModelError
-from sgcd_core.global_stage import draw, loss_region, predict, unwrapped
+from sgcd_core.global_stage import draw, loss_region, loss_sigma, predict, unwrapped
 from sgcd_core.harmonizer import global_image, sampling_denoiser
 from sgcd_core.losses import (
     gradient_loss,
@@ -151,7 +151,9 @@ class TargetStage:
             denoiser.content,
         )  # fmt: skip
         inside = loss_region(config, batch["mask"])
-        return prediction_loss(output, wanted, inside, config.global_stage.loss).mean()
+        return prediction_loss(
+            output, wanted, inside, config.global_stage.loss, loss_sigma(config)
+        ).mean()
 
     def _styled(self, batch: Batch, wanted: Tensor, name: str, weight: float) -> dict[str, float]:
         """Translate `batch`, compare its style direction with `wanted` and back-propagate."""
@@ -172,7 +174,9 @@ class TargetStage:
             found[name] = float(loss.detach())
             total = weight * loss
             if name == "style" and stage.weight_anatomy > 0:
-                anatomy = gradient_loss(image, batch["image"], batch["mask"]).mean()
+                anatomy = gradient_loss(
+                    image, batch["image"], batch["mask"], loss_sigma(self.config)
+                ).mean()
                 found["anatomy"] = float(anatomy.detach())
                 total = total + stage.weight_anatomy * anatomy
             self._backward(total)

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from pipelines.box.scans import SUBJECTS, Pool
@@ -183,7 +182,8 @@ def train_network(
     samples = Samples(pool, config, composition, config.seed, size * stage.done, crop)
     source = iter(DataLoader(
         samples, batch_size=size, num_workers=loaders, collate_fn=collate,
-        prefetch_factor=4 if loaders else None, multiprocessing_context="spawn" if loaders else None,
+        prefetch_factor=4 if loaders else None,
+        multiprocessing_context="spawn" if loaders else None,
     ))  # fmt: skip
     while stage.done < total_steps and time.monotonic() < end:
         batch, condition = next(source)

@@ -80,8 +80,8 @@ def test_masked_quantiles_equal_numpy():
 def test_augmented_style_is_the_same_for_a_seed_whatever_the_batch():
     (a, m), (b, n) = brain(0), brain(1)
     config = ConditionConfig()
-    both = augment_contrast(*tensors([a, b], [m, n]), config, generators(5, 6))
-    alone = augment_contrast(*tensors([b], [n]), config, generators(6))
+    both = augment_contrast(*tensors([a, b], [m, n]), config, generators(5, 6), 4.0)
+    alone = augment_contrast(*tensors([b], [n]), config, generators(6), 4.0)
     torch.testing.assert_close(both[1:], alone)
     assert float((both[:1] - tensors([a], [m])[0]).abs().mean()) > 0.01
 

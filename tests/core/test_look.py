@@ -1,5 +1,7 @@
 """Looks and matching: blind to contrast, exact on ranks, and knowing of composition."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ from scipy import ndimage
 
 from sgcd_core.box import Box, find_box, load_box, load_composition, shape_of
 from sgcd_core.config import load_config
-from sgcd_core.diffusion.network import build_network, from_cells, to_cells
+from sgcd_core.diffusion.network import LookEmbedding, build_network, from_cells, to_cells
 from sgcd_core.errors import ModelError
 from sgcd_core.style.composition import KNOTS, CompositionModel, match, true_shift
 from sgcd_core.style.look import (
@@ -18,10 +20,13 @@ from sgcd_core.style.look import (
     leave_out,
     mean_look,
     measure_look,
+    mirrored_look,
     quantiles,
     restyled,
+    textures,
 )
 from sgcd_core.style.shading import SHADING_SIZE, estimate_shading, mirrored, shading_field
+from sgcd_core.style.texture import TEXTURE_SIZE, measure_texture
 
 
 def brain(seed, fluid=0.3, size=24):
@@ -83,7 +88,7 @@ def test_many_voxels_of_one_value_map_to_one_value():
     steps = np.round(image * 8) / 8
     steps = steps.astype(np.float32)
     look, own = measure_look(image, mask, 4.0, "T1w"), measure_look(steps, mask, 4.0, "T1w")
-    flat = [Look(x.quantiles, x.profile, np.zeros(SHADING_SIZE)) for x in (look, own)]
+    flat = [replace(x, shading=np.zeros(SHADING_SIZE)) for x in (look, own)]
     got = match(steps, mask, 4.0, *flat, "T1w")
     for value in np.unique(steps[mask]):
         assert np.ptp(got[mask & (steps == value)]) == 0
@@ -159,10 +164,11 @@ def test_a_site_s_look_follows_a_recoloured_scan():
     scans = [brain(s) for s in range(3)]
     site = mean_look([measure_look(*scan, 4.0, "T1w") for scan in scans]).vector()
     image, mask = scans[0]
-    moved = restyled(site, image, image**2, mask)
+    moved = restyled(site, image, image**2, mask, "T1w")
     count = len(LEVELS)
     np.testing.assert_allclose(moved[:count], site[:count] ** 2, atol=0.02)
-    np.testing.assert_array_equal(moved[count:], site[count:])
+    rest = slice(count, LOOK_SIZE - TEXTURE_SIZE)
+    np.testing.assert_array_equal(moved[rest], site[rest])
 
 
 def test_ranks_rise_from_zero_to_one_whatever_the_weights():
@@ -222,7 +228,7 @@ def test_a_fresh_residual_network_copies_its_content_and_does_not_see_the_noise(
     config = load_config("tiny", settings=["prepare.shape=[16, 16, 16]"])
     network = build_network(config).eval()
     x = torch.rand(1, 3, 16, 16, 16) * 2 - 1
-    labels = torch.zeros(1, 1 + len(LEVELS[::8]))
+    labels = LookEmbedding.labels_of(torch.tensor([0]), *torch.zeros(2, 1, LOOK_SIZE))
     with torch.no_grad():
         out = network(x, torch.tensor([999]), labels)
         x[:, :1] += 3
@@ -263,3 +269,51 @@ def test_the_packaged_composition_model_knows_a_scan_of_the_look_s_own_scanner()
                 got = match(images[k], masks[k], 4.0, goal, looks[k], site.sequence, index, helper)
                 errors[name] += float(np.abs(got - images[k])[masks[k]].mean())
     assert errors["composition"] < 0.95 * errors["plain"]
+
+
+def blurred_and_noisy(sigma, noise):
+    """Lumps as a scanner of some sharpness and noise shows them."""
+    image, mask = lumps(4)
+    rng = np.random.default_rng(5)
+    image = ndimage.gaussian_filter(image, sigma) + noise * rng.standard_normal(image.shape)
+    return image * mask, mask
+
+
+def test_texture_tells_blur_from_noise_and_along_which_axis():
+    plain = measure_texture(*blurred_and_noisy((0, 0, 0), 0.02))
+    thick = measure_texture(*blurred_and_noisy((0, 0, 1.2), 0.02))
+    noisy = measure_texture(*blurred_and_noisy((0, 0, 0), 0.1))
+    # neighbours along the thick axis become far more alike than along the others
+    assert (thick - plain)[8] < min(0, (thick - plain)[0], (thick - plain)[4]) - 0.3
+    # noise bends flat tissue along every axis
+    bends = [3, 7, 11]
+    assert (noisy[bends] > plain[bends] + 0.5).all()
+
+
+def test_texture_is_blind_to_gain_and_offset():
+    image, mask = blurred_and_noisy((0.5, 0, 0), 0.05)
+    np.testing.assert_allclose(
+        measure_texture(3 * image + 2, mask), measure_texture(image, mask), atol=1e-3
+    )
+
+
+def test_a_mirrored_look_is_the_look_of_mirrored_scans():
+    image, mask = lumps(6)
+    field = shading_field(np.linspace(-0.1, 0.1, SHADING_SIZE), image.shape, 4.0)
+    image = (image * field).astype(np.float32)
+    mirror = measure_look(image[::-1].copy(), mask[::-1].copy(), 4.0, "T1w").vector()
+    expected = mirrored_look(measure_look(image, mask, 4.0, "T1w").vector())
+    # a shading is fitted to a sample of voxels, which is another one in the mirror
+    np.testing.assert_allclose(mirror, expected, atol=0.03)
+
+
+def test_a_recoloured_scan_gives_its_site_its_own_texture():
+    image, mask = lumps(7)
+    image = np.clip(image, 0, 1).astype(np.float32)
+    look = measure_look(image, mask, 4.0, "T1w").vector()
+    soft = (ndimage.gaussian_filter(image, 1.0) * mask).astype(np.float32)
+    got = restyled(look, image, soft, mask, "T1w")
+    np.testing.assert_allclose(
+        textures(got), textures(measure_look(soft, mask, 4.0, "T1w").vector()), atol=1e-5
+    )
+    assert np.abs(textures(got) - textures(look)).max() > 0.5

@@ -1,15 +1,18 @@
 """The pool of random sites, and training from it; balls stand for brains."""
 
+import itertools
+
 import numpy as np
 import torch
 
 from pipelines.box.composition import _ROW, fit_composition, measure_site, read_sites
-from pipelines.box.network import batches, train_network
+from pipelines.box.network import Samples, collate, train_network
 from pipelines.box.scans import GRIDS, Pool, SiteScans
 from sgcd_core.box import Box
 from sgcd_core.config import load_config
 from sgcd_core.diffusion.network import build_network
 from sgcd_core.style.composition import CompositionModel
+from sgcd_core.style.look import measure_look
 
 
 def ball(seed, shape, gamma):
@@ -28,7 +31,7 @@ def site(number, sequence="T1w", subjects=5):
         pairs = [ball(10 * number + k, small, 0.5 + 0.2 * number) for k in range(subjects)]
         images[grid] = np.stack([p[0] for p in pairs])
         masks[grid] = np.stack([p[1] for p in pairs])
-    return SiteScans(sequence, images, masks)
+    return SiteScans(sequence, images, images, masks)
 
 
 def filled(folder, sites=3):
@@ -43,22 +46,36 @@ def test_a_pool_gives_back_what_was_put_in(tmp_path):
     pool, scans = Pool(tmp_path), site(1)
     pool.add("T1w-0-0000001", scans)
     (path,) = pool.files()
-    sequence, images, masks = Pool.read(path, "tiny")
-    assert sequence == "T1w"
-    np.testing.assert_array_equal(masks, scans.masks["tiny"])
-    np.testing.assert_allclose(images, scans.images["tiny"], atol=1 / 254)
-    assert not images[~masks].any()
+    image, mask, looks = Pool.read(path, "tiny", 2)
+    np.testing.assert_array_equal(mask, scans.masks["tiny"][2])
+    np.testing.assert_allclose(image, scans.clean["tiny"][2], atol=1 / 254)
+    assert not image[~mask].any()
+    own = measure_look(scans.images["tiny"][2], mask, GRIDS["tiny"][0], "T1w").vector()
+    np.testing.assert_array_equal(looks[2], own)
 
 
-def test_batches_are_the_same_for_a_seed_and_a_step(tmp_path):
-    pool = filled(tmp_path)
-    config = load_config("tiny")
-    stream = batches(pool, config, seed=3, start=0)
-    first, second = next(stream), next(stream)
-    again = next(batches(pool, config, seed=3, start=1))
+def take(samples, count):
+    return list(itertools.islice(iter(samples), count))
+
+
+def test_samples_are_the_same_for_a_seed_and_a_number(tmp_path):
+    pool, config, model = filled(tmp_path), load_config("tiny"), CompositionModel(2, hidden=4)
+    first, second = take(Samples(pool, config, model, 3, 0, None), 2)
+    (again,) = take(Samples(pool, config, model, 3, 1, None), 1)
     assert torch.equal(second["image"], again["image"])
     assert torch.equal(second["look"], again["look"])
+    assert torch.equal(second["condition"][0], again["condition"][0])
     assert not torch.equal(first["image"], second["image"])
+
+
+def test_a_window_is_cut_from_scan_and_condition_alike(tmp_path):
+    pool, model = filled(tmp_path), CompositionModel(2, hidden=4)
+    config = load_config("tiny", settings=["condition.contrast_augmentation=false"])
+    (sample,) = take(Samples(pool, config, model, 3, 0, (16, 24, 16)), 1)
+    batch, condition = collate([sample, sample])
+    assert batch["image"].shape == condition.content.shape == (2, 1, 16, 24, 16)
+    image, content = batch["image"][batch["mask"]], condition.content[batch["mask"]]
+    assert np.corrcoef(image, content)[0, 1] > 0.9
 
 
 def test_the_box_is_trained_on_from_where_it_was_left(tmp_path):
@@ -73,7 +90,8 @@ def test_the_box_is_trained_on_from_where_it_was_left(tmp_path):
     lines = []
     for steps in (2, 4):
         weights = train_network(
-            pool, config, model, folder, minutes=5, total_steps=steps, report=lines.append
+            pool, config, model, folder, minutes=5, total_steps=steps, loaders=0,
+            report=lines.append,
         )
     assert [line["step"] for line in lines] == [2, 4]
     box = Box.from_bytes(weights.read_bytes())
