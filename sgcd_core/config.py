@@ -103,6 +103,9 @@ class NetworkConfig(Settings):
     curve_knots: int = Field(
         9, ge=0, description="knots of the intensity curve predicted for each cell; 0: none"
     )
+    filter_radius: int = Field(
+        1, ge=0, description="half-width in voxels of the filter predicted for each cell; 0: none"
+    )
     head_channels: int = Field(16, ge=1)
     norm_groups: int = Field(8, ge=1)
     prediction: Prediction = Field("residual", description="what the network's output means")
@@ -257,8 +260,9 @@ class SgcdConfig(Settings):
             raise ValueError("network.prediction=residual needs condition.content_channel=true")
         if self.network.curve_knots == 1:
             raise ValueError("network.curve_knots must be 0 or at least 2")
-        if self.network.curve_knots and not self.condition.content_channel:
-            raise ValueError("network.curve_knots needs condition.content_channel=true")
+        for name in ("curve_knots", "filter_radius"):
+            if getattr(self.network, name) and not self.condition.content_channel:
+                raise ValueError(f"network.{name} needs condition.content_channel=true")
         factor = self.network.patch * 2 ** (len(self.network.channels) - 1)
         if any(side % factor for side in self.prepare.shape):
             raise ValueError(f"prepare.shape={self.prepare.shape} must be multiples of {factor}")
@@ -285,6 +289,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "norm_groups": 32,
             "patch": 1,
             "curve_knots": 0,
+            "filter_radius": 0,
             "prediction": "epsilon",
         },
         "record": {"decay": 0.2, "order": "update_then_compare"},

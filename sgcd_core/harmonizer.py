@@ -99,7 +99,12 @@ class Harmonizer:
         batch = self._batch(image, mask, sequence, site_look)
         sampler = self.config.target_sampler if self.is_target else self.config.global_sampler
         draws = max(samples, sampler.seeds)
-        outputs = torch.stack([self._draw(batch, scan_id, seed, i)[0, 0] for i in range(draws)])
+        shape = tuple(batch["image"].shape)
+        denoisers = self._denoisers(batch)
+        outputs = torch.stack([
+            self._draw(batch, denoisers, noise_for(scan_id, seed, i, shape))[0, 0]
+            for i in range(draws)
+        ])  # fmt: skip
         spread = outputs.std(dim=0, unbiased=False) if samples > 1 else None
         return Harmonized(
             image=outputs.mean(0).cpu().numpy().astype(np.float32),
@@ -113,6 +118,19 @@ class Harmonizer:
         """How unlike the training scans this prepared scan is; 1 is usual (`OutlierModel`)."""
         index = list(self.config.sequences).index(sequence)
         return self.outliers.score(style_features(image, mask), index)
+
+    def _denoisers(self, batch: Batch) -> Denoisers:
+        """Conditions are taken once for all draws."""
+
+        def one(network: nn.Module, looks: Tensor) -> ConditionalDenoiser:
+            return sampling_denoiser(
+                network, self.schedule, self.config, self.matcher, batch, looks
+            )
+
+        target = one(self.network, self.looks)
+        if not self.is_target or not start_matters(self.schedule, self.config.target_sampler):
+            return Denoisers(target, target)
+        return Denoisers(one(self.global_network, self.common), target)
 
     def _batch(
         self, image: NDArray[np.float32], mask: NDArray[np.bool_], sequence: str,
@@ -140,58 +158,72 @@ class Harmonizer:
         batch = make_batch([image], [mask], [sequence], [0], config.sequences, [look], [look])
         return to_device(batch, self.device)
 
-    def _draw(self, batch: Batch, scan_id: str, seed: int, index: int) -> Tensor:
-        noise = noise_for(scan_id, seed, index, tuple(batch["image"].shape)).to(self.device)
-        aligned = global_image(
-            self.global_network, self.schedule, self.config, self.matcher, batch, self.common,
-            noise,
-        )  # fmt: skip
+    def _draw(self, batch: Batch, denoisers: Denoisers, noise: Tensor) -> Tensor:
+        """One output (1, 1, X, Y, Z) in [0, 1]."""
+        schedule, config = self.schedule, self.config
+        noise = noise.to(self.device)
         if not self.is_target:
-            return aligned
-        return target_image(
-            self.network, self.schedule, self.config, self.matcher, batch, aligned, self.looks,
-            self.common, noise, inverter=self.global_network,
-        )  # fmt: skip
+            return global_image(schedule, config, denoisers.common, batch, noise)
+        aligned = batch["image"]
+        if start_matters(schedule, config.target_sampler):
+            aligned = global_image(schedule, config, denoisers.common, batch, noise)
+        return target_image(schedule, config, denoisers, batch, aligned, noise)
+
+
+@dataclass(frozen=True)
+class Denoisers:
+    """The networks of both stages under the condition of one batch.
+
+    Attributes:
+        common: Stage 1, in the common look.
+        target: Stage 2, in the target's; the same as `common` for a global model.
+    """
+
+    common: ConditionalDenoiser
+    target: ConditionalDenoiser
+
+
+def start_matters(schedule: Schedule, sampler: SamplerConfig) -> bool:
+    """Whether what generation starts from is seen in its noise at all.
+
+    At t_start = 999 the image has 0.5 % of the noise's amplitude: Stage 1 need not be run for it.
+    """
+    if sampler.start == "inversion" or sampler.kind == "anchored":
+        return True
+    return float(schedule.alpha_bar(torch.tensor([sampler.t_start]))) > 1e-3
 
 
 def global_image(
-    network: nn.Module, schedule: Schedule, config: SgcdConfig, matcher: LookMatcher,
-    batch: Batch, looks: Tensor, noise: Tensor,
+    schedule: Schedule, config: SgcdConfig, denoiser: ConditionalDenoiser, batch: Batch,
+    noise: Tensor,
 ) -> Tensor:  # fmt: skip
     """I' of Stage 1: noise the scans to t_start, then DDIM down to 0 (Eq. 9).
 
-    The result is (B, 1, X, Y, Z) in [0, 1], 0 outside the mask. `looks` (S, LOOK_SIZE) is the
-    common look of each sequence.
+    The result is (B, 1, X, Y, Z) in [0, 1], 0 outside the mask. `denoiser` holds the scans' own
+    condition in the common look.
     """
-    denoiser = sampling_denoiser(network, schedule, config, matcher, batch, looks)
     sampler = config.global_sampler
     return _sample(schedule, sampler, denoiser, denoiser, batch["image"], batch["mask"], noise)
 
 
 def target_image(
-    network: nn.Module, schedule: Schedule, config: SgcdConfig, matcher: LookMatcher,
-    batch: Batch, aligned: Tensor, looks: Tensor, common: Tensor, noise: Tensor,
-    inverter: nn.Module,
+    schedule: Schedule, config: SgcdConfig, denoisers: Denoisers, batch: Batch, aligned: Tensor,
+    noise: Tensor,
 ) -> Tensor:  # fmt: skip
     """I_{X→T} of Stage 2: the globally aligned image goes up, then down with the tuned network.
 
     Args:
-        network: Tuned network.
         schedule: Noise schedule.
         config: All settings.
-        matcher: Takes the scan's own look away.
-        batch: The scans I_X; the condition is taken from them.
+        denoisers: The way up, where it is an inversion, and the way down.
+        batch: The scans I_X.
         aligned: I'_X of Stage 1.
-        looks: (S, LOOK_SIZE), the target's.
-        common: (S, LOOK_SIZE), the common domain's.
         noise: Used where the sampler starts from noise.
-        inverter: Network of the way up (the frozen Stage 1 network).
     """
-    down = sampling_denoiser(network, schedule, config, matcher, batch, looks)
-    up = down
-    if config.target_sampler.start == "inversion":
-        up = sampling_denoiser(inverter, schedule, config, matcher, batch, common)
-    return _sample(schedule, config.target_sampler, up, down, aligned, batch["mask"], noise)
+    return _sample(
+        schedule, config.target_sampler, denoisers.common, denoisers.target, aligned,
+        batch["mask"], noise,
+    )  # fmt: skip
 
 
 def sampling_denoiser(

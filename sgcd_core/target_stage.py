@@ -232,10 +232,10 @@ class TargetStage:
 
     @torch.no_grad()
     def _aligned(self, batch: Batch) -> Tensor:
-        return global_image(
-            self.frozen, self.schedule, self.config, self.matcher, batch, self.common,
-            _noise(batch),
-        )  # fmt: skip
+        denoiser = sampling_denoiser(
+            self.frozen, self.schedule, self.config, self.matcher, batch, self.common
+        )
+        return global_image(self.schedule, self.config, denoiser, batch, _noise(batch))
 
     @torch.no_grad()
     def _direction(self, image: Tensor, aligned: Tensor, plans: list[SlicePlan]) -> Tensor:

@@ -1,7 +1,7 @@
 """`python -m pipelines.box WORK --anatomy FOLDER`: make, or go on making, the weights of the box.
 
-Producers render random sites without end; the composition model is fitted once enough of them are
-measured; the network is then trained for `--minutes`. Run again to go on.
+Producers render random sites without end; with `--refit` the composition model is fitted once
+enough of them are measured; the network is then trained for `--minutes`. Run again to go on.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from threadpoolctl import threadpool_limits
 
 from pipelines.box.composition import (
     fit_composition,
@@ -25,13 +26,23 @@ from pipelines.box.composition import (
 from pipelines.box.network import train_network
 from pipelines.box.scans import SUBJECTS, Pool, SiteScans, produce, wait_for
 from pipelines.cohort import list_anatomies
-from sgcd_core.box import composition_bytes
+from sgcd_core.box import composition_bytes, load_composition
 from sgcd_core.config import load_config
-from sgcd_core.style.composition import CompositionModel, composition_from_state, composition_state
+from sgcd_core.style.composition import CompositionModel
 
 SEED = 2026
 #: One site in so many is kept for scoring the composition model.
 HELD_OUT = 7
+#: What is different from training on scans: these scans have no noise, so voxels can be compared,
+#: and they can be sharpened; a window's histogram is no brain's, so there is no record.
+SETTINGS = (
+    "condition.sharpen_mm=0.9",
+    "global_stage.loss_mm=0",
+    "global_stage.weight_record=0",
+    "global_stage.warmup_steps=50",
+)
+#: Windows of this many voxels are trained on; None: whole volumes.
+CROPS: dict[str, tuple[int, int, int] | None] = {"tiny": None, "small": (48, 48, 48)}
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -45,6 +56,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--preset", default="tiny", choices=("tiny", "small"))
     parser.add_argument("--minutes", type=float, default=120.0, help="for the network")
     parser.add_argument("--steps", type=int, default=20_000, help="of the learning-rate schedule")
+    parser.add_argument("--start", type=Path, help="weights to start from, of another preset too")
     parser.add_argument("--sites", type=int, default=250, help="measured before fitting")
     parser.add_argument("--producers", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1, help="of the trainer")
@@ -65,12 +77,13 @@ def main(words: Sequence[str] | None = None) -> None:
     for producer in producers:
         producer.start()
     try:
-        config = load_config(args.preset, settings=args.settings)
+        config = load_config(args.preset, settings=[*SETTINGS, *args.settings])
         composition = _composition(args.work, pool, args.sites, args.refit)
         wait_for(pool, 20)
         weights = train_network(
             pool, config, composition, args.work / args.preset, minutes=args.minutes,
-            total_steps=args.steps, report=lambda line: print(json.dumps(line), flush=True),
+            total_steps=args.steps, crop=CROPS[args.preset], start_from=args.start,
+            report=lambda line: print(json.dumps(line), flush=True),
         )  # fmt: skip
     finally:
         for producer in producers:
@@ -79,8 +92,9 @@ def main(words: Sequence[str] | None = None) -> None:
         goal = Path(__file__).parents[2] / "sgcd_core" / "weights"
         goal.mkdir(exist_ok=True)
         shutil.copy(weights, goal / weights.name)
-        meta = {"sites": len(read_sites(_profiles(args.work), SUBJECTS)) // 2, "seed": SEED}
-        (goal / "composition.safetensors").write_bytes(composition_bytes(composition, meta))
+        if args.refit:
+            meta = {"sites": len(read_sites(_profiles(args.work), SUBJECTS)) // 2, "seed": SEED}
+            (goal / "composition.safetensors").write_bytes(composition_bytes(composition, meta))
     print(f"weights: {weights} ({weights.stat().st_size / 2**20:.1f} MiB)")
 
 
@@ -88,6 +102,7 @@ def _produce(work: Path, anatomies: list[str], worker: int) -> None:
     """One producer, at low priority, until it is ended."""
     os.nice(10)
     torch.set_num_threads(1)
+    threadpool_limits(1)  # threads of two producers wait for each other, five times longer
     condition = load_config().condition
     count = 0
     with (work / f"profiles-{worker}.f32").open("ab") as stream:
@@ -107,12 +122,10 @@ def _profiles(work: Path) -> list[Path]:
 
 
 def _composition(work: Path, pool: Pool, sites: int, refit: bool) -> CompositionModel:
-    """The fitted model, from `work` or now."""
-    path = work / "composition.pt"
-    if path.exists() and not refit:
-        found = composition_from_state(torch.load(path, weights_only=True))
-        if found is not None:
-            return found
+    """The package's model, or one fitted now."""
+    packaged = load_composition()
+    if packaged is not None and not refit:
+        return packaged
     wait_for(pool, min(2 * sites, pool.keep), seconds=24 * 3600)
     rows = read_sites(_profiles(work), SUBJECTS)
     # a site's two sequences follow each other and stay on one side
@@ -121,5 +134,4 @@ def _composition(work: Path, pool: Pool, sites: int, refit: bool) -> Composition
     scores = score_composition(model, rows[held])
     print(json.dumps({"composition": scores, "sites": len(rows) // 2}), flush=True)
     model = fit_composition(rows)
-    torch.save(composition_state(model), path)
     return model

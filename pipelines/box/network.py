@@ -152,9 +152,10 @@ def train_network(
     stage = GlobalStage(config, total_steps, composition=composition)
     if checkpoint.exists():
         stage.load_state_dict(torch.load(checkpoint, weights_only=True))
-    elif start_from is not None:
-        unwrapped(stage.network).load_state_dict(Box.from_bytes(start_from.read_bytes()).network)
     else:
+        if start_from is not None:
+            start = Box.from_bytes(start_from.read_bytes())
+            unwrapped(stage.network).load_state_dict(start.network)
         set_textures(unwrapped(stage.network), pool, config)
     end = time.monotonic() + 60 * minutes
     rows: list[dict[str, float]] = []

@@ -60,40 +60,90 @@ class LookEmbedding(nn.Module):
         return torch.cat([sequence[:, None].float(), *(p.to(sequence.device) for p in parts)], 1)
 
 
+#: A filter's weights are of the size of 0.1: they start at 0, and Adam takes small steps.
+FILTER_GAIN = 3.0
+
+
 class CellNetwork(nn.Module):
     """MONAI's U-Net on a grid of cells of patch³ voxels, every voxel of a cell a channel.
 
     A convolution at full resolution with few channels is what costs most on a CPU. The output of a
-    cell is the detail of its voxels and, with `knots`, a curve over intensity which is
-    interpolated between cells and read at each voxel's content (a bilateral grid; Chen 2007, ACM
-    TOG 26:103; Gharbi 2017, ACM TOG 36:118): tissues of one place are moved apart from each other
-    without touching the detail in them.
+    cell is the detail of its voxels and, each interpolated between cells:
+
+    - with `knots`, a curve over intensity, read at each voxel's content (a bilateral grid; Chen
+      2007, ACM TOG 26:103; Gharbi 2017, ACM TOG 36:118): tissues of one place are moved apart from
+      each other without touching the detail in them;
+    - with `radius`, a filter that acts on the content around each voxel (kernel prediction; Bako
+      2017, ACM TOG 36:97): noise is averaged along edges and blur is undone across them, which
+      few channels learn far sooner than to carry every voxel's detail through the network.
 
     Args:
         network: U-Net with patch³ times the input's channels.
         patch: Voxels along each side of a cell.
         knots: Of the curve; 0 for none.
+        radius: Half-width of the filter, voxels; 0 for none.
         content_index: Channel of the input that holds the content, in [-1, 1].
     """
 
-    def __init__(self, network: nn.Module, patch: int, knots: int, content_index: int) -> None:
+    def __init__(
+        self, network: nn.Module, patch: int, knots: int, radius: int, content_index: int
+    ) -> None:
         super().__init__()
-        self.network, self.patch, self.knots = network, patch, knots
+        self.network, self.patch, self.knots, self.radius = network, patch, knots, radius
         self.content_index = content_index
 
     def forward(self, x: Tensor, timesteps: Tensor, class_labels: Tensor) -> Tensor:
         """(B, 1, X, Y, Z) of (B, C, X, Y, Z)."""
         cells = to_cells(x, self.patch).contiguous(memory_format=torch.channels_last_3d)
         out = self.network(cells, timesteps, class_labels=class_labels).float()
-        voxels = from_cells(out[:, self.knots :], self.patch)
-        if not self.knots:
+        taps = filter_taps(self.radius)
+        voxels = from_cells(out[:, self.knots + taps :], self.patch)
+        if not self.knots and not taps:
             return voxels
-        curve = nn.functional.interpolate(
-            out[:, : self.knots], scale_factor=self.patch, mode="trilinear", align_corners=False
-        )
-        at = (x[:, self.content_index, None].float() + 1) / 2 * (self.knots - 1)
-        knots = torch.arange(self.knots, device=x.device).view(1, -1, 1, 1, 1)
-        return voxels + ((1 - (at - knots).abs()).clamp(min=0) * curve).sum(1, keepdim=True)
+        content = x[:, self.content_index, None].float()
+        smooth = out[:, : self.knots + taps]
+        if self.patch > 1:
+            smooth = nn.functional.interpolate(
+                smooth, scale_factor=self.patch, mode="trilinear", align_corners=False
+            )
+        if self.knots:
+            at = (content + 1) / 2 * (self.knots - 1)
+            knots = torch.arange(self.knots, device=x.device).view(1, -1, 1, 1, 1)
+            share = (1 - (at - knots).abs()).clamp(min=0)
+            voxels = voxels + (share * smooth[:, : self.knots]).sum(1, keepdim=True)
+        if taps:
+            weights = FILTER_GAIN * smooth[:, self.knots :]
+            voxels = voxels + filtered(content, weights, self.radius)
+        return voxels
+
+
+def filter_taps(radius: int) -> int:
+    """Weights of a filter: all voxels of its cube but the middle one."""
+    return int((2 * radius + 1) ** 3 - 1)
+
+
+def filtered(content: Tensor, weights: Tensor, radius: int) -> Tensor:
+    """What a filter of each voxel changes: Σ w_k (content at k - content), (B, 1, X, Y, Z).
+
+    Written with differences, a filter leaves flat tissue as it is whatever its weights. Neighbours
+    outside the brain (content -1) count for nothing.
+
+    Args:
+        content: (B, 1, X, Y, Z) in [-1, 1].
+        weights: (B, taps, X, Y, Z), in the order of offsets with x slowest.
+        radius: Half-width of the cube.
+    """
+    around = nn.functional.pad(content, [radius] * 6, value=-1.0)
+    x, y, z = content.shape[2:]
+    span = range(2 * radius + 1)
+    offsets = [(i, j, k) for i in span for j in span for k in span
+               if (i, j, k) != (radius, radius, radius)]  # fmt: skip
+    total = torch.zeros_like(content)
+    for index, (i, j, k) in enumerate(offsets):
+        other = around[:, :, i : i + x, j : j + y, k : k + z]
+        step = torch.where(other > -1, other - content, 0)
+        total = total + weights[:, index, None] * step
+    return total
 
 
 def to_cells(x: Tensor, patch: int) -> Tensor:
@@ -124,7 +174,7 @@ def build_network(config: SgcdConfig) -> nn.Module:
     network = DiffusionModelUNet(
         spatial_dims=3,
         in_channels=inputs * cell,
-        out_channels=cell + net.curve_knots,
+        out_channels=cell + net.curve_knots + filter_taps(net.filter_radius),
         num_res_blocks=net.res_blocks,
         channels=net.channels,
         attention_levels=net.attention_levels,
@@ -140,7 +190,7 @@ def build_network(config: SgcdConfig) -> nn.Module:
         with torch.no_grad():
             network.conv_in.conv.weight[:, :cell] = 0
     network = network.to(memory_format=torch.channels_last_3d)
-    return CellNetwork(network, net.patch, net.curve_knots, inputs - 1)
+    return CellNetwork(network, net.patch, net.curve_knots, net.filter_radius, inputs - 1)
 
 
 @contextlib.contextmanager

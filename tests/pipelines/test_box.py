@@ -90,7 +90,13 @@ def test_the_box_is_trained_on_from_where_it_was_left(tmp_path):
     lines = []
     for steps in (2, 4):
         weights = train_network(
-            pool, config, model, folder, minutes=5, total_steps=steps, loaders=0,
+            pool,
+            config,
+            model,
+            folder,
+            minutes=5,
+            total_steps=steps,
+            loaders=0,
             report=lines.append,
         )
     assert [line["step"] for line in lines] == [2, 4]
