@@ -196,7 +196,7 @@ class Cohort:
 
     @cached_property
     def site_looks(self) -> Looks:
-        """Looks of all sites; of test scans only where there is no other, as `ray_jobs.site_looks`."""
+        """Looks of all sites; of test scans only where there is no other (`ray_jobs.site_looks`)"""
         return self._looks([s for s in self.scans.values() if s.split == "test"]) | dict(
             self.survey.looks
         )

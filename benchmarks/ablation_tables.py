@@ -159,9 +159,8 @@ def chart(results: Results) -> bytes:
         _plain(axes)
         axes.set_title(sequence, fontsize=9, color=INK)
         axes.set_xlabel("PSNR to the subject's scan at the target, dB", fontsize=8)
-        low = min(
-            mean(results[a.name], "psnr", (sequence, s)) for a in shown for s in (True, False)
-        )
+        pairs = [(a.name, (sequence, seen)) for a in shown for seen in (True, False)]
+        low = min(mean(results[name], "psnr", group) for name, group in pairs)
         axes.set_xlim(left=max(0.0, np.floor(low) - 1))
     panels[0].set_yticks(at, [f"{a.name}" for a in shown])
     panels[0].legend(fontsize=7, frameon=False, loc="lower left", bbox_to_anchor=(0, 1.04))

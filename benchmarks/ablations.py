@@ -103,8 +103,11 @@ def run(work: Work, names: Iterable[str], workers: int = 1) -> list[str]:
         for phase, (_, key) in PHASES.items():
             # One row of those that share a model makes it.
             first = {key(work, a): a for a in reversed(todo) if a.network or phase == "score"}
-            jobs = [(work, phase, a.name) for a in reversed(first.values())
-                    if work.stage1_key(a) not in stopped and work.stage2_key(a) not in stopped]  # fmt: skip
+            jobs = [
+                (work, phase, a.name)
+                for a in reversed(first.values())
+                if not {work.stage1_key(a), work.stage2_key(a)} & stopped.keys()
+            ]
             for name, seconds, code in run_all(_attempt, jobs):
                 _say(phase, name, seconds, code)
                 if code:

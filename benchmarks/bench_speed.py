@@ -1,4 +1,4 @@
-"""Seconds of one harmonized scan on this processor, beside MONAI's network and sampler as they come.
+"""Seconds of one harmonized scan on this processor, beside MONAI's U-Net and DDIM as they come.
 
 Ours: the network of the preset, DDIM on explicit grids, precision `auto`, channels last. MONAI's:
 DiffusionModelUNet and DDIMScheduler, float32, contiguous, every voxel a cell, the same channels and
@@ -188,8 +188,8 @@ def affordable(config: SgcdConfig, shape: tuple[int, ...], limit: float) -> tupl
     if estimate <= limit:
         return shape
     half = tuple(max(unit, side // 2 // unit * unit) for side in shape)
-    print(f"\nthe paper's network would take about {estimate:.0f} s an evaluation on "
-          f"{'×'.join(map(str, shape))} voxels, more than {limit:.0f} s: half of each side")  # fmt: skip
+    print(f"\nthe paper's network would take about {estimate:.0f} s an evaluation on the whole "
+          f"grid, more than {limit:.0f} s: half of each side is measured")  # fmt: skip
     return half
 
 
