@@ -89,6 +89,7 @@ def test_rows_share_the_models_they_have_in_common(ablations: ModuleType, tmp_pa
     assert work.result_key(full) != work.result_key(curve)
 
 
+@pytest.mark.slow
 def test_two_rows_run_are_kept_and_every_row_has_its_line(
     ablations: ModuleType, work: Any, tmp_path: Path
 ) -> None:
@@ -117,6 +118,7 @@ def test_two_rows_run_are_kept_and_every_row_has_its_line(
     assert png.startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_a_change_of_steps_makes_a_result_another_one(
     ablations: ModuleType, work: Any, tmp_path: Path
 ) -> None:
