@@ -4,6 +4,7 @@
 # make lint    ruff and mypy
 # make bench   the benchmarks, each against a named peer
 # make bench-quality ANATOMY=FOLDER   how close to the truth, beside the classical methods
+# make bench-ablations ANATOMY=FOLDER  what each part is worth, into docs/ablations.md
 # make box     the weights that come with the package, from label maps: make box ANATOMY=FOLDER
 
 PYTHON ?= python3
@@ -15,7 +16,7 @@ EXTRAS := strip,dino,dev
 DEMO   ?= work/demo
 ARGS   ?=
 
-.PHONY: setup demo test lint format bench bench-quality box clean
+.PHONY: setup demo test lint format bench bench-quality bench-ablations box clean
 
 setup: $(STAMP)
 
@@ -51,6 +52,10 @@ bench: setup
 
 bench-quality: setup
 	$(BIN)/python benchmarks/quality.py work/quality $(if $(ANATOMY),--anatomy $(ANATOMY)) $(ARGS)
+
+bench-ablations: setup
+	$(BIN)/python benchmarks/ablations.py work/ablations --out docs \
+	  $(if $(ANATOMY),--anatomy $(ANATOMY)) $(ARGS)
 
 box: setup
 	$(BIN)/python -m pipelines.box work/box --anatomy $(ANATOMY) --install $(ARGS)
