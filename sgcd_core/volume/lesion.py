@@ -75,7 +75,8 @@ def lesion_on_model_grid(lesion: Array, geometry: Geometry) -> Array:
         lesion.astype(np.float32), to_native[:3, :3], offset=to_native[:3, 3],
         output_shape=shape, order=1, mode="constant", cval=0.0,
     )  # fmt: skip
-    return out | (share > 0)
+    out |= share > 0
+    return out
 
 
 def require_surroundings(lesion: Array, mask: Array, *, where: str | None = None) -> None:
