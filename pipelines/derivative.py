@@ -17,7 +17,8 @@ SPACE = "MNI152rigid"
 #: Columns of a result that its sidecar repeats, each under its name in CamelCase.
 IN_SIDECAR = (
     "scan_id", "model", "model_version", "target", "status", "code", "gradient_correlation",
-    "volume_drift", "outlier_score", "config_digest", "code_version",
+    "volume_drift", "outlier_score", "lesion_ml", "uncertainty_mean", "config_digest",
+    "code_version",
 )  # fmt: skip
 
 
@@ -54,10 +55,13 @@ class Names:
 
     @property
     def uncertainty(self) -> str:
-        """Standard deviation over the seeds, on the model grid."""
-        head, _, suffix = self.stem.rpartition("_")
-        name = f"{head}_space-{SPACE}_desc-harmonizedstd_{suffix}.nii.gz"
-        return join(self.root, name)
+        """Standard deviation over the seeds, on the scan's own grid."""
+        return self._named("desc-harmonizedstd", ".nii.gz")
+
+    @property
+    def uncertainty_model_grid(self) -> str:
+        """The same on the model grid."""
+        return self._named(f"space-{SPACE}_desc-harmonizedstd", ".nii.gz")
 
 
 _ENTITY = re.compile(r"_(?P<key>task|acq|ce|rec|dir|run|echo|part|chunk)-(?P<value>[A-Za-z0-9]+)")
@@ -97,16 +101,60 @@ def _stem(scan: Mapping[str, Any], entities: Sequence[tuple[str, str]]) -> str:
     return "/".join([*folder, "anat", name])
 
 
-def sidecar_bytes(row: Mapping[str, Any], *, source: str) -> bytes:
-    """The JSON sidecar of one result: BIDS's own keys, then the columns of `IN_SIDECAR`."""
+def json_beside(image: str) -> str:
+    """Address of the sidecar of an image."""
+    return image.removesuffix(".nii.gz") + ".json"
+
+
+def sidecar_bytes(row: Mapping[str, Any], *, source: str, lesion: str | None = None) -> bytes:
+    """The JSON sidecar of one result: BIDS's own keys, then the columns of `IN_SIDECAR`.
+
+    Args:
+        row: Row of `results`.
+        source: Address of the scan.
+        lesion: Address of the lesion mask that was honoured.
+    """
     values: dict[str, Any] = {
         "Description": "Scan in the look of the target site, on its own grid.",
-        "Sources": [source],
+        "Sources": [source] if lesion is None else [source, lesion],
         "SkullStripped": True,
     }
+    if lesion is not None:
+        values["LesionMask"] = lesion
     for name in IN_SIDECAR:
         if row.get(name) is not None:
             values[camel(name)] = row[name]
+    return (json.dumps(values, indent=2) + "\n").encode()
+
+
+def uncertainty_sidecar_bytes(
+    row: Mapping[str, Any], *, sources: Sequence[str], samples: int, seed: int, derived: str
+) -> bytes:
+    """The JSON sidecar of an uncertainty map.
+
+    Args:
+        row: Row of `results`.
+        sources: Addresses it was made from.
+        samples: Draws.
+        seed: Of the run; draw n depends on scan, seed and n alone.
+        derived: How the map came onto its grid, a sentence.
+    """
+    values = {
+        "Description": "Voxelwise standard deviation of the harmonized scan over seeds of the "
+        f"sampler. {derived}",
+        "Units": "1",
+        "UnitsDescription": "part of the harmonized scan's intensity range, 0 to 1",
+        "Samples": samples,
+        "Seed": seed,
+        "Sources": list(sources),
+        "SkullStripped": True,
+        **{
+            camel(name): row[name]
+            for name in ("scan_id", "model", "model_version", "target", "uncertainty_mean",
+                         "lesion_ml", "config_digest", "code_version")
+            if row.get(name) is not None
+        },
+    }  # fmt: skip
     return (json.dumps(values, indent=2) + "\n").encode()
 
 
@@ -143,7 +191,8 @@ def write_description(lake: Lake, key: str, code_version: str, sources: Sequence
     readme = (
         f"Harmonized by SGCD Lake, model {key}. Research use only.\n\n"
         "*_desc-harmonized_*.nii.gz lies on the grid of the scan it was made from;\n"
-        f"*_space-{SPACE}_desc-harmonized_*.nii.gz on the model grid, intensities in [0, 1].\n"
+        f"*_space-{SPACE}_desc-harmonized_*.nii.gz on the model grid, intensities in [0, 1];\n"
+        "*_desc-harmonizedstd_*.nii.gz, where there is one, is the standard deviation over seeds.\n"
     )
     body = (json.dumps(description, indent=2) + "\n").encode()
     store.write_bytes(join(root, "dataset_description.json"), body)

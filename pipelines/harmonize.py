@@ -16,7 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipelines.derivative import Names, sidecar_bytes
+from pipelines.derivative import (
+    Names,
+    json_beside,
+    sidecar_bytes,
+    uncertainty_sidecar_bytes,
+)
 from pipelines.lake import Lake
 from pipelines.ledger import MAX_ATTEMPTS, begin_attempt, model_key, worker_name
 from sgcd_core.config import SgcdConfig
@@ -45,6 +50,7 @@ class Job:
         batch_id: Of this run.
         samples: Seeds per scan; above 1 an uncertainty map is written.
         learned: Sequences the model was trained for, of those in the settings; None: all.
+        lesions: Where lesion masks lie, see `lesions.candidates`.
     """
 
     lake: Lake
@@ -56,6 +62,7 @@ class Job:
     batch_id: str
     samples: int = 1
     learned: tuple[str, ...] | None = None
+    lesions: str | None = None
 
     @property
     def key(self) -> str:
@@ -112,12 +119,14 @@ def _harmonize(
     scan: Mapping[str, Any], job: Job, harmonizer: Harmonizer, names: Names, row: Row
 ) -> None:
     """Fill `row` with what happened; raises where it cannot go on."""
+    from pipelines.lesions import find_lesion, load_lesion
     from pipelines.prepare import load_native_mask, load_prepared, prepare_one
     from pipelines.training_data import COMPLETE
     from sgcd_core.io.nifti import encode_nifti, read_nifti
     from sgcd_core.io.store import join
     from sgcd_core.volume.guard import flags, guard_scores
-    from sgcd_core.volume.transport import carry_to_native
+    from sgcd_core.volume.lesion import fill_smoothly, lesion_on_model_grid, require_surroundings
+    from sgcd_core.volume.transport import carry_to_native, carry_uncertainty, recolour_lesion
 
     store, config, lake = Store(), job.config, job.lake
     scan_id, sequence = scan["scan_id"], scan["sequence"]
@@ -141,7 +150,15 @@ def _harmonize(
         )  # fmt: skip
         files = load_prepared(lake, recipe, scan_id)
         native_mask = load_native_mask(lake, recipe, scan_id)
-    mask = np.asarray(files.mask, dtype=bool)
+        lesion_uri = find_lesion(scan, job.lesions, store)
+        lesion = None
+        mask = np.asarray(files.mask, dtype=bool)
+        if lesion_uri is not None:
+            marked = load_lesion(lesion_uri, native, store, config.prepare.max_inflated_bytes)
+            marked &= native_mask
+            row["lesion_ml"] = float(marked.sum() * np.prod(native.voxel_mm) / 1000)
+            lesion = lesion_on_model_grid(marked, files.geometry)
+            require_surroundings(lesion, mask, where=lesion_uri)
     grid = np.array(files.geometry.model_affine)
     with _clock(row, "seconds_model"):
         result = harmonizer.harmonize(
@@ -149,7 +166,17 @@ def _harmonize(
             samples=job.samples, site_look=scan.get("site_look"),
         )  # fmt: skip
         row["outlier_score"] = float(harmonizer.outlier_score(files.image, mask, sequence))
-    scores = guard_scores(files.image, result.image, mask)
+    image, spread = result.image, result.uncertainty
+    if lesion is not None:
+        image = recolour_lesion(files.image, image, mask, lesion, config.transport)
+    if spread is not None:
+        if lesion is not None:  # what the seeds drew there is not in the output
+            inside = mask & lesion
+            spread = np.where(
+                mask, fill_smoothly(spread, mask & ~inside, inside, 0.0), 0
+            ).astype(np.float32)  # fmt: skip
+        row["uncertainty_mean"] = float(spread[mask].mean())
+    scores = guard_scores(files.image, image, mask)
     row |= {name: float(value) for name, value in scores.items()}
     found = flags(scores | {"outlier_score": row["outlier_score"]}, config.guard)
     row["status"] = "flagged" if found else "ok"
@@ -157,19 +184,35 @@ def _harmonize(
         row |= {"code": found[0][0], "message": " ".join(message for _, message in found)}
     with _clock(row, "seconds_write"):
         out = carry_to_native(
-            native, native_mask, files.geometry, result.image, mask, config.transport
+            native, native_mask, files.geometry, image, mask, config.transport, lesion
         )
         data = encode_nifti(out, native)
-        store.write_bytes(names.model_grid, encode_nifti(result.image, grid))
-        if result.uncertainty is not None:
-            body = encode_nifti(result.uncertainty, grid)
-            store.write_bytes(names.uncertainty, body)
+        store.write_bytes(names.model_grid, encode_nifti(image, grid))
+        if spread is not None:
+            on_scan = carry_uncertainty(spread, mask, native_mask, files.geometry)
+            store.write_bytes(names.uncertainty_model_grid, encode_nifti(spread, grid))
+            store.write_bytes(names.uncertainty, encode_nifti(on_scan, native))
+            row["uncertainty_uri"] = names.uncertainty
         store.write_bytes(names.native, data)
         row |= {
             "output_uri": names.native, "output_sha256": sha256_hex(data),
             "model_grid_uri": names.model_grid, "sidecar_uri": names.sidecar,
         }  # fmt: skip
-    store.write_bytes(names.sidecar, sidecar_bytes(row, source=scan["uri"]))
+    if spread is not None:
+        for uri, sources, derived in (
+            (names.uncertainty_model_grid, [scan["uri"]], "Computed on the model grid."),
+            (
+                names.uncertainty,
+                [scan["uri"], names.uncertainty_model_grid],
+                "Interpolated linearly from the model grid.",
+            ),
+        ):
+            body = uncertainty_sidecar_bytes(
+                row, sources=sources, samples=job.samples, seed=config.seed, derived=derived
+            )
+            store.write_bytes(json_beside(uri), body)
+    body = sidecar_bytes(row, source=scan["uri"], lesion=lesion_uri)
+    store.write_bytes(names.sidecar, body)
 
 
 def _not_learned(sequence: str, job: Job) -> InputError:

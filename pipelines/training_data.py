@@ -69,6 +69,27 @@ def training_rows(
     return sorted(rows, key=lambda row: row["scan_id"])
 
 
+def described(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What a model card says of the scans it was trained on: numbers only, nothing of one person.
+
+    Returns:
+        subjects; ages (whole years, youngest and oldest, None when none is known); site_scans
+        (site → sequence → number of scans).
+    """
+    ages = [row["age"] for row in rows if row.get("age") is not None]
+    counts: dict[str, dict[str, int]] = {}
+    for row in sorted(rows, key=lambda row: (row["site"], row["sequence"])):
+        at_site = counts.setdefault(row["site"], {})
+        at_site[row["sequence"]] = at_site.get(row["sequence"], 0) + 1
+    # a scan without a subject stands for itself, as in the names of outputs
+    people = {(row.get("dataset"), row.get("subject") or row["scan_id"]) for row in rows}
+    return {
+        "subjects": len(people),
+        "ages": [int(min(ages)), int(max(ages))] if ages else None,
+        "site_scans": counts,
+    }
+
+
 def check_sites(names: Collection[str], scans: Sequence[dict[str, Any]], where: str) -> None:
     """Refuse a site no scan is from.
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ray_jobs.context import absolute, open_lake, quoted, recorded, tracked
+from ray_jobs.context import absolute, code_version, open_lake, quoted, recorded, tracked
 from ray_jobs.outcome import DONE, WITH_FAILURES, Outcome, failure_line, table
 from sgcd_core.errors import InputError, StorageError
 
@@ -146,6 +146,7 @@ def query(args: Any) -> Outcome:
 def evaluate(args: Any) -> Outcome:
     """`sgcd evaluate`: metrics per scan and per site into the catalog, the verdict in words."""
     from pipelines.evaluate import evaluate as measure
+    from pipelines.model_figures import write_figures
     from pipelines.progress import Progress
     from ray_jobs.models import meta_of, resolve
     from ray_jobs.settings import over_model
@@ -171,6 +172,7 @@ def evaluate(args: Any) -> Outcome:
                 if isinstance(row["after"], float)
             }
         )
+        figures = write_figures(lake, found, code_version())
         summary.update(model=name, version=version, pairs=found.pairs, skipped=len(found.skipped))
     lines = ["", *before_after(found.summary.lines), "", *found.verdict, ""]
     text = f"evaluated {name}@{version}: {found.pairs} scans compared with their truth"
@@ -180,6 +182,7 @@ def evaluate(args: Any) -> Outcome:
     data = {
         "model": name, "version": version, "pairs": found.pairs, "skipped": found.skipped,
         "rows": rows, "verdict": found.verdict, "table": before_after(found.summary.lines),
+        "figures": figures,
     }  # fmt: skip
     follow = f"sgcd report --lake {quoted(args.lake)} --model {quoted(args.model)}"
     return Outcome(text, next=follow, lines=lines, data=data)

@@ -21,6 +21,7 @@ from ray_jobs.session import cpu_count, session
 from ray_jobs.settings import over_model
 from ray_jobs.site_looks import site_looks
 from ray_jobs.volume_stream import packed
+from sgcd_core.config import SgcdConfig
 
 log = logging.getLogger(__name__)
 
@@ -31,11 +32,13 @@ COMMIT_ROWS, COMMIT_SECONDS = 32, 15.0
 def run(args: Any) -> Outcome:
     """Plan, harmonize what is left to do, commit a row for every scan."""
     from pipelines.derivative import stems, write_description
+    from pipelines.lesions import check_pattern, dataset_root
     from pipelines.plan import plan
     from pipelines.progress import Progress
     from sgcd_core.io.store import Store
     from sgcd_core.modelpack import load_modelpack
 
+    check_pattern(args.lesions)
     lake = open_lake(args.lake)
     catalog = Catalog(lake)
     model, version = resolve(lake, args.model)
@@ -49,7 +52,7 @@ def run(args: Any) -> Outcome:
     job = Job(
         lake=lake, model=model, version=version, target=target, config=config,
         code_version=code_version(), batch_id=uuid.uuid4().hex[:16], samples=args.samples,
-        learned=None if learned is None else tuple(learned),
+        learned=None if learned is None else tuple(learned), lesions=args.lesions,
     )  # fmt: skip
     scans = catalog.rows("scans").to_pylist()
     named = stems(scans)
@@ -70,6 +73,7 @@ def run(args: Any) -> Outcome:
         )
     counts: Counter[str] = Counter()
     bad: list[Row] = []
+    lesions = 0
     started = time.monotonic()
     tags = {"model": model, "version": version, "batch_id": job.batch_id}
     with tracked(lake, "harmonize", config, **tags) as (summary, tracker):
@@ -77,7 +81,8 @@ def run(args: Any) -> Outcome:
         for row in refused:
             commit.add(row)
         if work:
-            write_description(lake, job.key, job.code_version, _datasets(work))
+            roots = sorted({root for scan in work if (root := dataset_root(scan))})
+            write_description(lake, job.key, job.code_version, roots)
             with (
                 session(args.ray_address, cpus=1.5, gpus=1 if args.gpus else 0) as ray,
                 Progress("harmonize", len(work)) as progress,
@@ -96,6 +101,7 @@ def run(args: Any) -> Outcome:
                 for row in harmonize_stream(ray, work, job, args.workers, args.gpus):
                     commit.add(row)
                     counts[row["status"]] += 1
+                    lesions += row.get("lesion_ml") is not None
                     if row["status"] not in ("ok", "flagged"):
                         uris = {scan["scan_id"]: scan["uri"] for scan in work}
                         bad.append(row | {"uri": uris[row["scan_id"]]})
@@ -109,16 +115,28 @@ def run(args: Any) -> Outcome:
     seconds = time.monotonic() - started
     parts = ", ".join(f"{n} {status}" for status, n in counts.most_common()) or "none"
     text = f"harmonized with {name}: {parts} of {len(work)} planned scans in {seconds:.0f} s"
+    if lesions:
+        text += f", {lesions} with a lesion mask"
     if refused:
         text += f"; {len(refused)} unusable scans noted"
     data |= {
-        "counts": dict(counts), "noted": len(refused),
+        "counts": dict(counts), "noted": len(refused), "lesion_masks": lesions,
         "derivatives": lake.derivatives(job.key),
         "failed": [{k: row[k] for k in ("scan_id", "uri", "code", "message")} for row in bad],
     }  # fmt: skip
     lines = [failure_line(row) for row in bad]
+    if args.samples > 1 and not uses_noise(config, target):
+        lines.append("note: the sampler of these settings uses no noise: all seeds agree.")
     code = WITH_FAILURES if bad or refused else DONE
     return Outcome(text, next=follow, exit_code=code, lines=lines, data=data)
+
+
+def uses_noise(config: SgcdConfig, target: str | None) -> bool:
+    """Whether two seeds of the sampler can give two outputs."""
+    samplers = [config.global_sampler] if target is None else [
+        config.global_sampler, config.target_sampler,
+    ]  # fmt: skip
+    return any(sampler.start == "noise" for sampler in samplers)
 
 
 def harmonize_stream(
@@ -190,13 +208,3 @@ def _refused_at_index(catalog: Catalog, job: Job, todo: Any, scans: list[Row]) -
         for skip in todo.skipped
         if skip.reason == "failed at index" and skip.scan_id not in have
     ]
-
-
-def _datasets(work: list[Row]) -> list[str]:
-    """Folders of the data sets the scans come from, for the derivative's description."""
-    roots = set()
-    for scan in work:
-        head, sign, _ = str(scan["uri"]).partition(f"/sub-{scan['subject']}/")
-        if sign:
-            roots.add(head)
-    return sorted(roots)

@@ -242,6 +242,13 @@ def _harmonize(sub: Any) -> None:
     p.add_argument("--only-new", action="store_true", help="only scans never tried")
     p.add_argument("--force", action="store_true", help="also what is already done")
     p.add_argument("--samples", type=_positive, default=1, help="seeds, for an uncertainty map")
+    p.add_argument(
+        "--lesions", metavar="PATTERN",
+        help="lesion masks, relative to each data set's root or absolute, such as "
+        "derivatives/lesions/{subject}/anat/{stem}_label-lesion_mask.nii.gz; with {subject}, "
+        "{session}, {sequence}, {entities} and {stem}; masks named *_label-lesion_mask or _roi "
+        "beside a scan are found without; none: use no mask",
+    )  # fmt: skip
     p.add_argument("--gpus", action="store_true", help="one GPU for each worker")
 
 

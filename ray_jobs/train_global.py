@@ -27,7 +27,7 @@ LATER = {"target_stage", "global_sampler", "target_sampler", "transport", "guard
 def run(args: Any) -> Outcome:
     """Train, or say that this very model exists already."""
     from pipelines.catalog import Catalog
-    from pipelines.training_data import data_digest, training_rows
+    from pipelines.training_data import data_digest, described, training_rows
     from sgcd_core.global_stage import planned_steps
 
     lake = open_lake(args.lake)
@@ -41,18 +41,19 @@ def run(args: Any) -> Outcome:
         "name": NAME, "kind": "global", "target": None, "training_sites": sites,
         "sequences": sorted({row["sequence"] for row in rows}), "scans": len(rows),
         "data_digest": data_digest(rows), "config_digest": stage_digest(config),
-        "code_version": code_version(),
+        "code_version": code_version(), **described(rows),
     }  # fmt: skip
     init = starting_point(args.init, config)
-    meta["init"] = init
+    meta |= {"init": init, "box": box_origin(config) if init == "box" else None}
     stage = config.global_stage
     steps = planned_steps(stage.steps, stage.epochs, len(rows), stage.batch_size)
+    meta["steps"] = steps
     follow = f"sgcd suggest-target --lake {quoted(args.lake)}"
     found = find_trained(lake, NAME, meta)
     plan = f"{steps} steps of {stage.batch_size} volumes on {len(rows)} scans of "
     plan += f"{len(sites)} sites ({', '.join(sites)}) from "
     plan += "the model in the box" if init == "box" else "fresh weights"
-    data = {"model": NAME, "version": found, "steps": steps, **meta}
+    data = {"model": NAME, "version": found, **meta}
     if found is not None:
         text = (
             f"{NAME} version {found} was trained with these settings on these scans; nothing to do"
@@ -106,6 +107,14 @@ def starting_point(asked: str | None, config: SgcdConfig) -> str:
     if asked is not None:
         return asked
     return "scratch" if find_box(config) is None else "box"
+
+
+def box_origin(config: SgcdConfig) -> dict[str, Any]:
+    """How the network in the box was made, without what it shares with the settings."""
+    from sgcd_core.box import load_box
+
+    kept = ("steps", "volumes", "seed")
+    return {key: value for key, value in load_box(config).meta.items() if key in kept}
 
 
 def stage_digest(config: SgcdConfig, later: set[str] = LATER) -> str:

@@ -18,6 +18,8 @@ from ray_jobs.watch import last_means
 
 #: Settings Stage 2 does not read. It does read the samplers: it back-propagates through them.
 LATER = {"transport", "guard", "preset"}
+#: What a target model's card says of the model it was tuned from.
+FROM_STAGE1 = ("init", "box", "steps", "scans", "data_digest", "losses", "code_version")
 
 
 def run(args: Any) -> Outcome:
@@ -28,6 +30,7 @@ def run(args: Any) -> Outcome:
         check_sites,
         check_target,
         data_digest,
+        described,
         training_rows,
     )
     from sgcd_core.errors import ModelError
@@ -64,12 +67,14 @@ def run(args: Any) -> Outcome:
         "parent_weights": pack.weights_digest(), "sequences": sorted(known),
         "target_scans": len(own),
         "data_digest": data_digest(rows), "config_digest": stage_digest(config, LATER),
-        "code_version": code_version(),
+        "code_version": code_version(), **described(rows),
+        "stage1": {key: pack.meta[key] for key in FROM_STAGE1 if key in pack.meta},
     }  # fmt: skip
     steps = planned_steps(stage.steps, stage.epochs, len(rows), stage.batch_size)
+    meta["steps"] = steps
     follow = f"sgcd harmonize --lake {quoted(args.lake)} --model {quoted(name)}"
     found = find_trained(lake, name, meta)
-    data = {**meta, "model": name, "version": found, "steps": steps}
+    data = {**meta, "model": name, "version": found}
     if found is not None:
         text = f"{name} version {found} was tuned with these settings on these scans; nothing to do"
         return Outcome(text, next=follow, data=data)

@@ -8,6 +8,9 @@ from typing import Any, Self
 
 from pipelines.progress import Progress
 
+#: Steps whose mean stands for the loss at the end of a training.
+LAST_STEPS = 20
+
 
 class Watch:
     """Receives the losses of every step while a training runs.
@@ -67,7 +70,7 @@ class Watch:
             self._progress.update(int(new), **shown)
 
 
-def last_means(history: list[dict[str, float]], steps: int = 20) -> dict[str, float]:
+def last_means(history: list[dict[str, float]], steps: int = LAST_STEPS) -> dict[str, float]:
     """Mean of each loss over the last `steps` steps."""
     tail = history[-steps:]
     names = sorted({name for item in tail for name in item} - {"step"})

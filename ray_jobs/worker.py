@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from pipelines.lake import Lake
 from ray_jobs.checkpoint import Checkpoints
 from ray_jobs.session import threads_per_worker
+from ray_jobs.watch import LAST_STEPS, last_means
 from sgcd_core.config import parse_config
 from sgcd_core.errors import ModelError
 from sgcd_core.io.store import Store
@@ -39,6 +41,7 @@ class Worker:
         self.rank, self.total = context.get_world_rank(), int(setup["total"])
         self.checkpoints = Checkpoints(setup["folder"])
         self.device = str(get_device())
+        self._last: deque[dict[str, float]] = deque(maxlen=LAST_STEPS)
         torch.set_num_threads(threads_per_worker(context.get_local_world_size()))
 
     def prepare_network(self, network: Any) -> Any:
@@ -83,6 +86,7 @@ class Worker:
                 hint="Lower learning_rate, or use precision=fp32, and run again.",
             )  # fmt: skip
         done = step + 1
+        self._last.append(values)
         if self.rank == 0:
             self.setup["watch"].put({"step": step, **values})
             if done % checkpoint_every == 0 and done < self.total:
@@ -91,10 +95,12 @@ class Worker:
             train.report({"step": done, **values})
 
     def finish(self, pack: Callable[[dict[str, Any]], ModelPack]) -> None:
-        """Rank 0 saves the model where the driver said."""
+        """Rank 0 saves the model where the driver said, the losses of its last steps with it."""
         if self.rank != 0:
             return
         from sgcd_core.modelpack import save_modelpack
 
-        meta = self.setup["meta"]
+        meta = dict(self.setup["meta"])
+        if self._last:  # a run that was resumed at its very end did no step here
+            meta["losses"] = last_means(list(self._last))
         save_modelpack(self.lake.model(meta["name"], meta["version"]), pack(meta), Store())

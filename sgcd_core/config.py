@@ -67,6 +67,11 @@ class ConditionConfig(Settings):
         description="the condition is first matched to the wanted look: rank for rank "
         "(histogram), corrected for how much of each tissue there is (composition), or not",
     )
+    look_label: bool = Field(
+        True,
+        description="the class embedding reads the looks beside the sequence; false: the sequence "
+        "alone, as in the paper",
+    )
     contrast_augmentation: bool = Field(
         True, description="random monotone remap, bias, noise and blur before G is taken (training)"
     )
@@ -280,7 +285,10 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "paper": {
         "prepare": {"shape": (160, 192, 160), "mm": 1.0},
-        "condition": {"content_channel": False, "contrast_augmentation": False, "match": "none"},
+        "condition": {
+            "content_channel": False, "contrast_augmentation": False, "match": "none",
+            "look_label": False,
+        },
         "network": {
             "channels": (32, 64, 256, 256),
             "res_blocks": 2,
@@ -294,11 +302,14 @@ PRESETS: dict[str, dict[str, Any]] = {
         },
         "record": {"decay": 0.2, "order": "update_then_compare"},
         "global_sampler": {"t_start": 999, "steps": 25},
+        # The paper counts timesteps from 1, with 0 the clean image; here 0 is its first noisy one.
+        # So T_f = 35 and T_r = 25 steps of one timestep each begin at 34 and 24.
         "target_sampler": {
-            "t_start": 35, "t_reverse": 25, "steps": 25, "invert_steps": 35,
+            "t_start": 34, "t_reverse": 24, "steps": 25, "invert_steps": 35,
             "start": "inversion", "kind": "anchored",
         },
         "global_stage": {
+            "site_balance": False, "clip_norm": 1e9,  # every scan once an epoch; plain Adam
             "epochs": 300, "learning_rate": 1e-4, "warmup_steps": 0, "schedule": "constant",
             "loss": "l2", "loss_mm": 0.0, "weight_gradient": 1.0, "weight_record": 1.0,
             "x0_weight": "flat", "t_power": 1.0, "batch_size": 1, "precision": "fp32",
@@ -306,7 +317,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "target_stage": {
             "epochs": 30, "learning_rate": 1e-6, "encoder": "biomedclip", "weight_style": 1.0,
             "weight_reconstruction": 1.0, "weight_anatomy": 0.0, "target_denoising": 0.0,
-            "slices_per_plane": 3, "style_every": 1,
+            "slices_per_plane": 3, "style_every": 1, "clip_norm": 1e9,
             "backprop": "chain", "precision": "fp32",
         },
     },

@@ -33,6 +33,10 @@ CODES: dict[str, str] = {
     "SCAN-DUPLICATE": "The same bytes are listed under another name.",
     "SCAN-FAILED": "Harmonizing this scan failed in an unexpected way.",
     "SCAN-QUARANTINED": "This scan ended its worker three times and is set aside.",
+    # lesion masks
+    "LESION-UNREADABLE": "The scan's lesion mask is damaged or not an image.",
+    "LESION-GRID": "The lesion mask lies on another grid than the scan.",
+    "LESION-TOO-BIG": "The lesion mask leaves too little of the brain to carry a correction from.",
     # guards: why a result is `flagged`
     "FLAG-ANATOMY": "Edges of the output differ too much from the input's.",
     "FLAG-VOLUMES": "Tissue volumes drifted too far.",

@@ -17,6 +17,7 @@ from torch import Tensor
 from sgcd_core.config import SgcdConfig, parse_config
 from sgcd_core.errors import InputError, ModelError
 from sgcd_core.io.store import Store, join, sha256_hex
+from sgcd_core.model_card import model_card
 
 FORMAT = 3
 _PACK = "pack.json"
@@ -33,7 +34,8 @@ class ModelPack:
             (`looks.common`, `looks.target`) and composition model (`composition.*`).
         global_network: Frozen Stage 1 weights beside a target model's, else None.
         meta: name, kind (`global` or `target`), target, training_sites, sequences, scans,
-            data_digest, parent, code_version and whatever the trainer adds.
+            data_digest, parent, code_version and whatever the trainer adds; `model_card` shows
+            steps, init, box, losses, figures, stage1, subjects, ages and site_scans.
     """
 
     config: SgcdConfig
@@ -127,26 +129,3 @@ def load_modelpack(uri: str, store: Store | None = None) -> ModelPack:
         global_network=load(parent) if parent is not None else None,
         meta=body["meta"],
     )
-
-
-def model_card(pack: ModelPack) -> str:
-    """The model in words and figures, Markdown."""
-    meta = pack.meta
-    rows = "\n".join(f"| {key} | {meta[key]} |" for key in sorted(meta) if key != "metrics")
-    shape, mm = pack.config.prepare.shape, pack.config.prepare.mm
-    return f"""# Model card: {meta.get("name", "unnamed")}
-
-Conditional 3D diffusion model that removes a scanner's look from brain MRI (SGCD).
-Preset `{pack.config.preset}`, grid {shape[0]}×{shape[1]}×{shape[2]} at {mm} mm,
-settings digest {pack.config.digest()}.
-
-| what | value |
-|---|---|
-{rows}
-
-## Limits
-- For research. Not a medical device; do not base a diagnosis on a harmonized image.
-- Brain-extracted T1w and T2w of adults like those it was trained on; other scans are marked by
-  their distance to the training scans (`outlier_score`).
-- Lesions: it was not trained on any. Compare with the input before reading one.
-"""

@@ -26,6 +26,7 @@ class LookEmbedding(nn.Module):
     Args:
         sequences: How many.
         size: Length of the embedding.
+        reads_look: False takes every look for the same, so that the sequence alone counts.
     """
 
     #: Every so many-th of the look's quantiles is read.
@@ -33,8 +34,9 @@ class LookEmbedding(nn.Module):
     #: Quantiles read of a look.
     COUNT = len(LEVELS[::STRIDE])
 
-    def __init__(self, sequences: int, size: int) -> None:
+    def __init__(self, sequences: int, size: int, reads_look: bool = True) -> None:
         super().__init__()
+        self.reads_look = reads_look
         self.sequence = nn.Embedding(sequences, size)
         last = nn.Linear(128, size)
         nn.init.zeros_(last.weight)
@@ -47,6 +49,8 @@ class LookEmbedding(nn.Module):
     def forward(self, labels: Tensor) -> Tensor:
         """(B, size) of labels as `labels_of` makes them."""
         embedded: Tensor = self.sequence(labels[:, 0].long())
+        if not self.reads_look:
+            labels = torch.zeros_like(labels)
         quantiles, textures = labels[:, 1 : 1 + self.COUNT], labels[:, 1 + self.COUNT :]
         known = (textures.unflatten(1, (2, TEXTURE_SIZE)) - self.texture_mean) / self.texture_std
         looked: Tensor = self.look(torch.cat([quantiles, known.clamp(-4, 4).flatten(1)], 1))
@@ -184,7 +188,9 @@ def build_network(config: SgcdConfig) -> nn.Module:
         use_flash_attention=True,
     )
     size = network.class_embedding.weight.shape[1]  # type: ignore[union-attr]
-    network.class_embedding = LookEmbedding(len(config.sequences), int(size))
+    network.class_embedding = LookEmbedding(
+        len(config.sequences), int(size), config.condition.look_label
+    )
     if net.prediction == "residual":
         # x_t says nothing at the noisy end: the network need not first learn to ignore it
         with torch.no_grad():

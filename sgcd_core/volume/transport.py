@@ -4,7 +4,8 @@ The correction is carried, not the image: in every window of the model grid a li
 `h ≈ a·s + b` from scan to harmonized scan is fitted (guided filter, He et al. 2013, IEEE TPAMI
 35:1397, masked), and the coefficients, which are smooth, are brought to the native grid and applied
 to the native voxels. Detail below the model's resolution survives; a lesion is recoloured, not
-redrawn.
+redrawn. Where a lesion mask is given, its voxels count for nothing in the fit, and the maps go on
+through it from around it: whatever the network drew there is left out.
 """
 
 from __future__ import annotations
@@ -18,11 +19,14 @@ from scipy import ndimage
 from sgcd_core.config import TransportConfig
 from sgcd_core.io.nifti import NiftiScan
 from sgcd_core.volume.geometry import Geometry
+from sgcd_core.volume.lesion import fill_smoothly
 from sgcd_core.volume.resample import resample_masked
 
 Array = NDArray[Any]
 
 _CHUNK = 1_000_000  # native voxels mapped at a time
+#: Inside a lesion the map rises at least this part as fast as over the whole brain.
+_LEAST_SLOPE = 0.25
 
 
 def carry_to_native(
@@ -32,6 +36,7 @@ def carry_to_native(
     harmonized: Array,
     mask: Array,
     config: TransportConfig,
+    lesion: Array | None = None,
 ) -> Array:
     """The harmonized scan on its own grid.
 
@@ -42,13 +47,14 @@ def carry_to_native(
         harmonized: (X, Y, Z) float32 in [0, 1], model grid.
         mask: (X, Y, Z) bool, model grid, the brain.
         config: Window and ridge.
+        lesion: (X, Y, Z) bool, model grid, as `lesion_on_model_grid` gives it; None for no lesion.
 
     Returns:
         float32 on the stored grid, the model's intensity scale (about [0, 1]; never negative),
         0 outside `native_mask`.
     """
     source, source_mask = native_on_model_grid(native, native_mask, geometry)
-    slope, offset = local_linear_maps(source, harmonized, mask & source_mask, config)
+    slope, offset = local_linear_maps(source, harmonized, mask & source_mask, config, lesion)
     out = np.zeros(native.shape, np.float32)
     flat = np.flatnonzero(native_mask)
     to_model = geometry.native_to_model()
@@ -60,6 +66,60 @@ def carry_to_native(
         b = ndimage.map_coordinates(offset, at, order=1, mode="nearest")
         value = geometry.scale(native.data.reshape(-1)[part])
         out.reshape(-1)[part] = np.maximum(a * value + b, 0)
+    return out
+
+
+def recolour_lesion(
+    image: Array, harmonized: Array, mask: Array, lesion: Array, config: TransportConfig
+) -> Array:
+    """The model-grid output with the lesion as its surroundings' maps recolour it.
+
+    Args:
+        image: (X, Y, Z) float32 in [0, 1], the prepared scan.
+        harmonized: (X, Y, Z) float32 in [0, 1], what the network drew.
+        mask: (X, Y, Z) bool, the brain.
+        lesion: (X, Y, Z) bool, from `lesion_on_model_grid`.
+        config: Window and ridge.
+
+    Returns:
+        float32 in [0, 1]; outside the lesion `harmonized`, bit for bit.
+    """
+    inside = lesion & mask
+    if not inside.any():
+        return harmonized
+    slope, offset = local_linear_maps(image, harmonized, mask, config, lesion)
+    out: Array = harmonized.copy()
+    out[inside] = np.clip(slope[inside] * image[inside] + offset[inside], 0, 1)
+    return out
+
+
+def carry_uncertainty(
+    uncertainty: Array, mask: Array, native_mask: Array, geometry: Geometry
+) -> Array:
+    """An uncertainty map of the model grid on the scan's own grid, by linear interpolation.
+
+    It is in units of the output already, and the output's maps are linear in the network's
+    result; so it is not scaled again by the slope, which turns input units into output units.
+
+    Args:
+        uncertainty: (X, Y, Z) float32, model grid, standard deviation of the output.
+        mask: (X, Y, Z) bool, model grid; beyond it the map goes on as at its nearest voxel.
+        native_mask: bool, stored grid, the brain.
+        geometry: From `prepare_scan`.
+
+    Returns:
+        float32 on the stored grid, never negative, 0 outside `native_mask`.
+    """
+    nearest = ndimage.distance_transform_edt(~mask, return_distances=False, return_indices=True)
+    filled = uncertainty[tuple(nearest)].astype(np.float32)
+    out = np.zeros(native_mask.shape, np.float32)
+    flat = np.flatnonzero(native_mask)
+    to_model = geometry.native_to_model()
+    for start in range(0, flat.size, _CHUNK):
+        part = flat[start : start + _CHUNK]
+        voxel = np.stack(np.unravel_index(part, native_mask.shape))
+        at = to_model[:3, :3] @ voxel + to_model[:3, 3:]
+        out.reshape(-1)[part] = ndimage.map_coordinates(filled, at, order=1, mode="nearest")
     return out
 
 
@@ -78,7 +138,11 @@ def native_on_model_grid(
 
 
 def local_linear_maps(
-    source: Array, harmonized: Array, mask: Array, config: TransportConfig
+    source: Array,
+    harmonized: Array,
+    mask: Array,
+    config: TransportConfig,
+    lesion: Array | None = None,
 ) -> tuple[Array, Array]:
     """Slope and offset of the map from `source` to `harmonized` around each voxel.
 
@@ -93,11 +157,21 @@ def local_linear_maps(
         harmonized: (X, Y, Z) float32.
         mask: (X, Y, Z) bool; voxels outside it count for nothing.
         config: Window half-width and ridge.
+        lesion: (X, Y, Z) bool; its voxels count for nothing either. Through it slope and offset go
+            on from around it (`fill_smoothly`: no seam), so each of its voxels is recoloured by a
+            weighted mean of the maps around it; the slope stays positive.
 
     Returns:
         (slope, offset), each (X, Y, Z) float32, defined everywhere: beyond the mask they go on as
         at its nearest voxel, so that interpolation at the brain's edge meets no zeros.
+
+    Raises:
+        ValueError: No voxel is left to fit on.
     """
+    brain = mask
+    holes = None if lesion is None else brain & lesion
+    if holes is not None and holes.any():
+        mask = brain & ~holes
     if not mask.any():
         raise ValueError("the mask is empty")
     s, h = source.astype(np.float64), harmonized.astype(np.float64)
@@ -115,7 +189,18 @@ def local_linear_maps(
     slope = (covariance + config.epsilon * prior) / (variance + config.epsilon)
     offset = mean_h - slope * mean_s
     slope, offset = box_sum(slope) / count, box_sum(offset) / count
-    nearest = ndimage.distance_transform_edt(~mask, return_distances=False, return_indices=True)
+    if holes is not None and holes.any():
+        rest = (prior, float(h[mask].mean() - prior * s[mask].mean()))
+        slope, offset = (
+            fill_smoothly(values, mask, holes, value)
+            for values, value in zip((slope, offset), rest, strict=True)
+        )
+        # Two tissues of one window may cross; a lesion must not be turned inside out. The map is
+        # turned about the intensity around it, which stays where it is.
+        pivot = fill_smoothly(mean_s, mask, holes, float(s[mask].mean()))
+        steeper = np.where(holes, np.maximum(slope, _LEAST_SLOPE * max(prior, 0.0)), slope)
+        offset, slope = offset + (slope - steeper) * pivot, steeper
+    nearest = ndimage.distance_transform_edt(~brain, return_distances=False, return_indices=True)
     return (
         slope[tuple(nearest)].astype(np.float32),
         offset[tuple(nearest)].astype(np.float32),

@@ -1,0 +1,255 @@
+"""One scan to its row: lesion masks are found and honoured, uncertainty maps are written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from pipelines.catalog import to_arrow
+from pipelines.derivative import json_beside
+from pipelines.harmonize import Job, harmonize_scan
+from pipelines.lake import Lake
+from pipelines.lesions import candidates, check_pattern, find_lesion
+from pipelines.prepare import load_prepared, save_prepared
+from pipelines.schemas import RESULTS
+from ray_jobs.harmonize import uses_noise
+from sgcd_core.config import load_config
+from sgcd_core.errors import UsageError
+from sgcd_core.global_stage import GlobalStage
+from sgcd_core.harmonizer import Harmonizer
+from sgcd_core.io.nifti import encode_nifti, read_nifti
+from sgcd_core.io.store import Store
+from sgcd_core.style.look import LOOK_SIZE
+from sgcd_core.style.outlier import OutlierModel, style_features
+from sgcd_core.volume.geometry import Geometry, rows
+from sgcd_core.volume.lesion import lesion_on_model_grid
+from sgcd_core.volume.prepare import Prepared
+from sgcd_core.volume.transport import native_on_model_grid
+
+NATIVE, MODEL = (36, 40, 36), (16, 16, 16)
+CONFIG = load_config(
+    "tiny",
+    settings=[
+        "prepare.shape=[16, 16, 16]", "prepare.mm=8", "network.channels=[8, 16]",
+        "network.attention_levels=[false, true]", "network.head_channels=8", "network.patch=1",
+        "network.norm_groups=4", "condition.match=none", "global_stage.precision=fp32",
+        "target_stage.precision=fp32", "global_sampler.t_start=400",
+    ],
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Any:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+class Site:
+    """A data set of one scan, prepared in a lake."""
+
+    def __init__(self, folder: Path) -> None:
+        affine = np.diag([4.0, 4.0, 4.0, 1.0])
+        affine[:3, 3] = -4.0 * (np.array(NATIVE) - 1) / 2
+        model = np.diag([8.0, 8.0, 8.0, 1.0])
+        model[:3, 3] = -8.0 * (np.array(MODEL) - 1) / 2
+        grid = np.stack(np.meshgrid(*[np.linspace(-1, 1, n) for n in NATIVE], indexing="ij"))
+        radius = np.sqrt((grid**2).sum(0))
+        self.mask = radius < 0.8
+        rng = np.random.default_rng(0)
+        tissue = np.select([radius < 0.35, radius < 0.6], [0.85, 0.5], 0.25)
+        tissue = tissue + 0.05 * rng.standard_normal(NATIVE)
+        self.folder = folder / "bids/sub-01/ses-2/anat"
+        self.folder.mkdir(parents=True)
+        self.file = self.folder / "sub-01_ses-2_run-1_T1w.nii.gz"
+        data = np.where(self.mask, np.clip(tissue, 0.01, 1) * 700, 0).astype(np.float32)
+        self.file.write_bytes(encode_nifti(data, affine))
+        self.scan = read_nifti(str(self.file))
+        self.lesion = ((grid - np.array([0.25, 0, 0])[:, None, None, None]) ** 2).sum(0) < 0.06
+        self.lake = Lake.open(str(folder / "lake"), create=True)
+        self.geometry = Geometry(
+            NATIVE, rows(affine), ((0, 1), (1, 1), (2, 1)), rows(model), MODEL, rows(np.eye(4)),
+            0.0, 700.0, 1200.0,
+        )  # fmt: skip
+        image, model_mask = native_on_model_grid(self.scan, self.mask, self.geometry)
+        self.image, self.model_mask = image.clip(0, 1), model_mask
+        self.row: dict[str, Any] = {
+            "scan_id": "a" * 32, "dataset": "bids", "subject": "01", "session": "2", "site": "A",
+            "sequence": "T1w", "uri": str(self.file),
+        }  # fmt: skip
+        prepared = Prepared(self.image, model_mask, self.mask, self.geometry)
+        recipe = self.lake.prepared(CONFIG.prepare.digest(), self.row["scan_id"])
+        save_prepared(recipe, self.scan, prepared, Store())
+
+    def write_mask(self, name: str, lesion: np.ndarray | None = None) -> Path:
+        file = self.folder / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lesion = self.lesion if lesion is None else lesion
+        file.write_bytes(encode_nifti(lesion, self.scan, dtype=np.uint8))
+        return file
+
+    def run(self, model: Harmonizer, version: int, **more: Any) -> dict[str, Any]:
+        job = Job(
+            lake=self.lake, model="global", version=version, target=None, config=CONFIG,
+            code_version="t", batch_id="b", **more,
+        )  # fmt: skip
+        row = harmonize_scan(self.row, job, model, "sub-01/ses-2/anat/sub-01_ses-2_run-1_T1w")
+        to_arrow(RESULTS, [row])  # every column is known and of its type
+        return row
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Site:
+    return Site(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Harmonizer:
+    """A network that draws something, and something else for other noise."""
+    stage = GlobalStage(CONFIG, 1)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in stage.network.parameters():
+            weight += 0.05 * torch.randn(weight.shape, generator=generator)
+    one = Site(tmp_path_factory.mktemp("train"))
+    outliers = OutlierModel.fit([style_features(one.image, one.model_mask)] * 2, [0, 0])
+    return Harmonizer(stage.pack(outliers, torch.zeros(2, LOOK_SIZE), {"name": "global"}))
+
+
+def volume(uri: str) -> np.ndarray:
+    return read_nifti(uri).data
+
+
+def test_a_mask_beside_the_scan_is_honoured_and_said(site: Site, model: Harmonizer) -> None:
+    bare = site.run(model, 1)
+    assert bare["status"] in ("ok", "flagged") and bare.get("lesion_ml") is None
+    file = site.write_mask("sub-01_ses-2_run-1_label-lesion_mask.nii.gz")
+    row = site.run(model, 2)
+    assert row["lesion_ml"] == pytest.approx((site.lesion & site.mask).sum() * 0.064, rel=1e-6)
+    sidecar = json.loads(Store().read_bytes(row["sidecar_uri"]))
+    assert sidecar["LesionMask"] == str(file) and sidecar["Sources"] == [str(site.file), str(file)]
+    assert sidecar["LesionMl"] == row["lesion_ml"]
+    assert "LesionMask" not in json.loads(Store().read_bytes(bare["sidecar_uri"]))
+    # outside the lesion the model-grid output is the same, inside it is a recoloured scan
+    held = lesion_on_model_grid(site.lesion, site.geometry) & site.model_mask
+    one, two = volume(bare["model_grid_uri"]), volume(row["model_grid_uri"])
+    np.testing.assert_array_equal(one[~held], two[~held])
+    assert np.abs(one - two)[held].mean() > 0.01
+    inner = volume(row["output_uri"])[site.lesion]
+    drawn = volume(bare["output_uri"])[site.lesion]
+    source = site.scan.data[site.lesion]
+    assert np.corrcoef(source, inner)[0, 1] > np.corrcoef(source, drawn)[0, 1]
+
+
+def test_a_pattern_leads_to_masks_and_none_to_no_mask(site: Site, model: Harmonizer) -> None:
+    site.write_mask("sub-01_ses-2_run-1_T1w_label-lesion_roi.nii.gz", np.zeros(NATIVE, bool))
+    elsewhere = "../../../derivatives/lesions/sub-01/ses-2/sub-01_ses-2_run-1_T1w_lesion.nii.gz"
+    site.write_mask(elsewhere)
+    pattern = "derivatives/lesions/{subject}/{session}/{stem}_lesion.nii.gz"
+    assert site.run(model, 1, lesions=pattern)["lesion_ml"] > 0
+    assert site.run(model, 2, lesions="none").get("lesion_ml") is None
+    empty = site.run(model, 3)  # the empty mask beside the scan: nothing changes, but it is said
+    assert empty["lesion_ml"] == 0
+    np.testing.assert_array_equal(
+        volume(empty["output_uri"]), volume(site.run(model, 4, lesions="none")["output_uri"])
+    )
+
+
+def test_a_mask_that_cannot_be_used_is_a_row_with_its_code(site: Site, model: Harmonizer) -> None:
+    name = "sub-01_ses-2_run-1_T1w_label-lesion_roi.nii.gz"
+    other = encode_nifti(site.lesion, np.diag([2.0, 4.0, 4.0, 1.0]), dtype=np.uint8)
+    small = encode_nifti(site.lesion[1:], np.array(site.scan.affine), dtype=np.uint8)
+    whole = encode_nifti(site.mask, site.scan, dtype=np.uint8)
+    cases = {
+        "LESION-GRID": [other, small], "LESION-UNREADABLE": [b"text", whole[:-40]],
+        "LESION-TOO-BIG": [whole],
+    }  # fmt: skip
+    version = 0
+    for code, bodies in cases.items():
+        for body in bodies:
+            version += 1
+            (site.folder / name).write_bytes(body)
+            row = site.run(model, version)
+            assert (row["status"], row["code"]) == ("failed", code)
+            assert row.get("output_uri") is None
+
+
+def test_where_a_mask_is_looked_for() -> None:
+    scan = {
+        "uri": "s3://b/set/sub-01/anat/sub-01_acq-x_T2w.nii", "subject": "01", "session": None,
+        "sequence": "T2w",
+    }  # fmt: skip
+    beside = "s3://b/set/sub-01/anat/sub-01_acq-x"
+    assert candidates(scan, None)[:2] == [
+        f"{beside}_T2w_label-lesion_roi.nii.gz", f"{beside}_T2w_label-lesion_roi.nii",
+    ]  # fmt: skip
+    assert f"{beside}_label-lesion_mask.nii.gz" in candidates(scan, None)
+    first = candidates(scan, "derivatives/l/{subject}/{session}/anat/{entities}_{sequence}_m.nii")
+    assert first[0] == "s3://b/set/derivatives/l/sub-01/anat/sub-01_acq-x_T2w_m.nii"
+    assert candidates(scan, "s3://c/{stem}.nii.gz")[0] == "s3://c/sub-01_acq-x_T2w.nii.gz"
+    assert candidates(scan, "/m/{stem}.nii.gz")[0] == "/m/sub-01_acq-x_T2w.nii.gz"
+    assert candidates(scan, "none") == []
+
+
+def test_no_mask_anywhere_is_no_lesion(site: Site) -> None:
+    assert find_lesion(site.row, "derivatives/{subject}/{stem}.nii.gz", Store()) is None
+
+
+@pytest.mark.parametrize("pattern", ["x/{sub}.nii", "x/{subject", "x/{stem!r}", "{stem:>9}", "{}"])
+def test_a_pattern_that_cannot_be_filled_in_is_refused(pattern: str) -> None:
+    with pytest.raises(UsageError, match="--lesions"):
+        check_pattern(pattern)
+
+
+def test_uncertainty_is_the_deviation_over_seeded_draws(site: Site, model: Harmonizer) -> None:
+    row = site.run(model, 1, samples=3)
+    again = site.run(model, 2, samples=3)
+    files = load_prepared(site.lake, CONFIG.prepare.digest(), "a" * 32)
+    batch = model._batch(files.image, files.mask, "T1w", None)
+    with torch.inference_mode():
+        draws = [model._draw(batch, "a" * 32, CONFIG.seed, n)[0, 0].numpy() for n in range(3)]
+    assert np.abs(draws[0] - draws[1]).max() > 1e-3
+    spread = np.std(draws, axis=0)
+    stem = row["model_grid_uri"].replace("desc-harmonized_", "desc-harmonizedstd_")
+    written = volume(stem)
+    np.testing.assert_allclose(written, spread, atol=1e-6)
+    assert row["uncertainty_mean"] == pytest.approx(float(spread[files.mask].mean()), rel=1e-4)
+    np.testing.assert_allclose(volume(row["model_grid_uri"]), np.mean(draws, axis=0), atol=1e-6)
+    native = read_nifti(row["uncertainty_uri"])
+    assert native.shape == NATIVE and np.array_equal(native.affine, site.scan.affine)
+    assert native.data[site.mask].mean() == pytest.approx(row["uncertainty_mean"], rel=0.1)
+    assert not native.data[~site.mask].any()
+    for uri in (stem, row["uncertainty_uri"]):
+        sidecar = json.loads(Store().read_bytes(json_beside(uri)))
+        assert sidecar["Units"] == "1" and (sidecar["Samples"], sidecar["Seed"]) == (3, 0)
+        assert sidecar["Sources"][0] == str(site.file)
+    one, two = (Store().read_bytes(r["uncertainty_uri"]) for r in (row, again))
+    assert one == two
+    assert json.loads(Store().read_bytes(row["sidecar_uri"]))["UncertaintyMean"] > 0
+
+
+def test_one_sample_has_no_uncertainty(site: Site, model: Harmonizer) -> None:
+    row = site.run(model, 1)
+    assert row.get("uncertainty_mean") is None and row.get("uncertainty_uri") is None
+    assert not list(Path(site.lake.uri).rglob("*harmonizedstd*"))
+
+
+def test_what_the_seeds_drew_in_a_lesion_is_not_in_the_map(site: Site, model: Harmonizer) -> None:
+    site.write_mask("sub-01_ses-2_run-1_label-lesion_roi.nii.gz")
+    row = site.run(model, 1, samples=2)
+    held = lesion_on_model_grid(site.lesion, site.geometry) & site.model_mask
+    spread = volume(row["model_grid_uri"].replace("desc-harmonized_", "desc-harmonizedstd_"))
+    around = spread[site.model_mask & ~held]
+    assert around.min() - 1e-6 <= spread[held].min() and spread[held].max() <= around.max() + 1e-6
+
+
+def test_a_sampler_without_noise_is_told_apart() -> None:
+    inverted = load_config("paper", settings=["global_sampler.start=inversion"])
+    assert not uses_noise(inverted, "A") and uses_noise(CONFIG, None)
+    assert uses_noise(load_config("paper"), "A")
