@@ -20,6 +20,10 @@ from sgcd_core.style.composition import CompositionModel, composition_from_state
 
 #: Settings a network must share with the box to start from it.
 SHAPING = ("network", "schedule", "sequences")
+#: And of the condition, those that decide what goes in.
+INPUTS = ("gradient_channel", "content_channel", "look_label")
+#: What the code around the U-Net makes of its weights; raised when that changes.
+LAYOUT = 2
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,8 @@ def load_composition() -> CompositionModel | None:
 def shape_of(config: SgcdConfig) -> dict[str, Any]:
     """The settings that decide whether weights fit."""
     values = config.model_dump(mode="json")
-    return {name: values[name] for name in SHAPING}
+    inputs = {name: values["condition"][name] for name in INPUTS}
+    return {name: values[name] for name in SHAPING} | {"inputs": inputs, "layout": LAYOUT}
 
 
 def find_box(config: SgcdConfig) -> Box | None:

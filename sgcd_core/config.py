@@ -186,6 +186,11 @@ class GlobalConfig(Settings):
     t_power: float = Field(
         0.2, gt=0, description="t is drawn as T·u^p: below 1 favours the noisy end"
     )
+    crop: tuple[int, int, int] | None = Field(
+        None,
+        description="denoising is trained on random windows of so many voxels; conditions "
+        "are taken from whole scans all the same; none: whole scans",
+    )
     site_balance: bool = True
     precision: Precision = Field("auto", description="auto: bf16 where the device is made for it")
     checkpoint_every: int = Field(100, ge=1)
@@ -271,6 +276,14 @@ class SgcdConfig(Settings):
         factor = self.network.patch * 2 ** (len(self.network.channels) - 1)
         if any(side % factor for side in self.prepare.shape):
             raise ValueError(f"prepare.shape={self.prepare.shape} must be multiples of {factor}")
+        crop = self.global_stage.crop
+        if crop is not None and any(
+            side % factor or not 0 < side <= whole
+            for side, whole in zip(crop, self.prepare.shape, strict=True)
+        ):
+            raise ValueError(
+                f"global_stage.crop={crop} must be multiples of {factor} within prepare.shape"
+            )
         return self
 
 
@@ -280,7 +293,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "small": {
         "prepare": {"shape": (96, 112, 96), "mm": 2.0},
         "condition": {"noise_std": 0.08},
-        "global_stage": {"steps": 4000},
+        "global_stage": {"steps": 4000, "crop": (48, 48, 48)},
         "target_stage": {"steps": 400},
     },
     "paper": {

@@ -134,21 +134,16 @@ class GlobalStage:
         return {"loss": float(loss.detach()), **values, "learning_rate": rate}
 
     def _losses(
-        self, batch: Batch, condition: Condition | None
+        self, batch: Batch, condition: Condition | None = None
     ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         """L_N and L_G, and the statistics of x̂0 with their weights, for L_E."""
         config, stage = self.config, self.config.global_stage
-        image, mask = batch["image"], batch["mask"]
         drawn = draw(batch, self.schedule.timesteps, stage.t_power)
+        if condition is None:
+            batch, condition, drawn = conditioned(batch, config, self.matcher, drawn, stage.crop)
+        image, mask = batch["image"], batch["mask"]
         denoiser, x_t, output = predict(
-            self.network,
-            self.schedule,
-            config,
-            self.matcher,
-            batch,
-            drawn,
-            stage.precision,
-            condition,
+            self.network, self.schedule, config, batch, drawn, condition, stage.precision
         )
         target = self.schedule.training_target(
             config.network.prediction, to_network(image), drawn.noise, drawn.t, denoiser.content
@@ -218,22 +213,51 @@ def draw(batch: Batch, timesteps: int, t_power: float) -> Draw:
     return Draw(t, noise, generators)
 
 
-def predict(
-    network: nn.Module,
-    schedule: Schedule,
-    config: SgcdConfig,
-    matcher: LookMatcher,
-    batch: Batch,
-    drawn: Draw,
-    precision_name: str,
-    condition: Condition | None = None,
-) -> tuple[ConditionalDenoiser, Tensor, Tensor]:
-    """Noise a batch, take its style-free condition and ask the network: (denoiser, x_t, output)."""
-    x_t = schedule.add_noise(to_network(batch["image"]), drawn.noise, drawn.t)
-    if condition is None:
-        condition = build_condition(
-            batch, config.condition, matcher, batch["look"], drawn.generators
+def conditioned(
+    batch: Batch, config: SgcdConfig, matcher: LookMatcher, drawn: Draw,
+    crop: tuple[int, int, int] | None,
+) -> tuple[Batch, Condition, Draw]:  # fmt: skip
+    """The style-free condition of a training batch, and of everything the same random windows.
+
+    Args:
+        batch: Whole scans.
+        config: All settings.
+        matcher: Takes the scans' own looks away.
+        drawn: Of this batch; its generators place the windows after the augmentation.
+        crop: Sides of the windows, voxels; None keeps whole scans.
+    """
+    condition = build_condition(batch, config.condition, matcher, batch["look"], drawn.generators)
+    if crop is None:
+        return batch, condition, drawn
+    sides = batch["image"].shape[2:]
+    windows = [
+        tuple(
+            slice(start, start + side)
+            for side, whole in zip(crop, sides, strict=True)
+            for start in [int(torch.randint(whole - side + 1, (), generator=generator))]
         )
+        for generator in drawn.generators
+    ]
+
+    def cut(volumes: Tensor) -> Tensor:
+        pairs = zip(volumes, windows, strict=True)
+        return torch.stack([volume[(slice(None), *window)] for volume, window in pairs])
+
+    content = None if condition.content is None else cut(condition.content)
+    part: Batch = {**batch, "image": cut(batch["image"]), "mask": cut(batch["mask"])}
+    return (
+        part,
+        Condition(cut(condition.channels), content, condition.source),
+        Draw(drawn.t, cut(drawn.noise), drawn.generators),
+    )
+
+
+def predict(
+    network: nn.Module, schedule: Schedule, config: SgcdConfig, batch: Batch, drawn: Draw,
+    condition: Condition, precision_name: str,
+) -> tuple[ConditionalDenoiser, Tensor, Tensor]:  # fmt: skip
+    """Noise a batch and ask the network under its condition: (denoiser, x_t, output)."""
+    x_t = schedule.add_noise(to_network(batch["image"]), drawn.noise, drawn.t)
     denoiser = ConditionalDenoiser(
         network,
         schedule,

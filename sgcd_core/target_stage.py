@@ -23,7 +23,14 @@ from sgcd_core.diffusion.network import ConditionalDenoiser, build_network
 from sgcd_core.diffusion.sampler import reverse_grid, starting_image
 from sgcd_core.diffusion.schedule import Schedule
 from sgcd_core.errors import InputError, ModelError
-from sgcd_core.global_stage import draw, loss_region, loss_sigma, predict, unwrapped
+from sgcd_core.global_stage import (
+    conditioned,
+    draw,
+    loss_region,
+    loss_sigma,
+    predict,
+    unwrapped,
+)
 from sgcd_core.harmonizer import global_image, sampling_denoiser
 from sgcd_core.losses import (
     gradient_loss,
@@ -142,8 +149,11 @@ class TargetStage:
         """Plain denoising of target scans under the style-free condition."""
         config = self.config
         drawn = draw(batch, self.schedule.timesteps, config.global_stage.t_power)
+        batch, condition, drawn = conditioned(
+            batch, config, self.matcher, drawn, config.global_stage.crop
+        )
         denoiser, _, output = predict(
-            self.network, self.schedule, config, self.matcher, batch, drawn,
+            self.network, self.schedule, config, batch, drawn, condition,
             config.target_stage.precision,
         )  # fmt: skip
         wanted = self.schedule.training_target(

@@ -41,8 +41,6 @@ SETTINGS = (
     "global_stage.weight_record=0",
     "global_stage.warmup_steps=50",
 )
-#: Windows of this many voxels are trained on; None: whole volumes.
-CROPS: dict[str, tuple[int, int, int] | None] = {"tiny": None, "small": (48, 48, 48)}
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -82,7 +80,7 @@ def main(words: Sequence[str] | None = None) -> None:
         wait_for(pool, 20)
         weights = train_network(
             pool, config, composition, args.work / args.preset, minutes=args.minutes,
-            total_steps=args.steps, crop=CROPS[args.preset], start_from=args.start,
+            total_steps=args.steps, start_from=args.start,
             report=lambda line: print(json.dumps(line), flush=True),
         )  # fmt: skip
     finally:

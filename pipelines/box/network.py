@@ -18,10 +18,10 @@ from sgcd_core.box import Box, shape_of
 from sgcd_core.config import SgcdConfig
 from sgcd_core.diffusion.network import LookEmbedding
 from sgcd_core.errors import SgcdError
-from sgcd_core.global_stage import GlobalStage, draw, unwrapped
+from sgcd_core.global_stage import GlobalStage, conditioned, draw, unwrapped
 from sgcd_core.style.composition import CompositionModel
 from sgcd_core.style.look import blend, mirrored_look, textures
-from sgcd_core.volume.condition import Condition, LookMatcher, build_condition
+from sgcd_core.volume.condition import Condition, LookMatcher
 
 
 class Samples(IterableDataset[dict[str, Any]]):
@@ -34,15 +34,12 @@ class Samples(IterableDataset[dict[str, Any]]):
         composition: The fitted composition model.
         seed: Of everything.
         start: Number of the first sample.
-        crop: Sides of a random window, voxels; None for whole volumes. The condition is always
-            taken from the whole volume.
     """
 
     def __init__(
-        self, pool: Pool, config: SgcdConfig, composition: CompositionModel, seed: int, start: int,
-        crop: tuple[int, int, int] | None,
-    ) -> None:  # fmt: skip
-        self.pool, self.config, self.seed, self.start, self.crop = pool, config, seed, start, crop
+        self, pool: Pool, config: SgcdConfig, composition: CompositionModel, seed: int, start: int
+    ) -> None:
+        self.pool, self.config, self.seed, self.start = pool, config, seed, start
         self.matcher = LookMatcher(
             config.condition.match, config.prepare.mm, config.sequences, composition
         )
@@ -77,24 +74,10 @@ class Samples(IterableDataset[dict[str, Any]]):
         batch = make_batch([image], [mask], [name], [seed], config.sequences, [look], [source])
         # the same generator draws noise and timestep first, as in a step of `sgcd train`
         drawn = draw(batch, config.schedule.timesteps, config.global_stage.t_power)
-        condition = build_condition(
-            batch, config.condition, self.matcher, batch["look"], drawn.generators
-        )
-        window = (slice(None), slice(None), *self._window(image.shape, rng))
-        return {
-            **{k: v[window] if k in ("image", "mask") else v for k, v in batch.items()},
-            "condition": (
-                condition.channels[window],
-                None if condition.content is None else condition.content[window],
-                condition.source,
-            ),
-        }
-
-    def _window(self, shape: tuple[int, ...], rng: np.random.Generator) -> tuple[slice, ...]:
-        if self.crop is None:
-            return tuple(slice(None) for _ in shape)
-        starts = [int(rng.integers(0, s - c + 1)) for s, c in zip(shape, self.crop, strict=True)]
-        return tuple(slice(a, a + c) for a, c in zip(starts, self.crop, strict=True))
+        crop = config.global_stage.crop
+        batch, condition, _ = conditioned(batch, config, self.matcher, drawn, crop)
+        parts = (condition.channels, condition.content, condition.source)
+        return {**batch, "condition": parts}
 
 
 def collate(samples: list[dict[str, Any]]) -> tuple[Batch, Condition]:
@@ -127,7 +110,6 @@ def train_network(
     minutes: float,
     total_steps: int,
     every: int = 100,
-    crop: tuple[int, int, int] | None = None,
     loaders: int = 1,
     start_from: Path | None = None,
     report: Callable[[dict[str, Any]], None] = lambda row: None,
@@ -142,7 +124,6 @@ def train_network(
         minutes: How long at most.
         total_steps: Length of the learning-rate schedule; more steps are not done.
         every: Steps between checkpoints.
-        crop: Train on random windows of so many voxels; a scan at 2 mm is large.
         loaders: Processes that take conditions.
         start_from: Box file to start from where there is no checkpoint yet.
         report: Called with the mean losses of each such stretch.
@@ -180,7 +161,7 @@ def train_network(
         rows.clear()
 
     size = config.global_stage.batch_size
-    samples = Samples(pool, config, composition, config.seed, size * stage.done, crop)
+    samples = Samples(pool, config, composition, config.seed, size * stage.done)
     source = iter(DataLoader(
         samples, batch_size=size, num_workers=loaders, collate_fn=collate,
         prefetch_factor=4 if loaders else None,

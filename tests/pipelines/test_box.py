@@ -60,8 +60,8 @@ def take(samples, count):
 
 def test_samples_are_the_same_for_a_seed_and_a_number(tmp_path):
     pool, config, model = filled(tmp_path), load_config("tiny"), CompositionModel(2, hidden=4)
-    first, second = take(Samples(pool, config, model, 3, 0, None), 2)
-    (again,) = take(Samples(pool, config, model, 3, 1, None), 1)
+    first, second = take(Samples(pool, config, model, 3, 0), 2)
+    (again,) = take(Samples(pool, config, model, 3, 1), 1)
     assert torch.equal(second["image"], again["image"])
     assert torch.equal(second["look"], again["look"])
     assert torch.equal(second["condition"][0], again["condition"][0])
@@ -70,8 +70,9 @@ def test_samples_are_the_same_for_a_seed_and_a_number(tmp_path):
 
 def test_a_window_is_cut_from_scan_and_condition_alike(tmp_path):
     pool, model = filled(tmp_path), CompositionModel(2, hidden=4)
-    config = load_config("tiny", settings=["condition.contrast_augmentation=false"])
-    (sample,) = take(Samples(pool, config, model, 3, 0, (16, 24, 16)), 1)
+    settings = ["condition.contrast_augmentation=false", "global_stage.crop=[16, 24, 16]"]
+    config = load_config("tiny", settings=settings)
+    (sample,) = take(Samples(pool, config, model, 3, 0), 1)
     batch, condition = collate([sample, sample])
     assert batch["image"].shape == condition.content.shape == (2, 1, 16, 24, 16)
     image, content = batch["image"][batch["mask"]], condition.content[batch["mask"]]
