@@ -20,6 +20,7 @@ from pipelines.catalog import Catalog
 from pipelines.evaluate import find_truth, load_output, usable_results
 from pipelines.lake import Lake
 from pipelines.prepare import load_prepared
+from pipelines.truth import load_truth
 from pipelines.verdict import METHOD_TITLES, Line, number, summarize
 from ray_jobs import cli
 from sgcd_core.config import SgcdConfig
@@ -97,13 +98,13 @@ def rows(lake: Lake, target: str) -> list[Row]:
         if truth is None:
             continue
         own = load_prepared(lake, recipe, scan["scan_id"])
-        goal = load_prepared(lake, recipe, truth["scan_id"])
+        goal, inside = load_truth(lake, pack.config.prepare, truth, own)
         images = {m: fitted[m, scan["sequence"]].apply(own.image, own.mask) for m in BASELINES}
         images["sgcd"] = load_output(result, own.image.shape)
         if scan["scan_id"] in stage1:
             images["stage1"] = load_output(stage1[scan["scan_id"]], own.image.shape)
         for method, image in images.items():
-            for metric, value in measure_all(image, goal.image, own.mask & goal.mask).items():
+            for metric, value in measure_all(image, goal, own.mask & inside).items():
                 out.append({"subject": scan["subject"], "site": scan["site"], "value": value,
                             "sequence": scan["sequence"], "seen": scan["site"] in seen,
                             "method": method, "metric": metric})  # fmt: skip

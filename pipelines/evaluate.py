@@ -19,6 +19,7 @@ from pipelines.baselines import Baseline, make_baseline
 from pipelines.catalog import Catalog
 from pipelines.lake import Lake
 from pipelines.prepare import PreparedFiles, load_prepared
+from pipelines.truth import load_truth
 from pipelines.verdict import Summary, estimate, summarize
 from sgcd_core.config import SgcdConfig
 from sgcd_core.errors import ModelError, SgcdError
@@ -201,8 +202,8 @@ class _Job:
             prepared = load_prepared(self.lake, self.recipe, scan["scan_id"])
             images = self._images(scan, result, prepared)
             truth = find_truth(scan, self.scans, self.target)
-            other = None if truth is None else load_prepared(
-                self.lake, self.recipe, truth["scan_id"]
+            other = None if truth is None else load_truth(
+                self.lake, self.config.prepare, truth, prepared
             )  # fmt: skip
         except SgcdError as error:
             # One scan that cannot be read must not end the evaluation of the others.
@@ -215,13 +216,13 @@ class _Job:
             place.setdefault(subject, []).append(masked_histogram(image, prepared.mask))
         if truth is None or other is None:
             return
-        mask = prepared.mask & other.mask
+        goal, mask = other[0], prepared.mask & other[1]
         if not mask.any():
             self.skipped[scan["scan_id"]] = "SCAN-REGISTRATION"
             return
         self.pairs += 1
         for method, image in images.items():
-            for metric, value in measure_all(image, other.image, mask).items():
+            for metric, value in measure_all(image, goal, mask).items():
                 self.metrics.append(
                     {
                         "scan_id": scan["scan_id"], "subject": scan["subject"],

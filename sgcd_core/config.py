@@ -35,6 +35,7 @@ class Settings(BaseModel):
 class PrepareConfig(Settings):
     """How a scan is brought onto the model grid."""
 
+    version: int = Field(2, description="raised when the same settings come to give other volumes")
     shape: tuple[int, int, int] = Field((48, 56, 48), description="model grid, voxels, RAS+")
     mm: float = Field(4.0, gt=0.2, le=8, description="model grid voxel side, mm")
     brain_extraction: Literal["auto", "deepbet", "none"] = Field(

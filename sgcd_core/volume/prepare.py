@@ -53,8 +53,9 @@ class Prepared:
 
 
 def prepare_scan(
-    scan: NiftiScan, config: PrepareConfig, *, sequence: str, where: str | None = None
-) -> Prepared:
+    scan: NiftiScan, config: PrepareConfig, *, sequence: str, where: str | None = None,
+    placed: Array | None = None,
+) -> Prepared:  # fmt: skip
     """One scan on the model grid.
 
     Args:
@@ -62,6 +63,7 @@ def prepare_scan(
         config: Each step can be switched.
         sequence: "T1w" or "T2w".
         where: Address for messages.
+        placed: (4, 4) world mm → template mm where it is known; no registration is made then.
 
     Raises:
         InputError: SCAN-SEQUENCE, SCAN-COARSE, SCAN-COVERAGE, SCAN-EMPTY, SCAN-NEEDS-STRIPPING,
@@ -90,8 +92,10 @@ def prepare_scan(
         if config.bias_correction == "n4":
             image /= bias_field(image, mask, crop_affine)
     with _timed(seconds, "register"):
-        if config.registration == "rigid":
-            transform = register_rigid(image, mask, crop_affine, where=where)
+        if placed is not None:
+            transform = placed
+        elif config.registration == "rigid":
+            transform = register_rigid(image, mask, crop_affine, sequence=sequence, where=where)
         else:
             transform = centred(mask, crop_affine)
     with _timed(seconds, "resample"):

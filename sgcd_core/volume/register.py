@@ -1,4 +1,11 @@
-"""Rigid alignment of a brain with the template: mutual information, so any sequence will do."""
+"""Rigid alignment of a brain with the template, which comes out alike whatever the scanner.
+
+Scans of one subject must land on the same voxels, or nothing can be compared: mutual information
+between each scan and the T1w template put scans of a subject at two scanners 0.6 mm (T1w) and
+1.3 mm (T2w) apart, since its optimum depends on the contrast. So a scan is first shown in the
+contrast of an average T1w scan, rank for rank (T2w from its highest rank down), and then correlated
+with the template: 0.4 and 0.6 mm.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sgcd_core.errors import InputError
+from sgcd_core.style.shading import contrast_of
 from sgcd_core.volume.resample import bounding_box, resample_masked
 from sgcd_core.volume.template import template, template_centre
 
@@ -43,7 +51,9 @@ def centred(mask: Array, affine: Array) -> Array:
     return out
 
 
-def register_rigid(image: Array, mask: Array, affine: Array, *, where: str | None = None) -> Array:
+def register_rigid(
+    image: Array, mask: Array, affine: Array, *, sequence: str = "T1w", where: str | None = None
+) -> Array:
     """Rigid transform of a brain onto the ICBM152 template.
 
     The search has a free isotropic scale, which is then dropped: the template brain is larger than
@@ -53,6 +63,7 @@ def register_rigid(image: Array, mask: Array, affine: Array, *, where: str | Non
         image: (X, Y, Z) float32, any unit.
         mask: (X, Y, Z) bool, the brain.
         affine: (4, 4) voxel → world mm, RAS+.
+        sequence: BIDS suffix.
         where: Address for messages.
 
     Returns:
@@ -65,6 +76,7 @@ def register_rigid(image: Array, mask: Array, affine: Array, *, where: str | Non
 
     fixed, fixed_mask, fixed_affine = template(WORK_MM)
     moving, moving_mask, moving_affine = _axis_aligned(image, mask, affine)
+    moving = like_t1w(moving, moving_mask, sequence)
     fixed_itk, moving_itk = _to_itk(fixed, fixed_affine), _to_itk(moving, moving_affine)
     fixed_com = centre_of_mass(fixed_mask, fixed_affine)
     shift = centre_of_mass(moving_mask, moving_affine) - fixed_com
@@ -77,18 +89,62 @@ def register_rigid(image: Array, mask: Array, affine: Array, *, where: str | Non
         start.SetRotation((1.0, 0.0, 0.0), float(np.radians(pitch)))
         tries.append(_search(fixed_itk, moving_itk, start, shrink=2, sigma_mm=4.0, iterations=60))
     best = min(tries, key=lambda pair: pair[0])[1]
-    _, found = _search(fixed_itk, moving_itk, best, shrink=1, sigma_mm=0.0, iterations=60)
-
-    rotation = np.array(found.GetMatrix(), float).reshape(3, 3) / found.GetScale()
-    u, _, vt = np.linalg.svd(rotation)
-    rotation = u @ vt
-    centre = template_centre()
-    to_world = np.eye(4)
-    to_world[:3, :3] = rotation
-    to_world[:3, 3] = np.array(found.TransformPoint(centre.tolist())) - rotation @ centre
-    world_to_template: Array = np.linalg.inv(to_world)
+    _, found = _search(fixed_itk, moving_itk, best, shrink=1, sigma_mm=0.0, iterations=150)
+    world_to_template: Array = np.linalg.inv(_matrix(found))
     _check(world_to_template, moving, moving_mask, moving_affine, where)
     return world_to_template
+
+
+def align_rigid(
+    image: Array, mask: Array, onto: Array, onto_mask: Array, affine: Array, sequence: str
+) -> Array:
+    """Rigid transform of one prepared scan onto another of the same brain and sequence.
+
+    Args:
+        image: (X, Y, Z) float32, prepared.
+        mask: (X, Y, Z) bool.
+        onto: (X, Y, Z) float32, prepared on the same grid.
+        onto_mask: (X, Y, Z) bool.
+        affine: (4, 4) voxel → mm, axis-aligned, of that grid.
+        sequence: BIDS suffix.
+
+    Returns:
+        (4, 4) float64, mm → mm.
+    """
+    import SimpleITK as sitk  # noqa: N813
+
+    moving, fixed = (
+        _to_itk(like_t1w(x, m, sequence), affine) for x, m in ((image, mask), (onto, onto_mask))
+    )
+    start = sitk.Euler3DTransform()
+    start.SetCenter(template_centre().tolist())
+    _, found = _search(fixed, moving, start, shrink=1, sigma_mm=2.0, iterations=150)
+    aligned: Array = np.linalg.inv(_matrix(found))
+    return aligned
+
+
+def like_t1w(image: Array, mask: Array, sequence: str) -> Array:
+    """A brain in the contrast of an average T1w scan, float32; other sequences as they are."""
+    levels = np.linspace(0.0, 1.0, 257)
+    shown = contrast_of("T1w", levels)
+    if sequence not in ("T1w", "T2w") or shown is None or not mask.any():
+        return image
+    sign = -1.0 if sequence == "T2w" else 1.0
+    ranked = sign * np.asarray(image, np.float64)
+    own = np.quantile(ranked[mask], levels)
+    out: Array = np.where(mask, np.interp(ranked, own, shown), 0).astype(np.float32)
+    return out
+
+
+def _matrix(found: Any) -> Array:
+    """The rotation and shift (4, 4) of an ITK transform, without its scale."""
+    linear = np.array(found.GetMatrix(), float).reshape(3, 3)
+    u, _, vt = np.linalg.svd(linear)
+    rotation, centre = u @ vt, template_centre()
+    out: Array = np.eye(4)
+    out[:3, :3] = rotation
+    out[:3, 3] = np.array(found.TransformPoint(centre.tolist())) - rotation @ centre
+    return out
 
 
 def rotation_degrees(transform: Array) -> float:
@@ -136,18 +192,18 @@ def _search(
     # One thread and every voxel: the same scan gives the same alignment on any worker.
     method.SetNumberOfThreads(1)
     method.SetNumberOfWorkUnits(1)
-    method.SetMetricAsMattesMutualInformation(numberOfHistogramBins=32)
+    method.SetMetricAsCorrelation()
     method.SetMetricSamplingStrategy(method.NONE)
     method.SetInterpolator(sitk.sitkLinear)
     method.SetShrinkFactorsPerLevel([shrink])
     method.SetSmoothingSigmasPerLevel([sigma_mm])
     method.SmoothingSigmasAreSpecifiedInPhysicalUnitsOn()
     method.SetOptimizerAsRegularStepGradientDescent(
-        learningRate=2.0 * shrink, minStep=0.02 * shrink, numberOfIterations=iterations,
-        relaxationFactor=0.6, gradientMagnitudeTolerance=1e-6,
+        learningRate=2.0 * shrink, minStep=0.002 * shrink, numberOfIterations=iterations,
+        relaxationFactor=0.6, gradientMagnitudeTolerance=1e-8,
     )  # fmt: skip
     method.SetOptimizerScalesFromPhysicalShift()
-    transform = sitk.Similarity3DTransform(start)
+    transform = type(start)(start)
     method.SetInitialTransform(transform, inPlace=True)
     method.Execute(fixed, moving)
     return float(method.GetMetricValue()), transform

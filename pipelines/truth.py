@@ -1,0 +1,74 @@
+"""The scan a harmonized one is compared with, laid on the same voxels.
+
+A subject's scans at two sites are aligned with the template each by itself, half a millimetre
+apart: enough to hide every difference between methods. For the comparison, and for nothing else,
+the target's scan is aligned with the source scan and resampled once from its own grid.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipelines.lake import Lake
+from pipelines.prepare import PreparedFiles, load_native_mask, load_prepared
+from sgcd_core.config import PrepareConfig
+from sgcd_core.io.nifti import read_nifti
+from sgcd_core.io.store import Store
+from sgcd_core.volume.bias import bias_field
+from sgcd_core.volume.register import align_rigid
+from sgcd_core.volume.resample import resample_masked
+
+Row = dict[str, Any]
+
+#: Nearer than this the target's scan is taken as it was prepared.
+CLOSE_ENOUGH_MM = 0.1
+
+
+def load_truth(
+    lake: Lake, config: PrepareConfig, truth: Row, own: PreparedFiles
+) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """The truth on the voxels of a prepared scan of the same subject and sequence.
+
+    Its intensities are scaled as its own preparation scaled them, whatever the scan.
+
+    Args:
+        lake: Where both are prepared.
+        config: How they were prepared.
+        truth: Row of `scans`, the subject's scan at the target.
+        own: The prepared scan, before harmonization.
+
+    Returns:
+        Image (X, Y, Z) float32 in [0, 1], 0 outside the brain, and the brain mask.
+
+    Raises:
+        InputError: The truth is not prepared or cannot be read.
+        StorageError: The store is out of reach.
+    """
+    recipe, scan_id = config.digest(), truth["scan_id"]
+    files = load_prepared(lake, recipe, scan_id)
+    grid = np.array(files.geometry.model_affine)
+    turn = align_rigid(
+        files.image, files.mask > 0, own.image, own.mask > 0, grid, str(truth["sequence"])
+    )
+    if displacement(turn, grid, files.mask > 0) < CLOSE_ENOUGH_MM:
+        return np.asarray(files.image, np.float32), files.mask > 0
+    native = read_nifti(truth["uri"], Store(), max_inflated=config.max_inflated_bytes)
+    inside = load_native_mask(lake, recipe, scan_id)
+    data = np.asarray(native.data, np.float32)
+    if config.bias_correction == "n4":
+        data = data / bias_field(data, inside, native.affine)
+    placed = turn @ np.array(files.geometry.world_to_template) @ native.affine
+    image, mask = resample_masked(data, inside, placed, grid, config.shape)
+    scaled = np.clip(files.geometry.scale(image), 0, 1) * mask
+    return scaled.astype(np.float32), mask
+
+
+def displacement(transform: NDArray[Any], grid: NDArray[Any], mask: NDArray[np.bool_]) -> float:
+    """How far (4, 4) `transform`, mm → mm, moves the voxels of a mask: root mean square, mm."""
+    voxels = np.argwhere(mask)[::97]
+    points = np.c_[voxels, np.ones(len(voxels))] @ grid.T
+    moved = points @ (transform - np.eye(4)).T
+    return float(np.sqrt((moved[:, :3] ** 2).sum(1).mean()))

@@ -1,0 +1,57 @@
+"""Alignment: the same brain lands on the same voxels, whatever scanner showed it."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from pipelines.cohort import list_anatomies, load_anatomy, random_sites, random_subject, render_scan
+from pipelines.truth import displacement
+from sgcd_core.volume.register import align_rigid, like_t1w, register_rigid
+from sgcd_core.volume.resample import resample_masked
+from sgcd_core.volume.template import template
+
+MM = 3.0
+
+
+@pytest.fixture(scope="module")
+def subject():
+    return random_subject(load_anatomy(list_anatomies(None)[0], mm=2.0), np.random.default_rng(5))
+
+
+def scans(subject, sequence, sites=4):
+    """One brain at scanners that differ in everything but where the head lies."""
+    for number, scanner in enumerate(random_sites(3, sites - 1, 1)):
+        data, affine = render_scan(subject, scanner, sequence, MM, np.random.default_rng(number))
+        yield data, data > 0, affine
+
+
+@pytest.mark.parametrize(("sequence", "most"), [("T1w", 0.9), ("T2w", 1.2)])
+def test_scanners_put_one_brain_in_one_place(subject, sequence, most):
+    _, mask, grid = template(4.0)
+    found = [register_rigid(*scan, sequence=sequence) for scan in scans(subject, sequence)]
+    apart = [
+        displacement(a @ np.linalg.inv(b), grid, mask) for a, b in itertools.combinations(found, 2)
+    ]
+    assert np.mean(apart) < most
+
+
+def test_one_scan_is_laid_on_another_of_the_same_brain():
+    image, mask, grid = template(3.0)
+    turn = np.eye(4)
+    turn[:2, :2] = [[np.cos(0.03), -np.sin(0.03)], [np.sin(0.03), np.cos(0.03)]]
+    turn[:3, 3] = 1.0, -0.7, 0.5
+    moved, inside = resample_masked(image, mask, turn @ grid, grid, image.shape)
+    other = np.where(inside, moved**0.6, 0).astype(np.float32)
+    found = align_rigid(other, inside, image, mask, grid, "T1w")
+    assert displacement(turn, grid, mask) > 1.5
+    assert displacement(found @ turn, grid, mask) < 0.15
+
+
+def test_a_t2w_scan_is_shown_with_dark_fluid_and_bright_white_matter():
+    image, mask, _ = template(4.0)
+    shown = like_t1w((1.1 - image) * mask, mask, "T2w")
+    assert np.corrcoef(shown[mask], image[mask])[0, 1] > 0.97
+    assert not shown[~mask].any()
+    other = like_t1w(image, mask, "FLAIR")
+    np.testing.assert_array_equal(other, image)
