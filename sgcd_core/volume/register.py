@@ -3,8 +3,8 @@
 Scans of one subject must land on the same voxels, or nothing can be compared: mutual information
 between each scan and the T1w template put scans of a subject at two scanners 0.6 mm (T1w) and
 1.3 mm (T2w) apart, since its optimum depends on the contrast. So a scan is first shown in the
-contrast of an average T1w scan, rank for rank (T2w from its highest rank down), and then correlated
-with the template: 0.4 and 0.6 mm.
+contrast of an average T1w scan, rank for rank (T2w from its highest rank down): 0.5 and 0.5 mm.
+(Correlation instead of mutual information: 0.4 and 0.6 mm, but 4 mm without bias correction.)
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def register_rigid(
         start.SetRotation((1.0, 0.0, 0.0), float(np.radians(pitch)))
         tries.append(_search(fixed_itk, moving_itk, start, shrink=2, sigma_mm=4.0, iterations=60))
     best = min(tries, key=lambda pair: pair[0])[1]
-    _, found = _search(fixed_itk, moving_itk, best, shrink=1, sigma_mm=0.0, iterations=150)
+    _, found = _search(fixed_itk, moving_itk, best, shrink=1, sigma_mm=2.0, iterations=150)
     world_to_template: Array = np.linalg.inv(_matrix(found))
     _check(world_to_template, moving, moving_mask, moving_affine, where)
     return world_to_template
@@ -118,7 +118,7 @@ def align_rigid(
     )
     start = sitk.Euler3DTransform()
     start.SetCenter(template_centre().tolist())
-    _, found = _search(fixed, moving, start, shrink=1, sigma_mm=2.0, iterations=150)
+    _, found = _search(fixed, moving, start, shrink=1, sigma_mm=2.0, iterations=150, correlate=True)
     aligned: Array = np.linalg.inv(_matrix(found))
     return aligned
 
@@ -183,7 +183,14 @@ def _to_itk(volume: Array, affine: Array) -> Any:
 
 
 def _search(
-    fixed: Any, moving: Any, start: Any, *, shrink: int, sigma_mm: float, iterations: int
+    fixed: Any,
+    moving: Any,
+    start: Any,
+    *,
+    shrink: int,
+    sigma_mm: float,
+    iterations: int,
+    correlate: bool = False,
 ) -> tuple[float, Any]:
     """One level of the search; (metric, lower is better; the transform found)."""
     import SimpleITK as sitk  # noqa: N813
@@ -192,7 +199,10 @@ def _search(
     # One thread and every voxel: the same scan gives the same alignment on any worker.
     method.SetNumberOfThreads(1)
     method.SetNumberOfWorkUnits(1)
-    method.SetMetricAsCorrelation()
+    if correlate:
+        method.SetMetricAsCorrelation()
+    else:
+        method.SetMetricAsMattesMutualInformation(numberOfHistogramBins=32)
     method.SetMetricSamplingStrategy(method.NONE)
     method.SetInterpolator(sitk.sitkLinear)
     method.SetShrinkFactorsPerLevel([shrink])

@@ -32,8 +32,9 @@ CURVES: dict[str, Callable[[Array], Array]] = {
 
 def make_config(shape: tuple[int, int, int] = SHAPE) -> SgcdConfig:
     # A grid the network could not take, and need not: nothing here runs it.
+    update = {"shape": shape, "bias_correction": "none"}
     return SgcdConfig().model_copy(
-        update={"prepare": SgcdConfig().prepare.model_copy(update={"shape": shape})}
+        update={"prepare": SgcdConfig().prepare.model_copy(update=update)}
     )
 
 
@@ -75,9 +76,11 @@ def add_scan(
     )  # fmt: skip
     folder = lake.prepared(config.prepare.digest(), scan_id)
     save_prepared(folder, native, Prepared(image, mask, mask, geometry), Store())
+    uri = join(lake.uri, "raw", f"{name}.nii.gz")
+    Store().write_bytes(uri, data)
     return {
         "scan_id": scan_id, "dataset": "fake", "subject": subject, "session": site, "site": site,
-        "sequence": sequence, "split": split, "uri": f"/{name}.nii.gz", "status": "ok",
+        "sequence": sequence, "split": split, "uri": uri, "status": "ok",
     }  # fmt: skip
 
 
