@@ -67,7 +67,10 @@ class MixtureSegmenter:
 
     Fitted by expectation maximization to the quantiles of the brain, so the result does not depend
     on where a voxel lies or on a seed. Borders are between the means of neighbours: a wide class
-    never claims both ends of the scale.
+    never claims both ends of the scale. It stops early: fitted on, the classes leave the tissues for
+    the mixtures between them (12 digital scans at 4 mm, Dice with the truth at a tolerance of 1e-4
+    and of 1e-5: T1w grey 0.778, 0.759, white 0.836, 0.806; T2w grey 0.823, 0.805, white 0.800,
+    0.760).
     Source: Wells et al. 1996, IEEE TMI 15(4); scikit-learn's GaussianMixture.
     """
 
@@ -77,13 +80,20 @@ class MixtureSegmenter:
         """See `Segmenter.segment`."""
         from sklearn.mixture import GaussianMixture
 
-        order, values, start = _start(image, mask, sequence)
-        spread = max(float(values.std()) / 4, 1e-3)
-        model = GaussianMixture(
-            3, means_init=start[:, None], weights_init=[SHARES[t] for t in order],
-            precisions_init=np.full((3, 1, 1), spread**-2), reg_covar=1e-6, tol=1e-4,
-            max_iter=300, random_state=0,
-        ).fit(values[:, None])  # fmt: skip
+        order, values, starts = _starts(image, mask, sequence)
+        # On the brain's own scale, so that gain and offset change nothing.
+        offset, gain = float(values.mean()), float(values.std())
+        values = (values - offset) / gain
+        fits = [
+            GaussianMixture(
+                3, means_init=(start[:, None] - offset) / gain,
+                weights_init=[SHARES[t] for t in order],
+                precisions_init=np.full((3, 1, 1), 16.0), reg_covar=1e-4, tol=1e-4,
+                max_iter=200, random_state=0,
+            ).fit(values[:, None])
+            for start in starts
+        ]  # fmt: skip
+        model = max(fits, key=lambda fit: float(fit.lower_bound_))
         rank = np.argsort(model.means_[:, 0])
         means = model.means_[rank, 0]
         borders = []
@@ -92,7 +102,7 @@ class MixtureSegmenter:
             odds = model.predict_proba(level[:, None])[:, rank]
             nearer = odds[:, low + 1] > odds[:, low]
             borders.append(float(level[int(nearer.argmax())] if nearer.any() else level[-1]))
-        return _by_borders(image, mask, order, borders)
+        return _by_borders(image, mask, order, [offset + gain * b for b in borders])
 
 
 class KMeansSegmenter:
@@ -107,8 +117,12 @@ class KMeansSegmenter:
         """See `Segmenter.segment`."""
         from sklearn.cluster import KMeans
 
-        order, values, start = _start(image, mask, sequence)
-        model = KMeans(3, init=start[:, None], n_init=1, random_state=0).fit(values[:, None])
+        order, values, starts = _starts(image, mask, sequence)
+        fits = [
+            KMeans(3, init=start[:, None], n_init=1, random_state=0).fit(values[:, None])
+            for start in starts
+        ]
+        model = min(fits, key=lambda fit: float(fit.inertia_))
         means = np.sort(model.cluster_centers_[:, 0])
         borders = [float(b) for b in (means[:-1] + means[1:]) / 2]
         return _by_borders(image, mask, order, borders)
@@ -193,10 +207,14 @@ def make_segmenter(spec: str) -> Segmenter:
     return CommandSegmenter(spec)
 
 
-def _start(
+def _starts(
     image: Image, mask: Mask, sequence: str
-) -> tuple[tuple[int, int, int], NDArray[np.float64], NDArray[np.float64]]:
-    """Tissues from dark to bright, quantiles of the brain (N,), and where to start, (3,)."""
+) -> tuple[tuple[int, int, int], NDArray[np.float64], list[NDArray[np.float64]]]:
+    """Tissues from dark to bright, quantiles of the brain (N,), and two places to start, (3,).
+
+    One start is by the usual shares of the tissues, the other by the range of intensities, for
+    brains whose shares are unusual; the better fit is taken.
+    """
     from sgcd_core.metrics import intensity_quantiles
 
     if sequence not in ORDER:
@@ -204,11 +222,13 @@ def _start(
             f"the order of tissues is known for {' and '.join(ORDER)} only.", code="SCAN-SEQUENCE"
         )
     order = ORDER[sequence]
-    values = intensity_quantiles(image, mask, 4096) if mask.any() else np.zeros(1)
+    values = intensity_quantiles(image, mask, 1024) if mask.any() else np.zeros(1)
     if len(np.unique(values)) < 4:
         raise InputError("the brain has too few distinct intensities.", code="SCAN-EMPTY")
     ends = np.cumsum([0.0, *(SHARES[t] for t in order)])
-    return order, values, np.quantile(values, (ends[:-1] + ends[1:]) / 2)
+    low, high = np.quantile(values, (0.02, 0.98))
+    by_range = low + (high - low) * np.array([1, 3, 5]) / 6
+    return order, values, [np.quantile(values, (ends[:-1] + ends[1:]) / 2), by_range]
 
 
 def _by_borders(
