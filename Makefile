@@ -4,6 +4,7 @@
 # make lint    ruff and mypy
 # make bench   the benchmarks, each against a named peer
 # make bench-quality ANATOMY=FOLDER   how close to the truth, beside the classical methods
+# make bench-real DATA=FOLDER   a lake of real scans, harmonized: what is left of sites, and of people
 # make box     the weights that come with the package, from label maps: make box ANATOMY=FOLDER
 
 PYTHON ?= python3
@@ -15,7 +16,7 @@ EXTRAS := strip,dino,dev
 DEMO   ?= work/demo
 ARGS   ?=
 
-.PHONY: setup demo test lint format bench bench-quality box clean
+.PHONY: setup demo test lint format bench bench-quality bench-real box clean
 
 setup: $(STAMP)
 
@@ -51,6 +52,9 @@ bench: setup
 
 bench-quality: setup
 	$(BIN)/python benchmarks/quality.py work/quality $(if $(ANATOMY),--anatomy $(ANATOMY)) $(ARGS)
+
+bench-real: setup
+	$(BIN)/python benchmarks/real_scans.py $(DATA) --out work/real $(ARGS)
 
 box: setup
 	$(BIN)/python -m pipelines.box work/box --anatomy $(ANATOMY) --install $(ARGS)

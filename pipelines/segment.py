@@ -67,10 +67,10 @@ class MixtureSegmenter:
 
     Fitted by expectation maximization to the quantiles of the brain, so the result does not depend
     on where a voxel lies or on a seed. Borders are between the means of neighbours: a wide class
-    never claims both ends of the scale. It stops early: fitted on, the classes leave the tissues for
-    the mixtures between them (12 digital scans at 4 mm, Dice with the truth at a tolerance of 1e-4
-    and of 1e-5: T1w grey 0.778, 0.759, white 0.836, 0.806; T2w grey 0.823, 0.805, white 0.800,
-    0.760).
+    never claims both ends of the scale. It stops early: fitted on, the classes leave the tissues
+    for the mixtures between them (12 digital scans at 4 mm, Dice with the truth at a tolerance of
+    1e-4 and of 1e-5: T1w grey 0.778, 0.759, white 0.836, 0.806; T2w grey 0.823, 0.805, white
+    0.800, 0.760).
     Source: Wells et al. 1996, IEEE TMI 15(4); scikit-learn's GaussianMixture.
     """
 
