@@ -5,6 +5,7 @@
 # make bench   the benchmarks, each against a named peer
 # make bench-quality ANATOMY=FOLDER   how close to the truth, beside the classical methods
 # make bench-ablations ANATOMY=FOLDER  what each part is worth, into docs/ablations.md
+# make bench-real DATA=FOLDER   a lake of real scans, harmonized: what is left of sites, and of people
 # make box     the weights that come with the package, from label maps: make box ANATOMY=FOLDER
 
 PYTHON ?= python3
@@ -16,7 +17,7 @@ EXTRAS := strip,dino,dev
 DEMO   ?= work/demo
 ARGS   ?=
 
-.PHONY: setup demo test lint format bench bench-quality bench-ablations box clean
+.PHONY: setup demo test lint format bench bench-quality bench-ablations bench-real box clean
 
 setup: $(STAMP)
 
@@ -56,6 +57,9 @@ bench-quality: setup
 bench-ablations: setup
 	$(BIN)/python benchmarks/ablations.py work/ablations --out docs \
 	  $(if $(ANATOMY),--anatomy $(ANATOMY)) $(ARGS)
+
+bench-real: setup
+	$(BIN)/python benchmarks/real_scans.py $(DATA) --out work/real $(ARGS)
 
 box: setup
 	$(BIN)/python -m pipelines.box work/box --anatomy $(ANATOMY) --install $(ARGS)

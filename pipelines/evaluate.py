@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -95,11 +95,6 @@ def evaluate(
     """
     catalog = Catalog(lake)
     results = usable_results(catalog, model, version)
-    if not results:
-        raise ModelError(
-            f"{model} version {version} has no result to evaluate.", where=lake.uri,
-            hint=f"Run `sgcd harmonize --lake LAKE --model {model}` first.",
-        )  # fmt: skip
     job = _Job(lake, config, catalog.rows("scans").to_pylist(), results, training_sites, methods)
     for number, result in enumerate(results, 1):
         job.score(result)
@@ -118,11 +113,21 @@ def evaluate(
 
 
 def usable_results(catalog: Catalog, model: str, version: int) -> list[Row]:
-    """Latest rows of `results` that have an output (ok and flagged), ordered by scan_id."""
+    """Latest rows of `results` that have an output (ok and flagged), ordered by scan_id.
+
+    Raises:
+        ModelError: MODEL-MISSING when this version harmonized nothing.
+    """
     rows: list[Row] = catalog.rows(
         "results", where={"model": model, "model_version": version}
     ).to_pylist()
-    return [r for r in rows if r["status"] in ("ok", "flagged") and r["model_grid_uri"]]
+    found = [r for r in rows if r["status"] in ("ok", "flagged") and r["model_grid_uri"]]
+    if not found:
+        raise ModelError(
+            f"{model} version {version} has no result to evaluate.", where=catalog.lake.uri,
+            hint=f"Run `sgcd harmonize --lake LAKE --model {model}` first.",
+        )  # fmt: skip
+    return found
 
 
 def find_truth(scan: Row, scans: Sequence[Row], target: str | None) -> Row | None:
@@ -157,6 +162,73 @@ def load_output(result: Row, shape: tuple[int, ...]) -> NDArray[np.float32]:
     return np.clip(np.nan_to_num(data), 0, 1)
 
 
+def digest_of(settings: Iterable[str], scans: Sequence[Row], results: Sequence[Row]) -> str:
+    """Identity of an evaluation: how it is computed and what went in."""
+    parts = list(settings)
+    parts += [f"{r['scan_id']}:{r['output_sha256']}:{r['finished_at']}" for r in results]
+    parts += sorted(f"{s['scan_id']}:{s['site']}:{s['split']}" for s in scans)
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+class MethodImages:
+    """One scan by every method: the baselines, each fit once for a sequence, and the model.
+
+    Args:
+        lake: Where prepared scans and outputs lie.
+        recipe: Digest of the preparation settings.
+        scans: Rows of `scans`.
+        target: The target site; without one there is nothing to fit a baseline on.
+        methods: Baselines; `raw` is always included.
+    """
+
+    def __init__(
+        self,
+        lake: Lake,
+        recipe: str,
+        scans: list[Row],
+        target: str | None,
+        methods: Sequence[str] = ("raw", "nyul"),
+    ) -> None:
+        self.lake, self.recipe, self.scans, self.target = lake, recipe, scans, target
+        self.names = tuple(dict.fromkeys(("raw", *methods)))
+        self._baselines: dict[tuple[str, str], Baseline | None] = {}
+
+    def of(self, scan: Row, result: Row, prepared: PreparedFiles) -> dict[str, NDArray[np.float32]]:
+        """The scan by every method, on the model grid; errors as for `load_output`."""
+        images = {}
+        for name in self.names:
+            baseline = self._baseline(name, scan["sequence"])
+            if baseline is not None:
+                images[name] = baseline.apply(prepared.image, prepared.mask)
+        images["sgcd"] = load_output(result, prepared.image.shape)
+        return images
+
+    def _baseline(self, name: str, sequence: str) -> Baseline | None:
+        """The baseline, fit once; None when the target has no training scan of the sequence."""
+        key = (name, sequence)
+        if key not in self._baselines:
+            baseline = make_baseline(name, sequence)
+            if name == "raw":
+                self._baselines[key] = baseline
+            else:
+                training = [(p.image, p.mask) for p in self.target_training(sequence)]
+                self._baselines[key] = baseline.fit(training) if training else None
+        return self._baselines[key]
+
+    def target_training(self, sequence: str) -> Iterator[PreparedFiles]:
+        """The target site's training scans of a sequence that are prepared, at most so many."""
+        rows = [
+            s for s in self.scans
+            if s["site"] == self.target and self.target is not None
+            and s["sequence"] == sequence and s["split"] != "test" and s["status"] == "ok"
+        ]  # fmt: skip
+        for row in sorted(rows, key=lambda s: s["scan_id"])[:MAX_FIT_SCANS]:
+            try:
+                yield load_prepared(self.lake, self.recipe, row["scan_id"])
+            except SgcdError as error:
+                log.warning("evaluate=not-fit-on scan=%s code=%s", row["scan_id"], error.code)
+
+
 class _Job:
     """One evaluation: holds histograms and numbers, never more than a few volumes."""
 
@@ -177,21 +249,18 @@ class _Job:
         self.results = results
         self.target: str | None = next((r["target"] for r in results if r["target"]), None)
         self.training_sites = None if training_sites is None else frozenset(training_sites)
-        self.methods = tuple(dict.fromkeys(("raw", *methods)))
+        self.methods = MethodImages(lake, self.recipe, scans, self.target, methods)
         self.metrics: list[Row] = []
         self.skipped: dict[str, str] = {}
         self.pairs = 0
-        self._baselines: dict[tuple[str, str], Baseline | None] = {}
         self._references: dict[str, Histogram | None] = {}
         # (site, sequence, method) → subject → histograms
         self._histograms: dict[tuple[str, str, str], dict[str, list[Histogram]]] = {}
 
     def digest(self) -> str:
         """Identity of this evaluation: what went in and how it is computed."""
-        parts = [self.recipe, *self.methods, *sorted(self.training_sites or ("?",))]
-        parts += [f"{r['scan_id']}:{r['output_sha256']}:{r['finished_at']}" for r in self.results]
-        parts += sorted(f"{s['scan_id']}:{s['site']}:{s['split']}" for s in self.scans)
-        return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+        parts = [self.recipe, *self.methods.names, *sorted(self.training_sites or ("?",))]
+        return digest_of(parts, self.scans, self.results)
 
     def score(self, result: Row) -> None:
         """Histograms of one scan, and its distances to the truth if there is one."""
@@ -200,7 +269,7 @@ class _Job:
             return
         try:
             prepared = load_prepared(self.lake, self.recipe, scan["scan_id"])
-            images = self._images(scan, result, prepared)
+            images = self.methods.of(scan, result, prepared)
             truth = find_truth(scan, self.scans, self.target)
             other = None if truth is None else load_truth(
                 self.lake, self.config.prepare, truth, prepared
@@ -237,48 +306,14 @@ class _Job:
         """Whether the model was trained on scans of this site."""
         return None if self.training_sites is None else site in self.training_sites
 
-    def _images(
-        self, scan: Row, result: Row, prepared: PreparedFiles
-    ) -> dict[str, NDArray[np.float32]]:
-        """The scan by every method, on the model grid."""
-        images = {}
-        for name in self.methods:
-            baseline = self._baseline(name, scan["sequence"])
-            if baseline is not None:
-                images[name] = baseline.apply(prepared.image, prepared.mask)
-        images["sgcd"] = load_output(result, prepared.image.shape)
-        return images
-
-    def _baseline(self, name: str, sequence: str) -> Baseline | None:
-        """The baseline, fit once; None when the target has no training scan of the sequence."""
-        key = (name, sequence)
-        if key not in self._baselines:
-            baseline = make_baseline(name, sequence)
-            if name == "raw":
-                self._baselines[key] = baseline
-            else:
-                training = [(p.image, p.mask) for p in self._target_training(sequence)]
-                self._baselines[key] = baseline.fit(training) if training else None
-        return self._baselines[key]
-
-    def _target_training(self, sequence: str) -> Iterator[PreparedFiles]:
-        """The target site's training scans of a sequence that are prepared, at most so many."""
-        rows = [
-            s for s in self.scans
-            if s["site"] == self.target and self.target is not None
-            and s["sequence"] == sequence and s["split"] != "test" and s["status"] == "ok"
-        ]  # fmt: skip
-        for row in sorted(rows, key=lambda s: s["scan_id"])[:MAX_FIT_SCANS]:
-            try:
-                yield load_prepared(self.lake, self.recipe, row["scan_id"])
-            except SgcdError as error:
-                log.warning("evaluate=not-fit-on scan=%s code=%s", row["scan_id"], error.code)
-
     def _reference(self, sequence: str) -> Histogram | None:
         """Mean histogram of the target's training scans; of all sites' raw ones without target."""
         if sequence not in self._references:
             if self.target is not None:
-                found = [masked_histogram(p.image, p.mask) for p in self._target_training(sequence)]
+                found = [
+                    masked_histogram(p.image, p.mask)
+                    for p in self.methods.target_training(sequence)
+                ]
             else:
                 found = [
                     _mean(by_subject)

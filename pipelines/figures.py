@@ -109,6 +109,55 @@ def montage(rows: Sequence[tuple[str, Image, Image, Image | None]]) -> bytes:
     return _png(figure)
 
 
+def contact_sheet(rows: Sequence[tuple[str, Image, Image]]) -> bytes:
+    """Input, output and their difference, one scan a row, three planes each.
+
+    Args:
+        rows: Label, prepared scan and harmonized scan; float32, (X, Y, Z), RAS+, [0, 1]. The
+            difference is output less input, from -0.5 (blue) to 0.5 (red).
+    """
+    figure = _figure(11.0, 1.25 * max(1, len(rows)) + 0.3)
+    grid = figure.subplots(max(1, len(rows)), 3, squeeze=False)
+    for axes, (label, before, after) in zip(grid, rows, strict=False):
+        grey = {"cmap": "gray", "vmin": 0, "vmax": 1}
+        axes[0].imshow(three_planes(before), **grey)
+        axes[1].imshow(three_planes(after), **grey)
+        axes[2].imshow(three_planes(after - before), cmap="RdBu_r", vmin=-0.5, vmax=0.5)
+        axes[0].text(
+            -0.02, 0.5, label, va="center", ha="right", fontsize=7, color=INK,
+            transform=axes[0].transAxes,
+        )  # fmt: skip
+    for axes, title in zip(grid[0], ("input", "output", "output less input"), strict=True):
+        axes.set_title(title, fontsize=9, color=INK)
+    for axes in grid.flat:
+        axes.set_axis_off()
+    return _png(figure, dpi=100)
+
+
+def outlines(rows: Sequence[tuple[str, Image, Image, Image, Image]]) -> bytes:
+    """A region outlined on input and output, in the axial slice that holds most of it.
+
+    Args:
+        rows: Label, input, the region found on it, output, the region found on that; volumes
+            (X, Y, Z) RAS+, float32 in [0, 1] and bool.
+    """
+    figure = _figure(6.4, 3.4 * max(1, len(rows)))
+    grid = figure.subplots(max(1, len(rows)), 2, squeeze=False)
+    for axes, (label, before, found, after, again) in zip(grid, rows, strict=False):
+        level = int(np.asarray(found).sum(axis=(0, 1)).argmax())
+        for axis, image, region, title in zip(
+            axes, (before, after), (found, again), ("input", "output"), strict=True
+        ):
+            axis.imshow(np.rot90(image[:, :, level]), cmap="gray", vmin=0, vmax=1)
+            edge = np.rot90(np.asarray(region[:, :, level], np.float32))
+            if edge.any():
+                axis.contour(edge, levels=[0.5], colors=[COLOURS["target"]], linewidths=1.0)
+            axis.set_title(f"{label}, {title}", fontsize=8, color=INK, loc="left")
+    for axes in grid.flat:
+        axes.set_axis_off()
+    return _png(figure)
+
+
 def histograms(
     sites: Mapping[str, tuple[NDArray[np.float64], NDArray[np.float64]]],
     target: NDArray[np.float64] | None,

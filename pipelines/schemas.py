@@ -80,8 +80,15 @@ _SEQUENCE = Column("sequence", STRING, "BIDS suffix: T1w, T2w, …")
 _MODEL = Column("model", STRING, "name in the model registry", required=True)
 _VERSION = Column("model_version", INT, "version in the model registry", required=True)
 _TARGET = Column("target", STRING, "site whose look is the goal; missing: global model")
-_METHOD = Column("method", STRING, "raw, nyul, sgcd or another baseline", required=True)
-_METRIC = Column("metric", STRING, "ssim, psnr, pcc, wasserstein, …", required=True)
+_METHOD = Column(
+    "method", STRING, "raw, nyul, sgcd or another baseline; chance, shuffled", required=True
+)
+_METRIC = Column(
+    "metric",
+    STRING,
+    "ssim, psnr, …; dice.SEGMENTER, ap.SEGMENTER; site_f1.FEATURES, …",
+    required=True,
+)
 _SEEN = Column("seen", BOOL, "the site is among the model's training sites")
 _RECORDED = Column("recorded_at", TIME, "when the row was appended; the latest counts", now=True)
 
@@ -169,8 +176,11 @@ METRICS = Table(
         _SCAN_ID, _SUBJECT, _SITE, _SEQUENCE, _MODEL, _VERSION, _TARGET, _METHOD, _METRIC,
         Column("value", FLOAT, "the number"),
         Column("unit", STRING, "unit of the number: 1, dB, intensity range"),
-        Column("region", STRING, "voxels it is taken over: brain, …"),
-        Column("reference", STRING, "scan_id of the same subject's scan at the target site"),
+        Column("region", STRING, "voxels it is taken over: brain, grey matter, white matter"),
+        Column(
+            "reference", STRING,
+            "scan_id of the same subject's scan at the target site; truth: a digital subject's own",
+        ),
         _SEEN,
         Column("created_at", TIME, "when it was computed", now=True),
         _RECORDED,
@@ -179,15 +189,19 @@ METRICS = Table(
 
 SITE_METRICS = Table(
     "site_metrics",
-    "One number of one site and sequence, before and after harmonization.",
+    "One number of one site (missing: of all) and sequence, before and after harmonization.",
     key=("site", "sequence", "model", "model_version", "method", "metric"),
     partition_by=(),
     columns=(
         _SITE, _SEQUENCE, _MODEL, _VERSION, _TARGET, _METHOD, _METRIC,
         Column("before", FLOAT, "mean over subjects of the raw scans"),
         Column("after", FLOAT, "mean over subjects of the method's outputs"),
-        Column("low", FLOAT, "lower end of the 95 % bootstrap interval of `after`"),
-        Column("high", FLOAT, "upper end of the 95 % bootstrap interval of `after`"),
+        Column(
+            "low", FLOAT,
+            "lower end of the 95 % bootstrap interval of `after`; where a task is repeated on "
+            "random partitions, the mean less a standard deviation",
+        ),
+        Column("high", FLOAT, "upper end, likewise"),
         Column("n", INT, "subjects behind the means", unit="subjects"),
         _SEEN,
         Column("created_at", TIME, "when it was computed", now=True),

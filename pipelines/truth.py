@@ -57,7 +57,7 @@ def load_truth(
         return np.asarray(files.image, np.float32), files.mask > 0
     native = read_nifti(truth["uri"], Store(), max_inflated=config.max_inflated_bytes)
     inside = load_native_mask(lake, recipe, scan_id)
-    data = np.asarray(native.data, np.float32)
+    data: NDArray[Any] = np.asarray(native.data, np.float32)
     if config.bias_correction == "n4":
         data = data / bias_field(data, inside, native.affine)
     placed = turn @ np.array(files.geometry.world_to_template) @ native.affine

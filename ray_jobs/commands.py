@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ray_jobs.context import absolute, code_version, open_lake, quoted, recorded, tracked
+from ray_jobs.context import absolute, open_lake, quoted, recorded
 from ray_jobs.outcome import DONE, WITH_FAILURES, Outcome, failure_line, table
 from sgcd_core.errors import InputError, StorageError
-
-if TYPE_CHECKING:
-    from pipelines.verdict import Line
 
 
 def check(args: Any) -> Outcome:
@@ -141,75 +137,6 @@ def query(args: Any) -> Outcome:
     sys.stdout.buffer.write(body)
     sys.stdout.buffer.flush()
     return Outcome("")  # the table counts its rows itself, the others are for programs
-
-
-def evaluate(args: Any) -> Outcome:
-    """`sgcd evaluate`: metrics per scan and per site into the catalog, the verdict in words."""
-    from pipelines.evaluate import evaluate as measure
-    from pipelines.model_figures import write_figures
-    from pipelines.progress import Progress
-    from ray_jobs.models import meta_of, resolve
-    from ray_jobs.settings import over_model
-    from sgcd_core.io.store import Store
-    from sgcd_core.modelpack import load_modelpack
-
-    lake = open_lake(args.lake)
-    name, version = resolve(lake, args.model)
-    config = over_model(args, load_modelpack(lake.model(name, version), Store()).config)
-    sites = meta_of(lake, name, version).get("training_sites")
-    if args.dry_run:
-        return Outcome(f"would evaluate {name}@{version}")
-    with (
-        tracked(lake, "evaluate", config, model=name, version=version) as (summary, tracker),
-        Progress("evaluate", None) as progress,
-    ):
-        found = measure(lake, name, version, config, training_sites=sites, progress=progress.reach)
-        rows = found.site_rows
-        tracker.log_metrics(
-            {
-                f"{row['site']}/{row['sequence']}/{row['method']}/{row['metric']}": row["after"]
-                for row in rows
-                if isinstance(row["after"], float)
-            }
-        )
-        figures = write_figures(lake, found, code_version())
-        summary.update(model=name, version=version, pairs=found.pairs, skipped=len(found.skipped))
-    lines = ["", *before_after(found.summary.lines), "", *found.verdict, ""]
-    text = f"evaluated {name}@{version}: {found.pairs} scans compared with their truth"
-    if found.skipped:
-        text += f", {len(found.skipped)} could not be compared"
-    text += "" if found.written else " (already in the tables)"
-    data = {
-        "model": name, "version": version, "pairs": found.pairs, "skipped": found.skipped,
-        "rows": rows, "verdict": found.verdict, "table": before_after(found.summary.lines),
-        "figures": figures,
-    }  # fmt: skip
-    follow = f"sgcd report --lake {quoted(args.lake)} --model {quoted(args.model)}"
-    return Outcome(text, next=follow, lines=lines, data=data)
-
-
-def before_after(lines: Sequence[Line]) -> list[str]:
-    """One row per site, sequence and measure: every method's mean over subjects."""
-    from pipelines.verdict import number
-
-    if not lines:  # no traveling subject: the verdict says so
-        return []
-    methods = sorted(
-        {method for line in lines for method in line.by_method},
-        key=lambda method: (method == "sgcd", method != "raw", method),
-    )
-    rows = [
-        [
-            line.site, line.sequence, {True: "yes", False: "no", None: "-"}[line.seen],
-            line.metric, line.n,
-            *(
-                number(line.metric, line.by_method[m].mean) if m in line.by_method else "-"
-                for m in methods
-            ),
-        ]
-        for line in lines
-    ]  # fmt: skip
-    return table(["site", "sequence", "seen", "measure", "subjects", *methods], rows)
 
 
 def report(args: Any) -> Outcome:

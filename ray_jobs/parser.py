@@ -19,7 +19,7 @@ COMMANDS = {
     "suggest-target": "ray_jobs.commands:suggest",
     "tune": "ray_jobs.tune_target:run",
     "harmonize": "ray_jobs.harmonize:run",
-    "evaluate": "ray_jobs.commands:evaluate",
+    "evaluate": "ray_jobs.evaluate:run",
     "report": "ray_jobs.commands:report",
     "query": "ray_jobs.commands:query",
     "status": "ray_jobs.status:run",
@@ -125,6 +125,13 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError("must be 1 or more")
     return value
+
+
+def _tasks(text: str) -> tuple[int, ...]:
+    parts = text.split(",")
+    if not all(part.strip() in ("1", "2", "3") for part in parts):
+        raise argparse.ArgumentTypeError("must name tasks as in 1,2,3")
+    return tuple(sorted({int(part) for part in parts}))
 
 
 def _check(sub: Any) -> None:
@@ -255,9 +262,24 @@ def _harmonize(sub: Any) -> None:
 def _evaluate(sub: Any) -> None:
     p = _command(
         sub, "evaluate", "Measure raw, peer and harmonized scans against the truth and the sites.",
-        "sgcd evaluate --lake LAKE --model target-SITE", settings=True,
+        "sgcd evaluate --lake LAKE --model target-SITE --tasks 1,2,3", settings=True,
     )  # fmt: skip
     _model(p)
+    p.add_argument(
+        "--tasks", type=_tasks, default=(1,), metavar="1,2,3",
+        help="1 voxels, 2 tissues, 3 sites and ages (default: 1)",
+    )  # fmt: skip
+    p.add_argument(
+        "--segmenter",
+        metavar="NAME",
+        help='of task 2: gmm, kmeans or a command as "mytool {input} {output} {mask}" (gmm)',
+    )
+    p.add_argument(
+        "--features",
+        metavar="NAME",
+        help="of task 3: resnet18:FILE_OR_URI, mri-dino, statistics, … (default: mri-dino where "
+        "its weights are at hand, else statistics)",
+    )
 
 
 def _report(sub: Any) -> None:

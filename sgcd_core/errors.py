@@ -62,6 +62,8 @@ CODES: dict[str, str] = {
     "TARGET-SEQUENCE": "The target site has no scan of a sequence that is to be harmonized.",
     "ENCODER-WEIGHTS": "The style encoder's weights are not at hand.",
     "TRAIN-DIVERGED": "The loss is not finite.",
+    # programs of others
+    "SEGMENTER-FAILED": "The external segmentation program failed, or wrote no usable labels.",
     # configuration and use
     "CONFIG-KEY": "A setting does not exist.",
     "CONFIG-VALUE": "A setting has a value that is not allowed.",

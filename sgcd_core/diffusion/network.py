@@ -43,6 +43,8 @@ class LookEmbedding(nn.Module):
         nn.init.zeros_(last.bias)
         self.look = nn.Sequential(nn.Linear(self.COUNT + 2 * TEXTURE_SIZE, 128), nn.SiLU(), last)
         # what textures are like, so that the network sees how one differs; fitted with the box
+        self.texture_mean: Tensor
+        self.texture_std: Tensor
         self.register_buffer("texture_mean", torch.zeros(TEXTURE_SIZE))
         self.register_buffer("texture_std", torch.ones(TEXTURE_SIZE))
 
@@ -51,8 +53,8 @@ class LookEmbedding(nn.Module):
         embedded: Tensor = self.sequence(labels[:, 0].long())
         if not self.reads_look:
             labels = torch.zeros_like(labels)
-        quantiles, textures = labels[:, 1 : 1 + self.COUNT], labels[:, 1 + self.COUNT :]
-        known = (textures.unflatten(1, (2, TEXTURE_SIZE)) - self.texture_mean) / self.texture_std
+        quantiles, found = labels[:, 1 : 1 + self.COUNT], labels[:, 1 + self.COUNT :]
+        known = (found.reshape(-1, 2, TEXTURE_SIZE) - self.texture_mean) / self.texture_std
         looked: Tensor = self.look(torch.cat([quantiles, known.clamp(-4, 4).flatten(1)], 1))
         return embedded + looked
 

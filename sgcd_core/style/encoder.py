@@ -212,13 +212,13 @@ def _read_weights(name: str, address: str, store: Store) -> dict[str, Tensor]:
     candidates = [address] if is_file else [join(address, file) for file in folder_names]
     for candidate in candidates:
         if store.exists(candidate):
-            return _parse(store.read_bytes(candidate, max_bytes=MAX_WEIGHTS), candidate)
+            return parse_weights(store.read_bytes(candidate, max_bytes=MAX_WEIGHTS), candidate)
     raise _no_weights(name, f"none of {', '.join(candidates)} exists.")
 
 
 def _packaged_dino() -> dict[str, Tensor]:
     path = _packaged_dino_file()
-    return _parse(path.read_bytes(), str(path))
+    return parse_weights(path.read_bytes(), str(path))
 
 
 def _packaged_dino_file() -> Path:
@@ -240,10 +240,10 @@ def _from_hub(name: str) -> dict[str, Tensor]:
     except (OSError, ValueError, RuntimeError) as error:  # offline, no cache, or the hub said no
         kind = type(error).__name__
         raise _no_weights(name, f"{spec.hub_repo} cannot be fetched ({kind}).") from error
-    return _parse(Path(path).read_bytes(), path)
+    return parse_weights(Path(path).read_bytes(), path)
 
 
-def _parse(data: bytes, where: str) -> dict[str, Tensor]:
+def parse_weights(data: bytes, where: str) -> dict[str, Tensor]:
     """Weights from safetensors or a weights-only torch file; never runs pickled code."""
     import pickle
 

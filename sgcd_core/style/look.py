@@ -171,8 +171,8 @@ def mirrored_look(look: Array) -> NDArray[np.float32]:
     return replace(own, shading=mirrored(own.shading)).vector()
 
 
-def textures(looks: Array) -> Array:
-    """The textures (…, TEXTURE_SIZE) of look vectors (…, LOOK_SIZE)."""
+def textures(looks: Any) -> Any:
+    """The textures (…, TEXTURE_SIZE) of look vectors (…, LOOK_SIZE), arrays or tensors."""
     return looks[..., _ENDS[-1] :]
 
 

@@ -105,7 +105,10 @@ def build_condition(
         styled = augment_contrast(image, mask, config, generators, matcher.mm)
         rows = [
             restyled(
-                *(tensor.cpu().numpy() for tensor in (look_, old[0], new[0], inside[0])),
+                look_.cpu().numpy(),
+                old[0].cpu().numpy(),
+                new[0].cpu().numpy(),
+                inside[0].cpu().numpy(),
                 matcher.sequences[int(index)],
             )
             for look_, old, new, inside, index in zip(

@@ -1,0 +1,249 @@
+"""What harmonizing real scans did: to sites, to histograms, to people and to their lesions.
+
+Takes a lake in which real scans were indexed, prepared and harmonized; changes nothing but its
+table `site_metrics`. Nobody needs to have been scanned twice.
+
+    python benchmarks/real_scans.py LAKE --out FOLDER [--model target-SITE] [--patient MS12]
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from pipelines import figures
+from pipelines.catalog import Catalog
+from pipelines.downstream import evaluate_downstream
+from pipelines.evaluate import load_output, usable_results
+from pipelines.lake import Lake
+from pipelines.prepare import load_prepared
+from ray_jobs.evaluate import downstream_table
+from ray_jobs.models import resolve
+from ray_jobs.outcome import table
+from sgcd_core.errors import SgcdError
+from sgcd_core.io.store import Store
+from sgcd_core.metrics import dice, histogram_distance, masked_histogram, pcc
+from sgcd_core.modelpack import load_modelpack
+
+Row = dict[str, Any]
+Image = NDArray[np.float32]
+Mask = NDArray[np.bool_]
+
+#: People with lesions among the scans of docs/real-data.md.
+PATIENTS = ("MS12", "TCGADU7294")
+#: A voxel belongs to a lesion when its rank exceeds its mirror image's by so much of all ranks.
+ASYMMETRY = 0.25
+#: Depth below the brain's surface where lesions are looked for, mm: sulci are never symmetric.
+DEPTH_MM = 8.0
+SMOOTH_MM = 1.5
+
+
+@dataclass(frozen=True, eq=False)
+class Pair:
+    """One scan before and after, on the model grid.
+
+    Attributes:
+        subject: BIDS label.
+        site: Where it was taken.
+        sequence: BIDS suffix.
+        before: Prepared scan, float32 (X, Y, Z) in [0, 1], RAS+.
+        after: Harmonized scan, likewise.
+        mask: The brain, bool.
+        affine: (4, 4), voxel → template mm.
+        status: `ok` or `flagged`.
+    """
+
+    subject: str
+    site: str
+    sequence: str
+    before: Image
+    after: Image
+    mask: Mask
+    affine: NDArray[np.float64]
+    status: str = "ok"
+
+
+def main() -> None:
+    """See the module."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("lake", help="where the scans were harmonized")
+    parser.add_argument("--out", type=Path, default=Path("work/real"), help="folder for pictures")
+    parser.add_argument("--model", action="append", help="default: every model with results")
+    parser.add_argument("--patient", action="append", help=f"default: {', '.join(PATIENTS)}")
+    parser.add_argument("--features", default="auto", help="as for sgcd evaluate")
+    args = parser.parse_args()
+    lake = Lake.open(args.lake)
+    args.out.mkdir(parents=True, exist_ok=True)
+    have = sorted({r["model"] for r in Catalog(lake).rows("results").to_pylist()})
+    for model in args.model or have:
+        name, version = resolve(lake, model)
+        print(f"\n# {name}@{version}")
+        look_at(lake, name, version, args.features, args.patient or PATIENTS, args.out)
+
+
+def look_at(
+    lake: Lake, name: str, version: int, features: str, patients: Sequence[str], out: Path
+) -> None:
+    """Print the figures of one model and write its pictures."""
+    config = load_modelpack(lake.model(name, version), Store()).config
+    found = evaluate_downstream(lake, name, version, config, features=features)
+    print(f"\nSite and age from features of {found.features}; lower accuracy: less site is left")
+    print("\n".join([*downstream_table(found.lines), *found.notes]))
+    target, pairs = read_pairs(lake, name, version, config.prepare.digest())
+    for sequence in sorted({pair.sequence for pair in pairs}):
+        mine = [pair for pair in pairs if pair.sequence == sequence]
+        stem = f"{name}-v{version}-{sequence}"
+        sites, goal = site_histograms(mine, target)
+        picture = figures.histograms(sites, goal, sequence=sequence)
+        (out / f"{stem}-histograms.png").write_bytes(picture)
+        if goal is not None:
+            print(f"\n{sequence}, distance of a site's mean histogram to the target's")
+            rows = [[site, *(histogram_distance(h, goal) for h in both)]
+                    for site, both in sites.items()]  # fmt: skip
+            print("\n".join(table(["site", "before", "after"], rows)))
+        print("\n" + identity_text(sequence, identity(mine)))
+        labels = [(f"{p.site}\n{p.subject} {p.status}", p.before, p.after) for p in mine]
+        (out / f"{stem}-sheet.png").write_bytes(figures.contact_sheet(labels))
+    lesions = [pair for pair in pairs if pair.subject in patients]
+    if lesions:
+        print("\nLesions by one rule on input and output: overlap, volume after by before")
+        rows, drawn = lesion_rows(lesions)
+        print("\n".join(table(["subject", "sequence", "ml", "ml after", "ratio", "dice"], rows)))
+        (out / f"{name}-v{version}-lesions.png").write_bytes(figures.outlines(drawn))
+    print(f"pictures: {out}")
+
+
+def read_pairs(lake: Lake, name: str, version: int, recipe: str) -> tuple[str | None, list[Pair]]:
+    """The target site, and every scan that was harmonized; one that cannot be read is named."""
+    results = usable_results(Catalog(lake), name, version)
+    out = []
+    for row in sorted(results, key=lambda r: (r["site"] or "", r["subject"] or "")):
+        try:
+            own = load_prepared(lake, recipe, row["scan_id"])
+            after = load_output(row, own.image.shape)
+        except SgcdError as error:
+            print(f"left out {row['scan_id']}: {error.code}")
+            continue
+        grid = np.array(own.geometry.model_affine)
+        after = np.where(own.mask, after, 0).astype(np.float32)
+        out.append(Pair(row["subject"] or row["scan_id"], row["site"] or "-", row["sequence"],
+                        own.image, after, own.mask, grid, row["status"]))  # fmt: skip
+    return next((r["target"] for r in results if r["target"]), None), out
+
+
+def site_histograms(pairs: Sequence[Pair], target: str | None) -> tuple[dict[str, Any], Any]:
+    """Mean masked histograms of each site before and after; and the target's own, before."""
+    sites = {}
+    for site in sorted({pair.site for pair in pairs}):
+        mine = [pair for pair in pairs if pair.site == site]
+        both = [np.mean([masked_histogram(image(p), p.mask) for p in mine], axis=0)
+                for image in (lambda p: p.before, lambda p: p.after)]  # fmt: skip
+        sites[site] = (both[0], both[1])
+    goal = None if target is None or target not in sites else sites[target][0]
+    return sites, goal
+
+
+def identity(pairs: Sequence[Pair]) -> list[tuple[str, float, float]]:
+    """Of each output: its subject, correlation with its own input, largest with another's.
+
+    Correlations are inside both brains. The second is NaN when there is nobody else.
+    """
+    out = []
+    for pair in pairs:
+        others = [
+            pcc(pair.after, other.before, both)
+            for other in pairs
+            if other.subject != pair.subject and (both := pair.mask & other.mask).any()
+        ]
+        own = pcc(pair.after, pair.before, pair.mask)
+        out.append((pair.subject, own, max(others, default=float("nan"))))
+    return out
+
+
+def identity_text(sequence: str, found: Sequence[tuple[str, float, float]]) -> str:
+    """How many outputs are most like their own input, and how near the others come."""
+    compared = [(who, own, other) for who, own, other in found if np.isfinite(other)]
+    if not compared:
+        return f"{sequence}: nobody to be confused with."
+    wrong = [who for who, own, other in compared if not own > other]
+    text = (
+        f"{sequence}: {len(compared) - len(wrong)} of {len(compared)} outputs correlate most with "
+        f"their own input (own at least {min(own for _, own, _ in compared):.3f}, another's at "
+        f"most {max(other for _, _, other in compared):.3f})"
+    )
+    return text + (f"; not {', '.join(wrong)}" if wrong else "")
+
+
+def lesion(image: Image, mask: Mask, affine: NDArray[np.float64], *, dark: bool) -> Mask:
+    """The largest region deep in the brain that is darker (or brighter) than its mirror image.
+
+    Only ranks inside the brain are compared, so any rising map of all intensities leaves the
+    result as it is. It finds lesions of one side; those alike on both sides cancel.
+
+    Args:
+        image: (X, Y, Z) float32.
+        mask: (X, Y, Z) bool.
+        affine: (4, 4), voxel → template mm RAS+; x = 0 is the middle of the brain.
+        dark: Whether the lesion is dark (T1w) or bright (T2w).
+    """
+    sides = np.abs(np.diag(affine)[:3])
+    # Ranks first: smoothing intensities would not commute with a change of contrast.
+    rank = ranks(image, mask)
+    inside = ndimage.gaussian_filter(mask.astype(np.float32), SMOOTH_MM / sides)
+    rank = ndimage.gaussian_filter(rank, SMOOTH_MM / sides) / np.maximum(inside, 1e-3)
+    depth = ndimage.distance_transform_edt(mask, sampling=sides)
+    mirrored, other_depth = mirror(rank, affine), mirror(depth.astype(np.float32), affine)
+    deep = (depth > DEPTH_MM) & (other_depth > DEPTH_MM)
+    unlike = (mirrored - rank if dark else rank - mirrored) > ASYMMETRY
+    labels, count = ndimage.label(unlike & deep)
+    if count == 0:
+        return np.zeros(mask.shape, bool)
+    sizes = np.bincount(labels.reshape(-1))[1:]
+    out: Mask = labels == int(sizes.argmax()) + 1
+    return out
+
+
+def ranks(image: Image, mask: Mask) -> Image:
+    """Share of the brain's voxels that are darker, (X, Y, Z) float32 in [0, 1], 0 outside."""
+    from scipy.stats import rankdata
+
+    out = np.zeros(image.shape, np.float32)
+    values = image[mask]
+    out[mask] = (rankdata(values) - 0.5) / max(1, len(values))
+    return out
+
+
+def mirror(volume: Image, affine: NDArray[np.float64]) -> Image:
+    """The volume with left and right exchanged about x = 0 of its world, 0 where nothing is."""
+    flip = np.diag([-1.0, 1.0, 1.0, 1.0])
+    to = np.linalg.inv(affine) @ flip @ affine
+    out: Image = ndimage.affine_transform(volume, to[:3, :3], to[:3, 3], order=1, mode="constant")
+    return out
+
+
+def lesion_rows(pairs: Sequence[Pair]) -> tuple[list[list[Any]], list[tuple[Any, ...]]]:
+    """Volume before and after, ratio and Dice of each scan's lesion; and what to draw."""
+    rows: list[list[Any]] = []
+    drawn: list[tuple[Any, ...]] = []
+    for pair in pairs:
+        dark = pair.sequence == "T1w"
+        first, second = (lesion(image, pair.mask, pair.affine, dark=dark)
+                         for image in (pair.before, pair.after))  # fmt: skip
+        voxel = abs(float(np.linalg.det(pair.affine[:3, :3]))) / 1000
+        before, after = float(first.sum()) * voxel, float(second.sum()) * voxel
+        ratio = after / before if before else None
+        rows.append([pair.subject, pair.sequence, before, after, ratio,
+                     dice(first, second) if before else None])  # fmt: skip
+        drawn.append((f"{pair.subject} {pair.sequence}", pair.before, first, pair.after, second))
+    return rows, drawn
+
+
+if __name__ == "__main__":
+    main()

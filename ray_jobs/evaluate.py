@@ -1,0 +1,220 @@
+"""`sgcd evaluate`: Task 1 voxels, Task 2 tissues, Task 3 sites and ages; into tables, in words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from ray_jobs.context import code_version, open_lake, quoted, tracked
+from ray_jobs.outcome import Outcome, table
+from sgcd_core.errors import UsageError
+
+if TYPE_CHECKING:
+    from pipelines.downstream import DownstreamLine, Repeated
+    from pipelines.lake import Lake
+    from pipelines.tissue import TissueLine
+    from pipelines.verdict import Line
+    from sgcd_core.config import SgcdConfig
+
+Row = dict[str, Any]
+
+_SEEN = {True: "yes", False: "no", None: "-"}
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What one task hands on: tables to print, a part of the summary line, rows, data."""
+
+    lines: list[str]
+    text: str
+    rows: list[Row]
+    skipped: dict[str, str]
+    written: bool
+    data: Row = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Question:
+    """What is the same for all tasks."""
+
+    args: Any
+    lake: Lake
+    name: str
+    version: int
+    config: SgcdConfig
+    sites: list[str] | None
+
+
+def run(args: Any) -> Outcome:
+    """`sgcd evaluate`: figures per scan and per site into the catalog, the verdict in words."""
+    from ray_jobs.models import meta_of, resolve
+    from ray_jobs.settings import over_model
+    from sgcd_core.io.store import Store
+    from sgcd_core.modelpack import load_modelpack
+
+    for option, task in (("segmenter", 2), ("features", 3)):
+        if getattr(args, option) is not None and task not in args.tasks:
+            raise UsageError(f"--{option} belongs to task {task}: add --tasks {task}.")
+    lake = open_lake(args.lake)
+    name, version = resolve(lake, args.model)
+    config = over_model(args, load_modelpack(lake.model(name, version), Store()).config)
+    sites = meta_of(lake, name, version).get("training_sites")
+    if args.dry_run:
+        return Outcome(f"would evaluate {name}@{version}")
+    question = _Question(args, lake, name, version, config, sites)
+    with tracked(lake, "evaluate", config, model=name, version=version) as (summary, tracker):
+        parts = [{1: _voxels, 2: _tissues, 3: _downstream}[task](question) for task in args.tasks]
+        rows = [row for part in parts for row in part.rows]
+        tracker.log_metrics(
+            {
+                f"{row['site'] or 'all'}/{row['sequence']}/{row['method']}/{row['metric']}": value
+                for row in rows
+                if isinstance(value := row["after"], float)
+            }
+        )
+        skipped = {scan: code for part in parts for scan, code in part.skipped.items()}
+        pairs = next((part.data["pairs"] for part in parts if "pairs" in part.data), None)
+        summary.update(
+            model=name, version=version, tasks=list(args.tasks), pairs=pairs, skipped=len(skipped)
+        )
+    text = f"evaluated {name}@{version}: {'; '.join(part.text for part in parts)}"
+    if skipped:
+        text += f", {len(skipped)} could not be compared"
+    text += "" if any(part.written for part in parts) else " (already in the tables)"
+    data: Row = {"model": name, "version": version, "tasks": list(args.tasks)}
+    for part in parts:
+        data |= part.data
+    data |= {"skipped": skipped, "rows": rows}
+    follow = f"sgcd report --lake {quoted(args.lake)} --model {quoted(args.model)}"
+    return Outcome(text, next=follow, lines=[x for part in parts for x in part.lines], data=data)
+
+
+def _voxels(q: _Question) -> _Part:
+    """Task 1: traveling subjects, voxel by voxel."""
+    from pipelines.evaluate import evaluate
+    from pipelines.model_figures import write_figures
+    from pipelines.progress import Progress
+
+    with Progress("evaluate", None) as progress:
+        found = evaluate(
+            q.lake, q.name, q.version, q.config, training_sites=q.sites, progress=progress.reach
+        )
+    shown = before_after(found.summary.lines)
+    figures = write_figures(q.lake, found, code_version())
+    return _Part(
+        ["", *shown, "", *found.verdict, ""], f"{found.pairs} scans compared with their truth",
+        found.site_rows, found.skipped, found.written,
+        {"pairs": found.pairs, "verdict": found.verdict, "table": shown, "figures": figures},
+    )  # fmt: skip
+
+
+def _tissues(q: _Question) -> _Part:
+    """Task 2: grey and white matter."""
+    from pipelines.progress import Progress
+    from pipelines.tissue import evaluate_tissue
+
+    with Progress("tissues", None) as progress:
+        found = evaluate_tissue(
+            q.lake, q.name, q.version, q.config, segmenter=q.args.segmenter or "gmm",
+            training_sites=q.sites, progress=progress.reach,
+        )  # fmt: skip
+    shown = tissue_table(found.lines)
+    if not shown:
+        shown = ["No test subject was also scanned at the target site: no tissue is compared."]
+    return _Part(
+        ["", f"Tissues as segmented by {found.segmenter}; higher is closer:", "", *shown, ""],
+        f"tissues of {found.pairs} scans compared with the target's, of {found.truths} with "
+        "the truth",
+        found.site_rows, found.skipped, found.written,
+        {"tissue_pairs": found.pairs, "tissue_truths": found.truths, "tissue_table": shown},
+    )  # fmt: skip
+
+
+def _downstream(q: _Question) -> _Part:
+    """Task 3: site classification and brain age."""
+    from pipelines.downstream import evaluate_downstream
+    from pipelines.progress import Progress
+
+    with Progress("downstream", None) as progress:
+        found = evaluate_downstream(
+            q.lake, q.name, q.version, q.config, features=q.args.features or "auto",
+            progress=progress.reach,
+        )  # fmt: skip
+    shown = downstream_table(found.lines)
+    scans = {line.sequence: line.scans for line in found.lines}
+    return _Part(
+        ["", f"Site and age from features of {found.features} (mean ± standard deviation of five "
+         "random partitions):", "", *shown, *([""] if shown else []), *found.notes, ""],
+        f"site and age told from {sum(scans.values())} scans by {found.features}",
+        found.site_rows, found.skipped, found.written,
+        {"features": found.features, "downstream_notes": found.notes, "downstream_table": shown},
+    )  # fmt: skip
+
+
+def before_after(lines: Sequence[Line]) -> list[str]:
+    """One row per site, sequence and measure: every method's mean over subjects."""
+    from pipelines.verdict import number
+
+    if not lines:  # no traveling subject: the verdict says so
+        return []
+    methods = _methods(line.by_method for line in lines)
+    rows = [
+        [
+            line.site, line.sequence, _SEEN[line.seen], line.metric, line.n,
+            *(
+                number(line.metric, line.by_method[m].mean) if m in line.by_method else "-"
+                for m in methods
+            ),
+        ]
+        for line in lines
+    ]  # fmt: skip
+    return table(["site", "sequence", "seen", "measure", "subjects", *methods], rows)
+
+
+def tissue_table(lines: Sequence[TissueLine]) -> list[str]:
+    """One row per site, sequence, tissue, measure and reference: every method's mean."""
+    from pipelines.verdict import number
+
+    if not lines:
+        return []
+    methods = _methods(line.by_method for line in lines)
+    rows = [
+        [
+            line.site, line.sequence, _SEEN[line.seen], line.region, line.measure, line.against,
+            line.n,
+            *(
+                number(line.measure, line.by_method[m].mean) if m in line.by_method else "-"
+                for m in methods
+            ),
+        ]
+        for line in lines
+    ]  # fmt: skip
+    head = ["site", "sequence", "seen", "tissue", "measure", "against", "subjects", *methods]
+    return table(head, rows)
+
+
+def downstream_table(lines: Sequence[DownstreamLine]) -> list[str]:
+    """One row per sequence and measure: every method, chance and shuffled labels."""
+    if not lines:
+        return []
+    methods = _methods(line.by_method for line in lines)
+
+    def text(found: Repeated | None) -> str:
+        return "-" if found is None else f"{found.mean:.3f} ± {found.std:.3f}"
+
+    rows = [
+        [
+            line.sequence, line.measure, line.classes or "-", line.subjects, line.scans,
+            *(text(line.by_method.get(m)) for m in methods),
+            "-" if line.chance is None else f"{line.chance:.3f}", text(line.shuffled),
+        ]
+        for line in lines
+    ]  # fmt: skip
+    head = ["sequence", "measure", "sites", "subjects", "scans", *methods, "chance", "shuffled"]
+    return table(head, rows)
+
+
+def _methods(found: Iterable[dict[str, Any]]) -> list[str]:
+    """All methods: raw first, the model last."""
+    return sorted({m for by in found for m in by}, key=lambda m: (m == "sgcd", m != "raw", m))

@@ -1,0 +1,229 @@
+"""Task 3: a site that features tell is found, chance is chance, and no subject is on both sides."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from fake_lake import fake_lake
+
+from pipelines.catalog import Catalog
+from pipelines.downstream import (
+    REPEATS,
+    Sample,
+    enough_subjects,
+    evaluate_downstream,
+    score_sample,
+    splits,
+)
+from pipelines.features import features_of, load_features
+from sgcd_core.errors import ConfigError, ModelError
+from sgcd_core.style.slices import cut_slices, plan_slices
+
+SITES = ("A", "B", "C")
+
+
+def people(each=20, traveling=0):
+    """Subjects and sites of scans: `each` at every site, some at all of them."""
+    pairs = [(f"d/{site}{i}", site) for site in SITES for i in range(each)]
+    pairs += [(f"d/x{i}", site) for i in range(traveling) for site in SITES]
+    return pairs
+
+
+def sample_of(pairs, make, ages=None, methods=("raw",)):
+    sample = Sample([p for p, _ in pairs], [s for _, s in pairs])
+    sample.ages = [float("nan")] * len(pairs) if ages is None else list(ages)
+    for method in methods:
+        rng = np.random.default_rng(3)
+        sample.features[method] = [
+            make(number, site, rng) for number, (_, site) in enumerate(pairs)
+        ]
+    return sample
+
+
+def random_features(number, site, rng):
+    return rng.normal(size=12)
+
+
+def telling(number, site, rng):
+    return rng.normal(size=12) + 4 * np.eye(12)[SITES.index(site)]
+
+
+def by_measure(lines):
+    return {line.measure: line for line in lines}
+
+
+def test_no_subject_trains_and_tests_and_every_site_does_both():
+    pairs = people(each=5, traveling=3)
+    subjects, sites = (np.array(x) for x in zip(*pairs, strict=True))
+    seen = set()
+    for train, test in splits(subjects, sites, seed=1):
+        assert not set(subjects[train]) & set(subjects[test])
+        assert (train ^ test).all()
+        assert set(sites[train]) == set(sites[test]) == set(SITES)
+        assert 0.6 <= len(set(subjects[train])) / len(set(subjects)) <= 0.8
+        seen.add(tuple(train))
+    assert len(seen) == REPEATS  # the partitions differ
+    again = [tuple(train) for train, _ in splits(subjects, sites, seed=1)]
+    assert set(again) == seen
+
+
+def test_people_alone_in_their_stratum_are_parted_together():
+    """Sites of one subject each cannot be stratified; ages are still split 70 to 30."""
+    subjects = np.array([f"d/{i}" for i in range(10)])
+    sites = np.array([f"site{i}" for i in range(10)])
+    for train, test in splits(subjects, sites):
+        assert (train.sum(), test.sum()) == (7, 3)
+
+
+def test_features_that_tell_the_site_are_found_out_and_random_ones_are_not():
+    found = {}
+    for name, make in (("telling", telling), ("random", random_features)):
+        lines, notes = score_sample("T1w", sample_of(people(), make))
+        assert any("no brain age" in note for note in notes)
+        found[name] = by_measure(lines)
+    accuracy = found["telling"]["site_balanced_accuracy"]
+    assert accuracy.by_method["raw"].mean > 0.95
+    assert found["telling"]["site_f1"].by_method["raw"].mean > 0.95
+    assert accuracy.chance == pytest.approx(1 / 3)
+    assert accuracy.shuffled.mean < 0.5
+    assert abs(found["random"]["site_balanced_accuracy"].by_method["raw"].mean - 1 / 3) < 0.15
+    assert (accuracy.classes, accuracy.subjects, accuracy.scans) == (3, 60, 60)
+
+
+def test_a_subject_that_is_recognized_does_not_tell_its_site():
+    """Features that only name the person help when it is in both parts; here it never is."""
+    pairs = [(person, site) for person, site in people(each=8) for _ in range(4)]
+    codes = {person: np.random.default_rng(n).normal(size=12) * 5 for n, (person, _) in
+             enumerate(dict.fromkeys(pairs))}  # fmt: skip
+    sample = sample_of(pairs, lambda n, site, rng: codes[pairs[n][0]] + 0.01 * rng.normal(size=12))
+    lines, _ = score_sample("T1w", sample)
+    assert by_measure(lines)["site_balanced_accuracy"].by_method["raw"].mean < 0.6
+
+
+def test_an_age_that_features_tell_is_predicted_better_than_by_the_mean():
+    ages = np.random.default_rng(0).uniform(20, 80, 60)
+
+    def aging(number, site, rng):
+        return rng.normal(size=12) + ages[number] / 10 * np.eye(12)[5]
+
+    found = {
+        name: by_measure(score_sample("T1w", sample_of(people(), make, ages))[0])
+        for name, make in (("aging", aging), ("random", random_features))
+    }
+    error = found["aging"]["age_mae"]
+    assert error.chance is not None
+    assert error.by_method["raw"].mean < 0.75 * error.chance
+    assert error.shuffled.mean > 0.9 * error.chance
+    assert found["random"]["age_mae"].by_method["raw"].mean > 0.85 * error.chance
+    mse = found["aging"]["age_mse"].by_method["raw"].mean
+    assert mse >= error.by_method["raw"].mean ** 2
+
+
+def test_a_site_of_one_subject_is_left_out_and_named():
+    pairs = [*people(each=4), ("d/lone", "Z"), ("d/lone", "Z")]
+    subjects, sites = (np.array(x) for x in zip(*pairs, strict=True))
+    kept, small = enough_subjects(subjects, sites)
+    assert small == ["Z"] and kept.sum() == 12
+    lines, notes = score_sample("T1w", sample_of(pairs, lambda n, s, rng: rng.normal(size=3)))
+    assert by_measure(lines)["site_recall"].classes == 3
+    assert any("Z" in note for note in notes)
+    lines, notes = score_sample("T1w", sample_of(pairs[-2:], random_features))
+    assert lines == [] and any("two sites" in note for note in notes)
+
+
+# a whole lake
+
+
+@pytest.fixture(scope="module")
+def downstream(tmp_path_factory):
+    lake, config = fake_lake(str(tmp_path_factory.mktemp("lake")), lambda scan, truth: truth)
+    scans = Catalog(lake).rows("scans").to_pylist()
+    for number, scan in enumerate(scans):
+        scan |= {"age": 30.0 + number, "recorded_at": None}
+    Catalog(lake).append("scans", scans)
+    found = evaluate_downstream(lake, "target-T", 1, config, features="statistics")
+    return lake, config, found
+
+
+def test_sites_are_told_from_raw_scans_and_not_from_perfect_outputs(downstream):
+    lake, _, found = downstream
+    accuracy = by_measure(found.lines)["site_balanced_accuracy"]
+    assert found.features == "statistics" and accuracy.classes == 3
+    assert accuracy.by_method["raw"].mean > 0.9
+    assert accuracy.by_method["sgcd"].mean < 0.6
+    rows = Catalog(lake).frame("site_metrics")
+    chosen = rows[rows.metric == "site_balanced_accuracy.statistics"].set_index("method")
+    assert set(chosen.index) == {"raw", "nyul", "sgcd", "shuffled", "chance"}
+    assert chosen.loc["sgcd", "before"] == chosen.loc["raw", "after"]
+    assert chosen.site.isna().all()
+    assert "age_mae.statistics" in set(rows.metric)
+
+
+def test_evaluating_again_adds_nothing(downstream):
+    lake, config, first = downstream
+    again = evaluate_downstream(lake, "target-T", 1, config, features="statistics")
+    assert first.written and not again.written
+    assert again.lines == first.lines
+
+
+# features
+
+
+@pytest.fixture(scope="module")
+def resnet():
+    from torchvision.models import resnet18
+
+    torch.manual_seed(0)
+    return resnet18(weights=None).eval()
+
+
+@pytest.mark.parametrize("spec", ["{}/net.pth", "resnet18:{}/net.safetensors"])
+def test_resnet18_is_read_from_a_file_without_its_last_layer(spec, resnet, tmp_path):
+    from safetensors.torch import save_file
+
+    torch.save(resnet.state_dict(), tmp_path / "net.pth")
+    save_file(resnet.state_dict(), tmp_path / "net.safetensors")
+    network = load_features(spec.format(tmp_path))
+    assert network.name == "resnet18"
+    image = np.random.default_rng(0).random((24, 28, 24), dtype=np.float32)
+    mask = np.zeros(image.shape, bool)
+    mask[3:20, 3:25, 3:20] = True
+    found = features_of(network, image, mask)
+    assert found.shape == (512,)
+    # The whole network's answer is a linear function of just these features.
+    slices = cut_slices(
+        torch.from_numpy(np.where(mask, image, 0)), plan_slices(torch.from_numpy(mask), 4), 224
+    ).expand(-1, 3, -1, -1)
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in
+                 ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))  # fmt: skip
+    with torch.no_grad():
+        wanted = resnet((slices - mean) / std).mean(0)
+        got = resnet.fc(torch.from_numpy(found).float())
+    torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-4)
+
+
+def test_what_lies_outside_the_brain_does_not_matter():
+    network = load_features("statistics")
+    rng = np.random.default_rng(0)
+    image, mask = rng.random((20, 20, 20), dtype=np.float32), np.zeros((20, 20, 20), bool)
+    mask[4:16, 4:16, 4:16] = True
+    other = np.where(mask, image, rng.random(image.shape, dtype=np.float32))
+    np.testing.assert_array_equal(
+        features_of(network, image, mask), features_of(network, other, mask)
+    )
+
+
+def test_wrong_weights_and_names_are_said(resnet, tmp_path):
+    torch.save({"layer.weight": torch.zeros(3)}, tmp_path / "other.pth")
+    for spec in (f"{tmp_path}/other.pth", f"{tmp_path}/none.pth", "resnet18"):
+        with pytest.raises(ModelError) as caught:
+            load_features(spec)
+        assert caught.value.code == "ENCODER-WEIGHTS"
+    with pytest.raises(ConfigError):
+        load_features("resnet19")
+
+
+def test_without_weights_the_statistics_serve(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert load_features("auto").name == "statistics"

@@ -1,0 +1,95 @@
+"""`sgcd evaluate --tasks`: one door to the three tasks, with tables a person can read."""
+
+from __future__ import annotations
+
+import json
+from contextlib import contextmanager
+
+import pytest
+import torch
+from fake_lake import fake_lake
+
+from pipelines.catalog import Catalog
+from ray_jobs import cli
+from sgcd_core.modelpack import ModelPack, save_modelpack
+
+
+class Silent:
+    def log_metrics(self, values, step=None):
+        self.values = values
+
+
+@pytest.fixture(scope="module")
+def lake(tmp_path_factory):
+    # A grid that the network's settings allow, since the command reads them from the model.
+    lake, config = fake_lake(
+        str(tmp_path_factory.mktemp("command")), lambda scan, truth: truth, shape=(24, 32, 24)
+    )
+    pack = ModelPack(
+        config, {"w": torch.zeros(1)}, {"s": torch.zeros(1)},
+        meta={"name": "target-T", "kind": "target", "target": "T", "training_sites": ["T", "A"]},
+    )  # fmt: skip
+    save_modelpack(lake.model("target-T", 1), pack)
+    return lake
+
+
+@pytest.fixture
+def sgcd(lake, capsys, monkeypatch):
+    tracker = Silent()
+
+    @contextmanager
+    def tracked(*args, **tags):
+        yield {}, tracker
+
+    monkeypatch.setattr("ray_jobs.evaluate.tracked", tracked)
+
+    def run(*words):
+        code = cli.main(["evaluate", "--lake", lake.uri, "--model", "target-T", *words])
+        out, err = capsys.readouterr()
+        return code, out, err, getattr(tracker, "values", {})
+
+    return run
+
+
+def test_tasks_2_and_3_fill_the_tables_and_print_them(sgcd, lake):
+    code, out, err, logged = sgcd("--tasks", "3,2", "--features", "statistics")
+    assert code == 0, err
+    assert "tissues of 4 scans compared with the target's" in out
+    assert "segmented by gmm" in out and "features of statistics" in out
+    assert "chance" in out and "shuffled" in out and "site_balanced_accuracy" in out
+    assert "B     T1w       no    grey matter   dice" in out
+    assert "ssim" not in out  # task 1 was not asked for
+    metrics = set(Catalog(lake).frame("metrics").metric)
+    assert metrics == {"dice.gmm", "ap.gmm"}
+    assert "all/T1w/sgcd/site_f1.statistics" in logged
+    code, out, _, _ = sgcd("--tasks", "2", "--segmenter", "gmm", "--json")
+    document = json.loads(out)
+    assert code == 0 and "already in the tables" in document["summary"]
+    assert document["tissue_pairs"] == 4 and document["tasks"] == [2]
+
+
+def test_without_a_word_it_is_task_1(sgcd):
+    code, out, _, _ = sgcd("--json")
+    document = json.loads(out)
+    assert code == 0 and document["pairs"] == 4 and document["tasks"] == [1]
+    assert {"verdict", "table", "rows", "skipped"} <= set(document)
+    assert {row["metric"] for row in document["rows"]} >= {"ssim", "site_wasserstein"}
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("--tasks", "4"), ("--tasks", ""), ("--segmenter", "gmm"), ("--features", "statistics"),
+     ("--tasks", "2", "--segmenter", "tool {input}")],
+)  # fmt: skip
+def test_words_that_make_no_sense_are_usage_errors(words, sgcd):
+    assert sgcd(*words)[0] == 2
+
+
+def test_a_program_that_cannot_be_run_has_its_code(sgcd):
+    code, _, err, _ = sgcd("--tasks", "2", "--segmenter", "no-such-tool {input} {output}")
+    assert code == 78 and "[SEGMENTER-FAILED]" in err.splitlines()[-1]
+
+
+def test_missing_weights_have_their_code(sgcd, tmp_path):
+    code, _, err, _ = sgcd("--tasks", "3", "--features", f"{tmp_path}/resnet18.pth")
+    assert code == 65 and "[ENCODER-WEIGHTS]" in err
