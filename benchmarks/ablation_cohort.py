@@ -82,14 +82,18 @@ class Plan:
 
 def prepared(
     subject: Subject, scanner: Scanner, sequence: str, mm: float, rng: np.random.Generator,
-    config: PrepareConfig,
+    config: PrepareConfig, placed: NDArray[np.float64] | None = None,
 ) -> Prepared:  # fmt: skip
-    """One digital scan on the model grid, rounded as its file would be."""
+    """One digital scan on the model grid, rounded as its file would be.
+
+    A digital head lies in the same place at every scanner: `placed`, world → template as found for
+    another scan of it, lays both on the same voxels.
+    """
     data, affine = render_scan(subject, scanner, sequence, mm, rng)
     x, y, z = (float(side) for side in voxel_sides(affine))
     stored = np.clip(np.rint(data), 0, 32767).astype(np.float32)
     scan = NiftiScan(stored, affine, stored.shape, (x, y, z), None, affine, 0, 1, "int16", "")
-    return prepare_scan(scan, config, sequence=sequence)
+    return prepare_scan(scan, config, sequence=sequence, placed=placed)
 
 
 def make_member(folder: Path, plan: Plan, member: Member) -> Path:
@@ -100,12 +104,14 @@ def make_member(folder: Path, plan: Plan, member: Member) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     request, arrays = plan.request, {}
     subject = draw_subject(request, member, plan.anatomies[member.anatomy])
+    placed: NDArray[np.float64] | None = None
     for number, scanner in enumerate(plan.scanners):
         if scanner.site not in member.sites:
             continue
         for index, sequence in enumerate(request.sequences):
             rng = np.random.default_rng([request.seed, 41, member.number, number, index])
-            scan = prepared(subject, scanner, sequence, request.mm, rng, plan.prepare)
+            scan = prepared(subject, scanner, sequence, request.mm, rng, plan.prepare, placed)
+            placed = np.array(scan.geometry.world_to_template)
             arrays[f"{scanner.site}_{sequence}_image"] = scan.image
             arrays[f"{scanner.site}_{sequence}_mask"] = scan.mask
     handle, temporary = tempfile.mkstemp(dir=folder, suffix=".tmp")
