@@ -4,6 +4,7 @@
 # make lint    ruff and mypy
 # make bench   the benchmarks, each against a named peer
 # make bench-quality ANATOMY=FOLDER   how close to the truth, beside the classical methods
+# make bench-box ANATOMY=FOLDER       the same of the model in the box as it is, in one process
 # make bench-ablations ANATOMY=FOLDER  what each part is worth, into docs/ablations.md
 # make bench-real DATA=FOLDER   a lake of real scans, harmonized: what is left of sites, and of people
 # make box     the weights that come with the package, from label maps: make box ANATOMY=FOLDER
@@ -17,7 +18,7 @@ EXTRAS := strip,dino,dev
 DEMO   ?= work/demo
 ARGS   ?=
 
-.PHONY: setup demo test lint format bench bench-quality bench-ablations bench-real box clean
+.PHONY: setup demo test lint format bench bench-quality bench-box bench-ablations bench-real box clean
 
 setup: $(STAMP)
 
@@ -53,6 +54,9 @@ bench: setup
 
 bench-quality: setup
 	$(BIN)/python benchmarks/quality.py work/quality $(if $(ANATOMY),--anatomy $(ANATOMY)) $(ARGS)
+
+bench-box: setup
+	$(BIN)/python benchmarks/box_quality.py work/box-quality $(if $(ANATOMY),--anatomy $(ANATOMY)) $(ARGS)
 
 bench-ablations: setup
 	$(BIN)/python benchmarks/ablations.py work/ablations --out docs \

@@ -228,7 +228,7 @@ def score(work: Work, ablation: Ablation) -> None:
         method = _by_model(replace(pack, config=used), work.cohort)
     else:
         result["start"] = ""
-        method = _raw if ablation.name == "raw" else _by_matching(used, work.cohort)
+        method = _raw if ablation.name == "raw" else by_matching(used, work.cohort)
     scans = work.cohort.test if ablation.group == "variant" else work.cohort.few
     started = time.perf_counter()
     result["rows"] = [
@@ -253,7 +253,7 @@ def _by_model(pack: ModelPack, cohort: Cohort) -> Callable[[Scan], NDArray[np.fl
     return method
 
 
-def _by_matching(config: SgcdConfig, cohort: Cohort) -> Callable[[Scan], NDArray[np.float32]]:
+def by_matching(config: SgcdConfig, cohort: Cohort) -> Callable[[Scan], NDArray[np.float32]]:
     """What the network is told, without the network."""
     matcher = LookMatcher(
         config.condition.match, config.prepare.mm, config.sequences, load_composition()

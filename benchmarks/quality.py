@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -125,8 +125,13 @@ def _fitted(lake: Lake, scans: list[Row], target: str, config: SgcdConfig) -> di
     return out
 
 
-def table(lines: list[Line]) -> str:
-    """Markdown: a row a method and group, mean and 95 % interval over subjects."""
+def table(lines: list[Line], titles: Mapping[str, str] = TITLES) -> str:
+    """Markdown: a row a method and group, mean and 95 % interval over subjects.
+
+    Args:
+        lines: Groups of a `Summary`.
+        titles: Of the methods.
+    """
     head = [m for m in MEASURES if any(line.metric == m for line in lines)]
     text = [f"| scans | method | {' | '.join(MEASURES[m].title for m in head)} |"]
     text.append("|---|---|" + "---|" * len(head))
@@ -140,14 +145,14 @@ def table(lines: list[Line]) -> str:
                 low, high = number(metric, found.low), number(metric, found.high)
                 cells.append(f"{cell} ({low} to {high})")
             name = f"{sequence}, {'seen' if seen else 'unseen'}"
-            text.append(f"| {name} | {TITLES[method]} | {' | '.join(cells)} |")
+            text.append(f"| {name} | {titles[method]} | {' | '.join(cells)} |")
     return "\n".join(text)
 
 
 def _order(group: dict[str, Line]) -> Iterator[str]:
-    """Classical methods, then Stage 1, then both stages."""
+    """Classical methods, then ours, the whole of it last."""
     have = next(iter(group.values())).by_method
-    yield from (m for m in (*BASELINES, "stage1", "sgcd") if m in have)
+    yield from (m for m in (*BASELINES, "look", "stage1", "sgcd") if m in have)
 
 
 if __name__ == "__main__":

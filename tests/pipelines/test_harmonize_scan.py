@@ -19,6 +19,7 @@ from pipelines.prepare import load_prepared, save_prepared
 from pipelines.schemas import RESULTS
 from ray_jobs.harmonize import uses_noise
 from sgcd_core.config import load_config
+from sgcd_core.diffusion.sampler import noise_for
 from sgcd_core.errors import UsageError
 from sgcd_core.global_stage import GlobalStage
 from sgcd_core.harmonizer import Harmonizer
@@ -213,7 +214,9 @@ def test_uncertainty_is_the_deviation_over_seeded_draws(site: Site, model: Harmo
     files = load_prepared(site.lake, CONFIG.prepare.digest(), "a" * 32)
     batch = model._batch(files.image, files.mask, "T1w", None)
     with torch.inference_mode():
-        draws = [model._draw(batch, "a" * 32, CONFIG.seed, n)[0, 0].numpy() for n in range(3)]
+        denoisers, shape = model._denoisers(batch), tuple(batch["image"].shape)
+        noises = [noise_for("a" * 32, CONFIG.seed, n, shape) for n in range(3)]
+        draws = [model._draw(batch, denoisers, noise)[0, 0].numpy() for noise in noises]
     assert np.abs(draws[0] - draws[1]).max() > 1e-3
     spread = np.std(draws, axis=0)
     stem = row["model_grid_uri"].replace("desc-harmonized_", "desc-harmonizedstd_")

@@ -1,0 +1,126 @@
+"""How close the model in the box comes to the truth as it is, with no training on the cohort.
+
+Digital traveling subjects of held-out anatomies, each scan set beside the subject's own scan at the
+target: raw, every classical method, the look of the site alone, and the network of the box on top.
+In one process, without Ray and without a lake; what is rendered is kept, so a run goes on where it
+stopped. `quality.py` does the same through the commands, both stages included.
+
+    python benchmarks/box_quality.py WORK --anatomy FOLDER_OF_LABEL_MAPS [--preset small]
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import torch
+from ablation_cohort import Cohort, Plan, Scan, make_member
+from ablation_runs import by_matching
+from numpy.typing import NDArray
+from quality import Row, table
+
+from pipelines.baselines import BASELINES, make_baseline
+from pipelines.verdict import METHOD_TITLES, summarize
+from sgcd_core.box import load_box
+from sgcd_core.config import SgcdConfig, load_config
+from sgcd_core.global_stage import GlobalStage
+from sgcd_core.harmonizer import Harmonizer
+from sgcd_core.metrics import measure_all
+from sgcd_core.style.outlier import OutlierModel
+
+Method = Callable[[Scan], NDArray[np.float32]]
+TITLES = METHOD_TITLES | {"look": "the site's look alone", "sgcd": "**SGCD, from the box**"}
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """See the module."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("work", type=Path, help="folder for the cohort; kept")
+    parser.add_argument("--anatomy", help="folder of label maps; without it the template")
+    parser.add_argument("--preset", default="small", choices=("tiny", "small"))
+    parser.add_argument("--sites", type=int, default=5, help="in the look; one more is not")
+    parser.add_argument("--each", type=int, default=6, help="subjects at each of them")
+    parser.add_argument("--traveling", type=int, default=4)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--target", default="siteA")
+    parser.add_argument("--workers", type=int, default=2)
+    args = parser.parse_args(words)
+    started = time.monotonic()
+    config = load_config(args.preset)
+    plan = Plan.of(
+        args.anatomy, config.prepare, sites=args.sites, each=args.each,
+        traveling=args.traveling, seed=args.seed,
+    )  # fmt: skip
+    folder = args.work / f"{args.preset}-{plan.digest()}"
+    render(folder, plan, args.workers)
+    cohort = Cohort(folder, plan, args.target)
+    print(table(summarize(rows(cohort, config), seed=args.seed).groups, TITLES))
+    print(f"{(time.monotonic() - started) / 60:.1f} minutes")
+    return 0
+
+
+def render(folder: Path, plan: Plan, workers: int) -> None:
+    """Scans of all subjects, prepared; those that are there stay."""
+    make = partial(make_member, folder, plan)
+    if workers <= 1:
+        for member in plan.members:
+            make(member)
+        return
+    with ProcessPoolExecutor(
+        workers, get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
+    ) as pool:
+        for path in pool.map(make, plan.members):
+            print(f"cohort {path.stem}", flush=True)
+
+
+def rows(cohort: Cohort, config: SgcdConfig) -> list[Row]:
+    """Measures of every test scan by every method, against the subject's scan at the target."""
+    methods = {"look": by_matching(config, cohort), "sgcd": from_the_box(config, cohort)}
+    fitted = {
+        (name, sequence): make_baseline(name, sequence).fit(
+            [(s.image, s.mask) for s in cohort.training
+             if s.site == cohort.target and s.sequence == sequence]
+        )
+        for name in BASELINES
+        for sequence in cohort.sequences
+    }  # fmt: skip
+    out: list[Row] = []
+    for scan in cohort.test:
+        truth = cohort.truth(scan)
+        images = {n: fitted[n, scan.sequence].apply(scan.image, scan.mask) for n in BASELINES}
+        images |= {name: method(scan) for name, method in methods.items()}
+        for method, image in images.items():
+            for metric, value in measure_all(image, truth.image, scan.mask & truth.mask).items():
+                out.append({"subject": scan.subject, "site": scan.site, "value": value,
+                            "sequence": scan.sequence, "method": method, "metric": metric,
+                            "seen": scan.site in cohort.training_sites})  # fmt: skip
+    return out
+
+
+def from_the_box(config: SgcdConfig, cohort: Cohort) -> Method:
+    """The network of the box, asked for the target's look."""
+    stage = GlobalStage(config, 1, box=load_box(config))
+    count = len(config.sequences)
+    looks = torch.from_numpy(np.stack([
+        np.asarray(cohort.survey.looks[cohort.target, index][1], np.float32)
+        for index in range(count)
+    ]))  # fmt: skip
+    outliers = OutlierModel.fit(cohort.survey.features, cohort.survey.sequences)
+    harmonizer = Harmonizer(stage.pack(outliers, looks, {}))
+
+    def method(scan: Scan) -> NDArray[np.float32]:
+        return harmonizer.harmonize(
+            scan.image, scan.mask, scan.sequence, scan.scan_id, site_look=cohort.site_look(scan)
+        ).image
+
+    return method
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
