@@ -101,7 +101,7 @@ VARIANTS: tuple[Ablation, ...] = (
              start="scratch", against="scratch"),
     Ablation("scratch-no-content", "without the content channel (x̂0, no curve)",
              ("condition.content_channel=false", "network.prediction=x0",
-              "network.curve_knots=0"), start="scratch", against="scratch-x0"),
+              "network.curve_knots=0", "network.filter_radius=0"), start="scratch", against="scratch-x0"),
     Ablation("scratch-v", "prediction of v", ("network.prediction=v",),
              start="scratch", against="scratch"),
     Ablation("scratch-epsilon", "prediction of ε", _EPSILON, start="scratch", against="scratch"),
