@@ -167,7 +167,7 @@ class GlobalConfig(Settings):
     batch_size: int = Field(2, ge=1, description="volumes per step, over all workers")
     learning_rate: float = Field(1e-3, gt=0)
     box_rate: float = Field(
-        0.2, gt=0, le=1, description="part of learning_rate when starting from the box"
+        0.02, gt=0, le=1, description="part of learning_rate when starting from the box"
     )
     warmup_steps: int = Field(20, ge=0)
     schedule: Literal["constant", "cosine"] = "cosine"
@@ -204,7 +204,9 @@ class TargetConfig(Settings):
     steps: int = Field(120, ge=1, description="optimizer steps, unless epochs is given")
     epochs: int | None = Field(None, ge=1, description="overrides steps")
     batch_size: int = Field(1, ge=1)
-    learning_rate: float = Field(3e-4, gt=0)
+    learning_rate: float = Field(
+        3e-5, gt=0, description="a short tuning must not undo what the box has learned"
+    )
     encoder: str = Field(
         "mri-dino",
         description="statistics | mri-dino | biomedclip | clip, optionally NAME:weights-uri",
