@@ -23,7 +23,7 @@ from sgcd_core.io.store import Store, join
 
 #: Scans measured of each site and sequence; the mean of more would hardly move.
 MOST_SCANS = 32
-_FORMAT = 1
+_FORMAT = 2
 
 Look = NDArray[np.float32]
 

@@ -11,6 +11,7 @@ import pytest
 from pipelines.lake import Lake
 from ray_jobs.models import find_trained, next_version, resolve
 from sgcd_core.errors import ModelError
+from sgcd_core.modelpack import FORMAT
 
 META = {
     "init": "box", "kind": "global", "target": None, "config_digest": "c", "data_digest": "d",
@@ -22,7 +23,7 @@ def lake_with(folder: Path, *metas: dict[str, Any]) -> Lake:
     for version, meta in enumerate(metas, 1):
         place = folder / "models" / "global" / str(version)
         place.mkdir(parents=True)
-        (place / "pack.json").write_text(json.dumps({"format": 3, "meta": meta}))
+        (place / "pack.json").write_text(json.dumps({"format": FORMAT, "meta": meta}))
     return Lake(str(folder))
 
 
