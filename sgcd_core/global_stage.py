@@ -133,6 +133,13 @@ class GlobalStage:
         values = {name: float(value.detach()) for name, value in losses.items()}
         return {"loss": float(loss.detach()), **values, "learning_rate": rate}
 
+    @torch.no_grad()
+    def error(self, batch: Batch, condition: Condition | None = None) -> float:
+        """L_N of `batch` as it would be in a step; nothing is learned."""
+        self.network.eval()
+        losses, *_ = self._losses(to_device(batch, self.device), condition)
+        return float(losses["noise"])
+
     def _losses(
         self, batch: Batch, condition: Condition | None = None
     ) -> tuple[dict[str, Tensor], Tensor, Tensor]:

@@ -6,11 +6,12 @@ import numpy as np
 import torch
 
 from pipelines.box.composition import _ROW, fit_composition, measure_site, read_sites
-from pipelines.box.network import Samples, collate, train_network
+from pipelines.box.network import Samples, collate, fixed_samples, train_network
 from pipelines.box.scans import GRIDS, Pool, SiteScans
 from sgcd_core.box import Box
 from sgcd_core.config import load_config
 from sgcd_core.diffusion.network import build_network
+from sgcd_core.global_stage import GlobalStage
 from sgcd_core.style.composition import CompositionModel
 from sgcd_core.style.look import measure_look
 
@@ -68,6 +69,18 @@ def test_samples_are_the_same_for_a_seed_and_a_number(tmp_path):
     assert not torch.equal(first["image"], second["image"])
 
 
+def test_held_out_samples_stay_and_show_the_error_without_learning(tmp_path):
+    pool, config, model = filled(tmp_path), load_config("tiny"), CompositionModel(2, hidden=4)
+    one, two = (fixed_samples(pool, config, model, 2) for _ in range(2))
+    assert torch.equal(one[1][0]["image"], two[1][0]["image"])
+    assert torch.equal(one[1][1].channels, two[1][1].channels)
+    assert one[0][0]["sequence"] != one[1][0]["sequence"]
+    stage = GlobalStage(config, 1, composition=model)
+    before = {k: v.clone() for k, v in stage.network.state_dict().items()}
+    assert stage.error(*one[0]) == stage.error(*two[0]) > 0
+    assert all(torch.equal(v, before[k]) for k, v in stage.network.state_dict().items())
+
+
 def test_a_window_is_cut_from_scan_and_condition_alike(tmp_path):
     pool, model = filled(tmp_path), CompositionModel(2, hidden=4)
     settings = ["condition.contrast_augmentation=false", "global_stage.crop=[16, 24, 16]"]
@@ -98,9 +111,12 @@ def test_the_box_is_trained_on_from_where_it_was_left(tmp_path):
             minutes=5,
             total_steps=steps,
             loaders=0,
+            held=filled(tmp_path / "held", 1),
             report=lines.append,
         )
     assert [line["step"] for line in lines] == [2, 4]
+    assert all(line["held_out"] > 0 for line in lines)
+    assert lines[0]["held_out"] != lines[1]["held_out"]
     box = Box.from_bytes(weights.read_bytes())
     assert box.meta["steps"] == 4 and box.meta["volumes"] == 8
     build_network(config).load_state_dict(box.network)
