@@ -41,7 +41,8 @@ EACH = 6
 #: Preset `paper` cut down to what two cores can do: a smaller network on the benchmark's grid,
 #: fewer evaluations over the same timesteps. Its losses, prediction and samplers stay.
 PAPER_CUT = (
-    "network.channels=32,64,128", "network.res_blocks=1", "network.attention_levels=0,0,1",
+    "network.channels=[32, 64, 128]", "network.res_blocks=1",
+    "network.attention_levels=[false, false, true]",
     "network.patch=2", "global_sampler.steps=4", "target_sampler.steps=4",
     "target_sampler.invert_steps=6", "target_stage.encoder=mri-dino",
     "target_stage.slices_per_plane=1",
@@ -103,7 +104,7 @@ def build_paper(args: argparse.Namespace, lake: Path) -> None:
     are raised to those of the other rows.
     """
     grid = load_config(args.preset, settings=args.settings)
-    sides = ",".join(str(side) for side in grid.prepare.shape)
+    sides = list(grid.prepare.shape)
     sets = [
         *PAPER_CUT, f"prepare.shape={sides}", f"prepare.mm={grid.prepare.mm}",
         "global_stage.epochs=null", f"global_stage.steps={args.steps}",

@@ -27,6 +27,7 @@ CODES: dict[str, str] = {
     "SCAN-EMPTY": "The image is constant or has too few distinct values.",
     "SCAN-SEQUENCE": "The sequence is not T1w or T2w, or not one this model knows.",
     "SCAN-NO-BRAIN": "Brain extraction found no plausible brain (volume out of range).",
+    "SCAN-STRIP-ENDED": "Brain extraction was ended before its end: time or memory ran out.",
     "SCAN-NEEDS-STRIPPING": "A whole head, and no brain extraction tool is installed.",
     "SCAN-REGISTRATION": "The scan could not be aligned with the template.",
     "SCAN-NO-SITE": "No site is known for this scan.",

@@ -19,7 +19,7 @@ from sgcd_core.errors import InputError, ModelError
 from sgcd_core.io.store import Store, join, sha256_hex
 from sgcd_core.model_card import model_card
 
-FORMAT = 4
+FORMAT = 5
 _PACK = "pack.json"
 
 

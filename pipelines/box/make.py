@@ -29,7 +29,7 @@ from pipelines.box.scans import SUBJECTS, Pool, SiteScans, produce, wait_for
 from pipelines.cohort import list_anatomies
 from sgcd_core.box import composition_bytes, load_composition
 from sgcd_core.config import load_config
-from sgcd_core.style.composition import CompositionModel
+from sgcd_core.style.composition import Composition
 
 SEED = 2026
 #: One site in so many is kept for scoring the composition model.
@@ -133,7 +133,7 @@ def _profiles(work: Path) -> list[Path]:
     return sorted(work.glob("profiles-*.f32"))
 
 
-def _composition(work: Path, pool: Pool, sites: int, refit: bool) -> CompositionModel:
+def _composition(work: Path, pool: Pool, sites: int, refit: bool) -> Composition:
     """The package's model, or one fitted now."""
     packaged = load_composition()
     if packaged is not None and not refit:

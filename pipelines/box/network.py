@@ -19,7 +19,7 @@ from sgcd_core.config import SgcdConfig
 from sgcd_core.diffusion.network import LookEmbedding
 from sgcd_core.errors import SgcdError
 from sgcd_core.global_stage import GlobalStage, conditioned, draw, unwrapped
-from sgcd_core.style.composition import CompositionModel
+from sgcd_core.style.composition import Composition
 from sgcd_core.style.look import blend, mirrored_look, textures
 from sgcd_core.volume.condition import Condition, LookMatcher
 
@@ -40,7 +40,7 @@ class Samples(IterableDataset[dict[str, Any]]):
     """
 
     def __init__(
-        self, pool: Pool, config: SgcdConfig, composition: CompositionModel, seed: int, start: int
+        self, pool: Pool, config: SgcdConfig, composition: Composition, seed: int, start: int
     ) -> None:
         self.pool, self.config, self.seed, self.start = pool, config, seed, start
         self.matcher = LookMatcher(
@@ -105,7 +105,7 @@ def set_textures(network: torch.nn.Module, pool: Pool, config: SgcdConfig) -> No
 
 
 def fixed_samples(
-    pool: Pool, config: SgcdConfig, composition: CompositionModel, count: int
+    pool: Pool, config: SgcdConfig, composition: Composition, count: int
 ) -> list[tuple[Batch, Condition]]:
     """The same `count` samples at every call, in turn over the files of a pool that stays.
 
@@ -121,7 +121,7 @@ def fixed_samples(
 def train_network(
     pool: Pool,
     config: SgcdConfig,
-    composition: CompositionModel,
+    composition: Composition,
     folder: Path,
     *,
     minutes: float,
