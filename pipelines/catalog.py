@@ -145,7 +145,7 @@ class Catalog:
                 TABLE-SCHEMA, STORE-… when the table cannot be read.
         """
         schema = find_schema(table)
-        wanted = None if columns is None else [*columns, *schema.key, "recorded_at"]
+        wanted = None if columns is None else sorted({*columns, *schema.key, "recorded_at"})
         found = latest(schema, self.history(table, where=where, as_of=as_of, columns=wanted))
         return found if columns is None else found.select(list(columns))
 

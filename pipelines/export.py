@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import io
 from dataclasses import dataclass
+from datetime import datetime
 
 import pyarrow as pa
 
-from pipelines.catalog import AsOf, Catalog
+from pipelines.catalog import Catalog
 from pipelines.catalog_docs import column_table
 from pipelines.catalog_rows import latest
 from pipelines.schemas import SCHEMAS, Table
@@ -31,7 +32,7 @@ class Exported:
 
 
 def export(
-    catalog: Catalog, out: str, *, history: bool = False, as_of: AsOf = None
+    catalog: Catalog, out: str, *, history: bool = False, as_of: datetime | None = None
 ) -> list[Exported]:
     """Write every table as OUT/TABLE.parquet, and OUT/README.md; the same again changes nothing.
 

@@ -77,12 +77,16 @@ def _given(catalog: Catalog, needs: Mapping[str, Any], as_of: Any) -> Iterator[p
             "a version belongs to one table, and the statement reads several.",
             hint="Name them as in results=7,scans=3, or give a date.",
         )
+    read: dict[str, pa.Table] = {}  # each table once: one snapshot for both its views
     for view, filters in needs.items():
         table = tables[view]
-        when = as_of.get(table) if isinstance(as_of, Mapping) else as_of
-        where = filters if view != table else _lasting(catalog, filters)
-        history = catalog.history(table, where=where, as_of=when)
-        yield history if view != table else latest(SCHEMAS[table], history)
+        if table not in read:
+            where = filters if view != table else _lasting(catalog, filters)
+            if list(tables.values()).count(table) > 1:
+                where = {}
+            when = as_of.get(table) if isinstance(as_of, Mapping) else as_of
+            read[table] = catalog.history(table, where=where, as_of=when)
+        yield read[table] if view != table else latest(SCHEMAS[table], read[table])
 
 
 def _lasting(catalog: Catalog, filters: dict[str, Any]) -> dict[str, Any]:
@@ -159,17 +163,12 @@ class _Child:
         try:
             answer: dict[str, Any] = json.loads(receive(self._out, 2**24))
         except (EOFError, ValueError) as error:
-            self._process.kill()
             if late.is_set():
                 raise UsageError(
                     f"the query was stopped after {seconds:g} s.", code="QUERY-LIMIT",
                     hint="Select fewer rows, or filter on target, site and sequence.",
                 ) from error  # fmt: skip
-            raise UsageError(
-                f"the query ended its process (exit code {self._process.wait()}); "
-                f"its memory is limited to {self._limits.memory_mb} MB.",
-                code="QUERY-LIMIT", hint="Select fewer rows or columns.",
-            ) from error  # fmt: skip
+            raise self._gone() from error
         finally:
             timer.cancel()
         if "error" in answer:
@@ -180,7 +179,18 @@ class _Child:
 
     def result(self) -> pa.Table:
         """The table that follows the last message."""
-        return unpack(receive(self._out, 2 * self._limits.result_mb * 2**20))
+        try:
+            return unpack(receive(self._out, 2 * self._limits.result_mb * 2**20))
+        except (EOFError, pa.ArrowException) as error:
+            raise self._gone() from error
+
+    def _gone(self) -> UsageError:
+        self._process.kill()
+        return UsageError(
+            f"the query ended its process (exit code {self._process.wait()}); "
+            f"its memory is limited to {self._limits.memory_mb} MB.",
+            code="QUERY-LIMIT", hint="Select fewer rows or columns.",
+        )  # fmt: skip
 
 
 @contextmanager

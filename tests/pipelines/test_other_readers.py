@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import threading
@@ -15,6 +16,9 @@ from pipelines.catalog import Catalog
 from pipelines.lake import Lake
 from pipelines.optimize import optimize
 
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "catalog.md"
+#: The latest row of each key in plain SQL, as the page gives it.
+LATEST = re.findall(r"```sql\n(.+?)```", PAGE.read_text(), re.DOTALL)[0]
 WANTED = {("A", "flagged"): 1, ("A", "ok"): 4, ("B", "ok"): 4}
 
 
@@ -57,7 +61,16 @@ def test_duckdb(table: str) -> None:
     with duckdb.connect() as engine:
         engine.register("results", results)
         rows = engine.execute("SELECT site, status, count(*) FROM results GROUP BY ALL").fetchall()
+        latest = engine.execute(LATEST).fetchall()
     assert {(site, status): n for site, status, n in rows} == WANTED
+    assert ("s0", "flagged") in latest and len(latest) == 8
+
+
+def test_units_and_descriptions_are_in_the_table_itself(table: str) -> None:
+    from deltalake import DeltaTable
+
+    about = DeltaTable(table).to_pyarrow_dataset().schema.field("seconds_read").metadata
+    assert about == {b"unit": b"s", b"description": b"reading the scan"}
 
 
 def test_polars(table: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -118,3 +119,20 @@ def test_a_corrected_site_is_not_answered_with_the_old_row(tmp_path: Path) -> No
     count = "SELECT count(*) AS n FROM {} WHERE target = 'T' AND site = 'wrong'"
     assert catalog.query(count.format("results"))["n"].to_pylist() == [0]
     assert catalog.query(count.format("results_all"))["n"].to_pylist() == [1]
+
+
+def test_both_views_of_a_table_are_one_snapshot(lake: Lake) -> None:
+    latest = "SELECT count(*) FROM results WHERE site = 'A'"
+    sql = f"SELECT ({latest}) AS a, count(*) AS n FROM results_all"
+    assert run_query(lake, sql).to_pylist() == [{"a": 2, "n": 8}]
+
+
+@pytest.mark.s3
+def test_the_python_door_on_s3(s3_server: Any) -> None:
+    lake = Lake.open(s3_server.uri("query-test"), create=True)
+    row = {"model": "m", "model_version": 1, "target": "T", "sequence": "T1w", "status": "ok"}
+    Catalog(lake).append("results", [row | {"scan_id": site, "site": site} for site in "AB"])
+    door = Catalog(lake.uri)
+    found = door.query("SELECT scan_id FROM results WHERE target = 'T' AND site = 'B'")
+    assert found["scan_id"].to_pylist() == ["B"]
+    assert door.tables()[1]["rows"] == 2
