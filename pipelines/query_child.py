@@ -40,6 +40,7 @@ def _connect(limits: QueryLimits) -> duckdb.DuckDBPyConnection:
     for view, table in view_names().items():
         connection.register(view, pa.Table.from_batches([], schema=SCHEMAS[table].arrow))
     connection.sql("SELECT json_serialize_sql('SELECT now()') FROM scans").to_arrow_reader(1)
+    connection.execute("SET TimeZone = 'UTC'")  # the same days on every machine
     connection.execute("SET temp_directory = ''")
     connection.execute(f"SET memory_limit = '{limits.memory_mb}MB'")
     connection.execute(f"SET threads = {limits.threads}")

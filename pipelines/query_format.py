@@ -28,8 +28,8 @@ def format_result(table: pa.Table, format: str = "table") -> bytes:
         # As objects: a column of whole numbers with one missing would get decimals.
         table.to_pandas(integer_object_nulls=True).to_csv(out, index=False)
     elif format == "json":
-        rows = [_plain(row) for row in table.to_pylist()]
-        out.write(json.dumps(rows, default=str, ensure_ascii=False, indent=1).encode() + b"\n")
+        text = json.dumps(plain_rows(table), default=str, ensure_ascii=False, indent=1)
+        out.write(text.encode() + b"\n")
     elif format == "parquet":
         import pyarrow.parquet as pq
 
@@ -45,8 +45,12 @@ def format_of(path: str | None, default: str = "table") -> str:
     return ending if ending in FORMATS else default
 
 
+def plain_rows(table: pa.Table) -> list[Any]:
+    """The rows as JSON has them: times in ISO 8601, NaN and infinity as missing."""
+    return [_plain(row) for row in table.to_pylist()]
+
+
 def _plain(value: Any) -> Any:
-    """A value as JSON has it: times in ISO 8601, NaN and infinity as missing."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list):

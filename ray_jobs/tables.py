@@ -16,7 +16,7 @@ def query(args: Any) -> Outcome:
     """`sgcd query`: locked SQL over the tables, or what tables and columns there are."""
     from pipelines.catalog import Catalog
     from pipelines.query import QueryLimits, run_query
-    from pipelines.query_format import format_of, format_result
+    from pipelines.query_format import format_of, format_result, plain_rows
     from sgcd_core.io.store import Store
 
     catalog = Catalog(open_lake(args.lake))
@@ -33,7 +33,7 @@ def query(args: Any) -> Outcome:
     limits = QueryLimits(seconds=args.timeout) if args.timeout else QueryLimits()
     found = run_query(catalog, sql, as_of=args.as_of, limits=limits)
     if args.json and not args.out:
-        return Outcome(f"{found.num_rows} rows", data={"rows": found.to_pylist()})
+        return Outcome(f"{found.num_rows} rows", data={"rows": plain_rows(found)})
     body = format_result(found, args.format or format_of(args.out))
     if args.out:
         uri = absolute(args.out)

@@ -38,6 +38,11 @@ def test_sql_sees_the_latest_rows_and_the_history(lake: Lake) -> None:
     assert history["n"].to_pylist() == [4]
 
 
+def test_days_are_those_of_utc(lake: Lake) -> None:
+    sql = "SELECT CAST(TIMESTAMPTZ '2026-03-01 23:30:00Z' AS VARCHAR) AS at"
+    assert run_query(lake, sql)["at"].to_pylist() == ["2026-03-01 23:30:00+00"]
+
+
 def test_a_table_nobody_wrote_to_is_empty(lake: Lake) -> None:
     assert run_query(lake, "SELECT scan_id FROM scans").num_rows == 0
 
