@@ -82,7 +82,10 @@ def _open_statm() -> IO[str] | None:
 def _parse(connection: duckdb.DuckDBPyConnection, sql: str) -> tuple[Any, dict[str, Any]]:
     """The one statement and its syntax tree."""
     if len(sql) > LONGEST:
-        raise UsageError(f"the statement is longer than {LONGEST} characters.", code="QUERY-LIMIT")
+        raise UsageError(
+            f"the statement is longer than {LONGEST} characters.", code="QUERY-LIMIT",
+            hint="Filter the result in Python, or `sgcd export` the tables.",
+        )  # fmt: skip
     statements = connection.extract_statements(sql)
     if len(statements) != 1 or statements[0].type != duckdb.StatementType.SELECT:
         raise UsageError(

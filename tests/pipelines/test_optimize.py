@@ -28,10 +28,10 @@ def result(scan_id: str, **values: Any) -> dict[str, Any]:
 
 @pytest.fixture
 def catalog(tmp_path: Path) -> Catalog:
-    """Six commits in two sites; one scan twice; a batch with a transaction id."""
+    """Six commits in two sites, one of them oddly named; one scan twice; transaction ids."""
     catalog = Catalog(Lake.open(str(tmp_path / "lake"), create=True))
     for number in range(6):
-        rows = [result(f"s{number}"), result(f"t{number}", site="B")]
+        rows = [result(f"s{number}"), result(f"t{number}", site="S/1 %20#ä")]
         catalog.append("results", rows, txn=f"b{number}")
     catalog.append("results", [result("s0", status="flagged")])
     return catalog
