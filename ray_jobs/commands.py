@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 from ray_jobs.context import absolute, open_lake, quoted, recorded
@@ -121,22 +119,6 @@ def suggest(args: Any) -> Outcome:
     text = f"{best} has the lowest mean distance between its own scans"
     follow = f"sgcd tune --lake {quoted(args.lake)} --target {quoted(best)}"
     return Outcome(text, next=follow, lines=lines, data={"target": best, "rows": rows})
-
-
-def query(args: Any) -> Outcome:
-    """`sgcd query`: locked SQL over the tables."""
-    from pipelines.query import format_result, run_query
-
-    found = run_query(open_lake(args.lake), args.sql, as_of=args.as_of)
-    if args.json:
-        return Outcome(f"{found.num_rows} rows", data={"rows": found.to_pylist()})
-    body = format_result(found, args.format)
-    if args.out:
-        Path(args.out).write_bytes(body)
-        return Outcome(f"{found.num_rows} rows in {args.out}")
-    sys.stdout.buffer.write(body)
-    sys.stdout.buffer.flush()
-    return Outcome("")  # the table counts its rows itself, the others are for programs
 
 
 def report(args: Any) -> Outcome:

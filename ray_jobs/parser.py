@@ -21,7 +21,9 @@ COMMANDS = {
     "harmonize": "ray_jobs.harmonize:run",
     "evaluate": "ray_jobs.evaluate:run",
     "report": "ray_jobs.commands:report",
-    "query": "ray_jobs.commands:query",
+    "query": "ray_jobs.tables:query",
+    "optimize": "ray_jobs.tables:optimize",
+    "export": "ray_jobs.tables:export",
     "status": "ray_jobs.status:run",
     "doctor": "ray_jobs.doctor:run",
 }
@@ -81,6 +83,8 @@ def build_parser() -> argparse.ArgumentParser:
     _evaluate(sub)
     _report(sub)
     _query(sub)
+    _optimize(sub)
+    _export(sub)
     _status(sub)
     _doctor(sub)
     return parser
@@ -296,10 +300,41 @@ def _query(sub: Any) -> None:
         sub, "query", "Ask the tables of a lake in SQL; reads only.",
         'sgcd query "SELECT site, count(*) FROM scans GROUP BY site" --lake LAKE',
     )  # fmt: skip
-    p.add_argument("sql", metavar="SQL")
-    p.add_argument("--format", choices=("table", "csv", "parquet", "json"), default="table")
-    p.add_argument("--out", metavar="FILE", help="where csv or parquet goes (default: stdout)")
-    p.add_argument("--as-of", metavar="WHEN", help="7, results=7,scans=3 or a date")
+    p.add_argument("sql", nargs="?", metavar="SQL", help="one SELECT; - reads it from stdin")
+    p.add_argument("--tables", action="store_true", help="list the tables instead")
+    p.add_argument(
+        "--schema", nargs="?", const="", metavar="TABLE", help="list the columns of a table, or all"
+    )
+    p.add_argument(
+        "--format", choices=("table", "csv", "parquet", "json"),
+        help="default: by the ending of --out, else table",
+    )  # fmt: skip
+    p.add_argument("--out", metavar="FILE", help="a file or s3:// address (default: stdout)")
+    p.add_argument("--as-of", metavar="WHEN", help="a date, a version, or results=7,scans=3")
+    p.add_argument("--timeout", type=_positive, metavar="SECONDS", help="longest run (60)")
+
+
+def _optimize(sub: Any) -> None:
+    p = _command(
+        sub, "optimize", "Put small files of the tables together; remove old replaced ones.",
+        "sgcd optimize --lake LAKE --dry-run",
+    )  # fmt: skip
+    p.add_argument(
+        "--keep-days", type=float, default=30.0, metavar="DAYS",
+        help="keep replaced files for running readers and old versions (%(default)g)",
+    )  # fmt: skip
+    p.add_argument("--tables", nargs="+", default=[], metavar="TABLE", help="only these")
+    p.add_argument("--dry-run", action="store_true", help="count, change nothing")
+
+
+def _export(sub: Any) -> None:
+    p = _command(
+        sub, "export", "Write the tables as plain Parquet files that explain themselves.",
+        "sgcd export --lake LAKE --out tables",
+    )  # fmt: skip
+    p.add_argument("--out", required=True, metavar="DIR", help="a folder or an s3:// prefix")
+    p.add_argument("--history", action="store_true", help="also every row that was ever appended")
+    p.add_argument("--as-of", metavar="WHEN", help="the tables as they were at this date")
 
 
 def _status(sub: Any) -> None:

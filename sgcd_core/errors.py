@@ -51,6 +51,11 @@ CODES: dict[str, str] = {
     "LAKE-MISSING": "There is no lake at this address.",
     "LAKE-EMPTY": "The lake holds no scan that fits the request.",
     "TABLE-SCHEMA": "A table of the catalog has an unexpected schema.",
+    "TABLE-VERSION": "The table has no such version, or its files were removed since.",
+    # queries
+    "QUERY-INVALID": "The statement names something unknown, or is not SQL.",
+    "QUERY-REFUSED": "The statement does something else than read the catalog's tables.",
+    "QUERY-LIMIT": "The query needs more time, memory or rows than it may use.",
     # data sets
     "BIDS-INVALID": "The BIDS tree lacks what is needed to read it.",
     "MANIFEST-COLUMN": "The CSV manifest lacks a column or holds an unknown value.",
