@@ -100,12 +100,19 @@ def track_training(
     for item in history:
         losses = {key: value for key, value in item.items() if key != "step"}
         tracker.log_metrics(losses, step=int(item["step"]))
+    track_files(tracker, lake, name, version, "candidate")
+
+
+def track_files(
+    tracker: Tracker, lake: Lake, name: str, version: int, alias: str | None = None
+) -> None:
+    """The model's files, byte for byte, as plain artifacts, and the version in the registry."""
     store, root = Store(), lake.model(name, version)
     files = {
         item.uri.rpartition("/")[2]: store.read_bytes(item.uri) for item in store.list(root + "/")
     }
     tracker.log_pack(files)
-    tracker.register(name, version)
+    tracker.register(name, version, alias)
 
 
 def open_lake(uri: str, *, create: bool = False) -> Lake:

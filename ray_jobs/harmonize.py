@@ -15,7 +15,7 @@ from pipelines.catalog import Catalog
 from pipelines.harmonize import Job, Row, blank_row
 from pipelines.ledger import end_attempts
 from ray_jobs.context import code_version, open_lake, quoted, tracked
-from ray_jobs.models import meta_of, resolve
+from ray_jobs.models import alias_of, meta_of, pinned, resolve
 from ray_jobs.outcome import DONE, WITH_FAILURES, Outcome, failure_line
 from ray_jobs.session import cpu_count, session
 from ray_jobs.settings import over_model
@@ -59,7 +59,8 @@ def run(args: Any) -> Outcome:
     work = [scan | {"stem": named[scan["scan_id"]]} for scan in todo.todo]
     refused = _refused_at_index(catalog, job, todo, scans)
     name = f"{model}@{version}"
-    follow = f"sgcd evaluate --lake {quoted(args.lake)} --model {quoted(args.model)}"
+    chosen = quoted(pinned(args.model, model, version))
+    follow = f"sgcd evaluate --lake {quoted(args.lake)} --model {chosen}"
     data: Row = {
         "model": model, "version": version, "target": target,
         "planned": len(work), "skipped": todo.reasons(),
@@ -75,8 +76,10 @@ def run(args: Any) -> Outcome:
     bad: list[Row] = []
     lesions = 0
     started = time.monotonic()
-    tags = {"model": model, "version": version, "batch_id": job.batch_id}
+    tags = {"model": model, "version": version, "batch_id": job.batch_id, "asked": args.model}
     with tracked(lake, "harmonize", config, **tags) as (summary, tracker):
+        if alias := alias_of(args.model):
+            tracker.compare_alias(model, alias, version)
         commit = Committer(catalog, job)
         for row in refused:
             commit.add(row)
@@ -110,7 +113,9 @@ def run(args: Any) -> Outcome:
         if counts.total() != len(work):  # a law of this program, not a user's mistake
             raise RuntimeError(f"{len(work)} scans went in, {counts.total()} rows came out")
         failed = counts["failed"] + counts["quarantined"]
-        summary.update(counts, model=model, version=version, failed=failed)
+        summary.update(
+            counts, model=model, version=version, asked=args.model, failed=failed,
+        )  # fmt: skip
         tracker.log_metrics({f"scans/{status}": float(n) for status, n in counts.items()})
     seconds = time.monotonic() - started
     parts = ", ".join(f"{n} {status}" for status, n in counts.most_common()) or "none"

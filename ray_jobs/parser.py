@@ -18,6 +18,7 @@ COMMANDS = {
     "train": "ray_jobs.train_global:run",
     "suggest-target": "ray_jobs.commands:suggest",
     "tune": "ray_jobs.tune_target:run",
+    "promote": "ray_jobs.promote:run",
     "harmonize": "ray_jobs.harmonize:run",
     "evaluate": "ray_jobs.evaluate:run",
     "report": "ray_jobs.commands:report",
@@ -79,6 +80,7 @@ def build_parser() -> argparse.ArgumentParser:
     _train(sub)
     _suggest(sub)
     _tune(sub)
+    _promote(sub)
     _harmonize(sub)
     _evaluate(sub)
     _report(sub)
@@ -242,6 +244,16 @@ def _tune(sub: Any) -> None:
     p.add_argument("--gpus", action="store_true", help="use a GPU")
 
 
+def _promote(sub: Any) -> None:
+    p = _command(
+        sub, "promote", "Move an alias of a model, such as champion, to a version; or back.",
+        "sgcd promote --lake LAKE target-SITE@2 --alias champion",
+    )  # fmt: skip
+    p.add_argument("reference", metavar="NAME@VERSION", help="the version to promote")
+    p.add_argument("--alias", default="champion", help="default: %(default)s")
+    p.add_argument("--dry-run", action="store_true", help="say what would change, change nothing")
+
+
 def _harmonize(sub: Any) -> None:
     p = _command(
         sub, "harmonize", "Bring every planned scan to the model's look, in its own grid.",
@@ -353,4 +365,4 @@ def _doctor(sub: Any) -> None:
 
 
 def _model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, metavar="NAME[@VERSION]")
+    parser.add_argument("--model", required=True, metavar="NAME[@VERSION|@ALIAS]")

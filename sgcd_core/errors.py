@@ -63,6 +63,7 @@ CODES: dict[str, str] = {
     "MODEL-MISSING": "There is no such model in the lake.",
     "MODEL-DIGEST": "A file of the model differs from its recorded digest.",
     "MODEL-FORMAT": "The model was written by an incompatible version.",
+    "MODEL-ALIAS": "An alias of a model cannot be moved, or not be relied on.",
     "MODEL-GRID": "The scans were prepared on another grid than the model's.",
     "TARGET-UNKNOWN": "The lake has no such site.",
     "TARGET-SEQUENCE": "The target site has no scan of a sequence that is to be harmonized.",
