@@ -10,15 +10,17 @@ import logging
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pipelines.bids_links import Links
 from pipelines.derivative import (
     Names,
     json_beside,
+    model_grid_sidecar_bytes,
     sidecar_bytes,
     uncertainty_sidecar_bytes,
 )
@@ -51,6 +53,7 @@ class Job:
         samples: Seeds per scan; above 1 an uncertainty map is written.
         learned: Sequences the model was trained for, of those in the settings; None: all.
         lesions: Where lesion masks lie, see `lesions.candidates`.
+        links: What names the data sets that the scans lie in.
     """
 
     lake: Lake
@@ -63,6 +66,7 @@ class Job:
     samples: int = 1
     learned: tuple[str, ...] | None = None
     lesions: str | None = None
+    links: Links = field(default_factory=Links)
 
     @property
     def key(self) -> str:
@@ -198,21 +202,21 @@ def _harmonize(
             "output_uri": names.native, "output_sha256": sha256_hex(data),
             "model_grid_uri": names.model_grid, "sidecar_uri": names.sidecar,
         }  # fmt: skip
+    links, where = job.links, config.prepare.registration
     if spread is not None:
-        for uri, sources, derived in (
-            (names.uncertainty_model_grid, [scan["uri"]], "Computed on the model grid."),
-            (
-                names.uncertainty,
-                [scan["uri"], names.uncertainty_model_grid],
-                "Interpolated linearly from the model grid.",
-            ),
+        for uri, sources, registration in (
+            (names.uncertainty_model_grid, [scan["uri"]], where),
+            (names.uncertainty, [scan["uri"], names.uncertainty_model_grid], None),
         ):
             body = uncertainty_sidecar_bytes(
-                row, sources=sources, samples=job.samples, seed=config.seed, derived=derived
-            )
+                row, links=links, sources=sources, samples=job.samples, seed=config.seed,
+                registration=registration,
+            )  # fmt: skip
             store.write_bytes(json_beside(uri), body)
-    body = sidecar_bytes(row, source=scan["uri"], lesion=lesion_uri)
-    store.write_bytes(names.sidecar, body)
+    facts: dict[str, Any] = {"links": links, "source": scan["uri"], "lesion": lesion_uri}
+    body = model_grid_sidecar_bytes(row, **facts, registration=where)
+    store.write_bytes(json_beside(names.model_grid), body)
+    store.write_bytes(names.sidecar, sidecar_bytes(row, **facts))
 
 
 def _not_learned(sequence: str, job: Job) -> InputError:

@@ -67,6 +67,7 @@ def plan(
     only_new: bool = False,
     retry_failed: bool = False,
     force: bool = False,
+    only: Collection[str] | None = None,
 ) -> Plan:
     """Which scans one version of one model still has to harmonize.
 
@@ -81,6 +82,7 @@ def plan(
         only_new: Skip every scan that has a result of any kind.
         retry_failed: Plan failed scans again, whatever the reason was.
         force: Plan done, failed and quarantined scans again.
+        only: Only these scan_ids; None for all.
 
     Returns:
         todo and skipped together hold every row of `scans` once.
@@ -111,7 +113,10 @@ def plan(
     }
     done = Plan()
     for scan in sorted(scans, key=_order):
-        skip = _at_index(scan, sites, sequences, split, target)
+        skip: _Reason | None = None
+        if only is not None and scan["scan_id"] not in only:
+            skip = "not asked for", None, None
+        skip = skip or _at_index(scan, sites, sequences, split, target)
         if skip is None and not force:
             skip = _by_result(results.get(scan["scan_id"]), only_new, retry_failed)
         if skip is None:

@@ -130,3 +130,15 @@ def report(args: Any) -> Outcome:
     name, version = resolve(lake, args.model)
     uri = write_report(lake, name, version, out=args.out and absolute(args.out))
     return Outcome(f"report: {uri}", data={"report": uri})
+
+
+def cite(args: Any) -> Outcome:
+    """`sgcd cite`: a methods paragraph that a paper can paste."""
+    from pipelines.cite import citation
+    from ray_jobs.models import resolve
+
+    lake = open_lake(args.lake)
+    name, version = resolve(lake, args.model)
+    text = citation(lake, name, version)
+    return Outcome("", lines=text.splitlines(), data={"model": name, "version": version,
+                                                      "text": text})  # fmt: skip

@@ -83,6 +83,7 @@ def tracked(
     lake: Lake, command: str, config: SgcdConfig, **tags: Any
 ) -> Iterator[tuple[dict[str, Any], Tracker]]:
     """`recorded`, and a run in MLflow beside it; trouble in MLflow is a warning."""
+    from pipelines.cite import software_versions
     from pipelines.tracking import Tracker
 
     named = {name: str(value) for name, value in tags.items() if value is not None}
@@ -90,6 +91,7 @@ def tracked(
         recorded(lake, command, config.digest()) as summary,
         Tracker.start(lake, command, config, {"code_version": code_version(), **named}) as tracker,
     ):
+        summary["software"] = software_versions()
         yield summary, tracker
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import logging
 import pickle
@@ -31,8 +32,9 @@ COMMIT_ROWS, COMMIT_SECONDS = 32, 15.0
 
 def run(args: Any) -> Outcome:
     """Plan, harmonize what is left to do, commit a row for every scan."""
-    from pipelines.derivative import stems, write_description
-    from pipelines.lesions import check_pattern, dataset_root
+    from pipelines.dataset_files import write_description
+    from pipelines.derivative import stems
+    from pipelines.lesions import check_pattern
     from pipelines.plan import plan
     from pipelines.progress import Progress
     from sgcd_core.io.store import Store
@@ -40,6 +42,8 @@ def run(args: Any) -> Outcome:
 
     check_pattern(args.lesions)
     lake = open_lake(args.lake)
+    only = getattr(args, "only", None)  # of the BIDS App: these scans, into that folder
+    lake = dataclasses.replace(lake, outputs=getattr(args, "outputs", None))
     catalog = Catalog(lake)
     model, version = resolve(lake, args.model)
     meta = meta_of(lake, model, version)
@@ -47,7 +51,7 @@ def run(args: Any) -> Outcome:
     config = over_model(args, load_modelpack(lake.model(model, version), Store()).config)
     todo = plan(
         catalog, model, version, sites=args.sites, sequences=args.sequences or config.sequences,
-        only_new=args.only_new, force=args.force,
+        only_new=args.only_new, force=args.force, only=only,
     )  # fmt: skip
     job = Job(
         lake=lake, model=model, version=version, target=target, config=config,
@@ -58,6 +62,7 @@ def run(args: Any) -> Outcome:
     named = stems(scans)
     work = [scan | {"stem": named[scan["scan_id"]]} for scan in todo.todo]
     refused = _refused_at_index(catalog, job, todo, scans)
+    root = lake.derivatives(job.key)
     name = f"{model}@{version}"
     chosen = quoted(pinned(args.model, model, version))
     follow = f"sgcd evaluate --lake {quoted(args.lake)} --model {chosen}"
@@ -69,6 +74,7 @@ def run(args: Any) -> Outcome:
         lines = [f"would harmonize {scan['uri']}" for scan in work]
         return Outcome(f"would harmonize with {name}: {todo.sentence()}", lines=lines, data=data)
     if not work and not refused:
+        describe(catalog, job, scans)  # a run that was stopped may have left it undone
         return Outcome(
             f"nothing to harmonize with {name}: {todo.sentence()}", next=follow, data=data
         )
@@ -84,8 +90,8 @@ def run(args: Any) -> Outcome:
         for row in refused:
             commit.add(row)
         if work:
-            roots = sorted({root for scan in work if (root := dataset_root(scan))})
-            write_description(lake, job.key, job.code_version, roots)
+            links = write_description(root, job.key, job.code_version, scans)
+            job = dataclasses.replace(job, links=links)
             with (
                 session(args.ray_address, cpus=1.5, gpus=1 if args.gpus else 0) as ray,
                 Progress("harmonize", len(work)) as progress,
@@ -115,8 +121,10 @@ def run(args: Any) -> Outcome:
         failed = counts["failed"] + counts["quarantined"]
         summary.update(
             counts, model=model, version=version, asked=args.model, failed=failed,
+            settings=args.settings,
         )  # fmt: skip
         tracker.log_metrics({f"scans/{status}": float(n) for status, n in counts.items()})
+    describe(catalog, job, scans)
     seconds = time.monotonic() - started
     parts = ", ".join(f"{n} {status}" for status, n in counts.most_common()) or "none"
     text = f"harmonized with {name}: {parts} of {len(work)} planned scans in {seconds:.0f} s"
@@ -126,7 +134,7 @@ def run(args: Any) -> Outcome:
         text += f"; {len(refused)} unusable scans noted"
     data |= {
         "counts": dict(counts), "noted": len(refused), "lesion_masks": lesions,
-        "derivatives": lake.derivatives(job.key),
+        "derivatives": root,
         "failed": [{k: row[k] for k in ("scan_id", "uri", "code", "message")} for row in bad],
     }  # fmt: skip
     lines = [failure_line(row) for row in bad]
@@ -134,6 +142,22 @@ def run(args: Any) -> Outcome:
         lines.append("note: the sampler of these settings uses no noise: all seeds agree.")
     code = WITH_FAILURES if bad or refused else DONE
     return Outcome(text, next=follow, exit_code=code, lines=lines, data=data)
+
+
+def describe(catalog: Catalog, job: Job, scans: list[Row]) -> None:
+    """Bring participants.tsv and the citation of the derivative up to date; from the tables."""
+    from pipelines.cite import citation
+    from pipelines.dataset_files import LOGS, write_changed, write_participants
+    from sgcd_core.io.store import Store, join
+
+    where = {"model": job.model, "model_version": job.version}
+    results = catalog.rows("results", where=where).to_pylist()
+    if not any(row["output_uri"] for row in results):
+        return
+    root = job.lake.derivatives(job.key)
+    write_participants(root, scans, results)
+    text = citation(catalog.lake, job.model, job.version).encode()
+    write_changed(Store(), join(root, LOGS, "CITATION.md"), text)
 
 
 def uses_noise(config: SgcdConfig, target: str | None) -> bool:

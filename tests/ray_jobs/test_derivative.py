@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+from pipelines.bids_links import Links
 from pipelines.derivative import IN_SIDECAR, Names, sidecar_bytes, stems
 
 
@@ -34,7 +35,7 @@ def test_two_data_sets_with_the_same_subject_do_not_overwrite_each_other() -> No
 
 def test_the_sidecar_says_what_made_the_scan() -> None:
     row = {"scan_id": "a", "model": "target-A", "model_version": 2, "gradient_correlation": 0.9}
-    body = json.loads(sidecar_bytes(row, source="s3://b/sub-01_T1w.nii.gz"))
+    body = json.loads(sidecar_bytes(row, links=Links(), source="s3://b/sub-01_T1w.nii.gz"))
     assert body["Sources"] == ["s3://b/sub-01_T1w.nii.gz"] and body["SkullStripped"] is True
     assert (body["Model"], body["ModelVersion"]) == ("target-A", 2)
     assert body["GradientCorrelation"] == 0.9
