@@ -17,7 +17,7 @@ from pipelines.derivative import IN_SIDECAR, SPACE, camel
 from pipelines.lesions import dataset_root
 from pipelines.participants import participants_tables
 from pipelines.schemas import RESULTS
-from sgcd_core.errors import InputError
+from sgcd_core.errors import InputError, SgcdError
 from sgcd_core.io.store import Store, join
 
 Row = Mapping[str, Any]
@@ -38,7 +38,12 @@ def sources_of(scans: Iterable[Row]) -> list[str]:
 
 
 def write_description(
-    root: str, key: str, code_version: str, scans: Sequence[Row], store: Store | None = None
+    root: str,
+    key: str,
+    code_version: str,
+    scans: Sequence[Row],
+    used: Sequence[Row] | None = None,
+    store: Store | None = None,
 ) -> Links:
     """Write what says which data set this is; return what names its sources.
 
@@ -47,6 +52,7 @@ def write_description(
         key: Model and version, as in its folder's name.
         code_version: Of this program.
         scans: Rows of `scans`, all of the lake: names of sources depend on no request.
+        used: Those of them that are harmonized, before or now; None for all.
         store: Where it lies.
     """
     store = store or Store()
@@ -57,7 +63,9 @@ def write_description(
         "BIDSVersion": BIDS_VERSION,
         "DatasetType": "derivative",
         "GeneratedBy": [_generator(key, code_version)],
-        "SourceDatasets": [_source(store, source) for source in sorted(links.names)],
+        "SourceDatasets": [
+            _source(store, source) for source in sources_of(scans if used is None else used)
+        ],
         "DatasetLinks": links.dataset_links(),
         "SidecarColumns": {
             camel(name): {
@@ -93,6 +101,8 @@ def write_participants(
 ) -> None:
     """Write participants.tsv and .json: who has an output, with what the sources say of them.
 
+    Rows of others stay, since runs with a lake of their own may write to one data set.
+
     Args:
         root: Address of the derivative data set.
         scans: Rows of `scans`.
@@ -103,7 +113,7 @@ def write_participants(
     done = {row["scan_id"] for row in results if row["output_uri"]}
     mine = [scan for scan in scans if scan["scan_id"] in done]
     if mine:
-        table, columns = participants_tables(mine, store)
+        table, columns = participants_tables(mine, store, root)
         write_changed(store, join(root, "participants.tsv"), table)
         write_changed(store, join(root, "participants.json"), _json(columns))
 
@@ -144,7 +154,7 @@ def _source(store: Store, root: str) -> dict[str, str]:
         doi = json.loads(store.read_bytes(join(root, DESCRIPTION), max_bytes=10**7)).get(
             "DatasetDOI"
         )
-    except (InputError, ValueError, AttributeError):
+    except (SgcdError, ValueError, AttributeError):  # it may be out of reach by now
         return found
     return found | {"DOI": doi} if isinstance(doi, str) and doi else found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -217,8 +218,13 @@ def _sidecar(
     }  # fmt: skip
     if lesion is not None:
         body["LesionMask"] = links.uri(lesion)
-    body |= {camel(name): row[name] for name in columns if row.get(name) is not None}
-    return (json.dumps(body, indent=2) + "\n").encode()
+    body |= {camel(name): row[name] for name in columns if _sayable(row.get(name))}
+    return (json.dumps(body, indent=2, allow_nan=False) + "\n").encode()
+
+
+def _sayable(value: Any) -> bool:
+    """Whether JSON has a word for a value: no missing one, no NaN, no infinity."""
+    return value is not None and not (isinstance(value, float) and not math.isfinite(value))
 
 
 def camel(name: str) -> str:

@@ -23,7 +23,9 @@ _KNOWN = {
 }  # fmt: skip
 
 
-def participants_tables(scans: Sequence[Row], store: Store) -> tuple[bytes, dict[str, Any]]:
+def participants_tables(
+    scans: Sequence[Row], store: Store, present: str | None = None
+) -> tuple[bytes, dict[str, Any]]:
     """participants.tsv, and the content of participants.json.
 
     A participant of several sources, or with several rows in one, has one row here; what these do
@@ -32,6 +34,7 @@ def participants_tables(scans: Sequence[Row], store: Store) -> tuple[bytes, dict
     Args:
         scans: Rows of `scans` with an output.
         store: Where the sources lie.
+        present: Root of the data set they are for; its rows of other participants are kept.
     """
     people: dict[str, list[dict[str, str]]] = {}
     described: dict[str, Any] = {}
@@ -52,6 +55,11 @@ def participants_tables(scans: Sequence[Row], store: Store) -> tuple[bytes, dict
         if not any(_ID in row for row in mine):  # no table knows them
             age = None if scan["age"] is None else f"{scan['age']:g}"
             mine.append({k: v for k, v in (("age", age), ("sex", scan["sex"])) if v})
+    if present is not None:
+        described |= {k: v for k, v in _columns(store, present).items() if k not in described}
+        for row in _rows(store, present):
+            if row.get(_ID) and row[_ID] not in people:
+                people[row[_ID]] = [row]
     names = list(dict.fromkeys(
         name for rows in people.values() for row in rows for name in row if name != _ID
     ))  # fmt: skip

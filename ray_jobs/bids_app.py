@@ -6,6 +6,7 @@ folder, the harmonized scans in OUT_DIR.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -28,7 +29,6 @@ _VALIDATION_SECONDS = 3600
 
 def run(args: Any) -> Outcome:
     """One level of the app."""
-    args.debug = args.debug or args.verbose >= 2
     bids, out = absolute(args.bids_dir), absolute(args.out_dir)
     if bids == out:
         raise UsageError(
@@ -59,6 +59,7 @@ def _participant(args: Any, bids: str, out: str, lake: Lake) -> Outcome:
     words = _parse("harmonize", *_settings(args), "--model", f"{name}@{version}", lake=lake.uri)
     words.samples, words.lesions, words.gpus = args.samples, args.lesions, args.gpus
     words.outputs, words.workers, words.only = out, workers(args), only
+    words.ray_address = args.ray_address
     gone = set() if args.dry_run else _gone(catalog, name, version, only)
     if gone:  # somebody took them away: the tables say done, the folder does not
         again = _parse("harmonize", lake=lake.uri)
@@ -88,7 +89,7 @@ def _participant(args: Any, bids: str, out: str, lake: Lake) -> Outcome:
 def _group(args: Any, bids: str, out: str, lake: Lake) -> Outcome:
     from pipelines.catalog import Catalog
     from pipelines.dataset_files import write_changed
-    from ray_jobs import commands, evaluate
+    from ray_jobs import commands, evaluate, harmonize
 
     if not Store().exists(lake.marker):
         raise UsageError(
@@ -101,6 +102,8 @@ def _group(args: Any, bids: str, out: str, lake: Lake) -> Outcome:
     measured = evaluate.run(_parse("evaluate", *_settings(args), *reference, lake=lake.uri))
     if args.dry_run:
         return Outcome(f"group level: {measured.summary}", data=measured.data)
+    # Participants that were done at the same time may each have written the tables of one moment.
+    harmonize.describe(dataclasses.replace(lake, outputs=out), name, version)
     page = join(out, f"{name}-v{version}.html")
     commands.report(_parse("report", *reference, "--out", page, lake=lake.uri))
     rows = Catalog(lake).rows("results", where={"model": name, "model_version": version})

@@ -63,7 +63,8 @@ def build_bids_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     which.add_argument(
         "--site-from", default="auto", metavar="HOW",
-        help="auto, participants, session or sidecar (default: %(default)s)",
+        help="auto, participants, session, sidecar, or name:SITE where all are from one "
+        "(default: %(default)s)",
     )  # fmt: skip
     which.add_argument(
         "--skip-bids-validation", "--skip_bids_validation", action="store_true",

@@ -37,7 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not getattr(args, "command", None):
         parser.print_help()
         return UsageError.exit_code
-    _logging(getattr(args, "debug", False))
+    args.debug = getattr(args, "debug", False) or getattr(args, "verbose", 0) > 1
+    _logging(args.debug)
     try:
         with _sigterm_stops():
             outcome = _run(args)

@@ -14,7 +14,8 @@ from typing import Any
 
 from pipelines.catalog import Catalog
 from pipelines.harmonize import Job, Row, blank_row
-from pipelines.ledger import end_attempts
+from pipelines.lake import Lake
+from pipelines.ledger import end_attempts, model_key
 from ray_jobs.context import code_version, open_lake, quoted, tracked
 from ray_jobs.models import alias_of, meta_of, pinned, resolve
 from ray_jobs.outcome import DONE, WITH_FAILURES, Outcome, failure_line
@@ -74,7 +75,7 @@ def run(args: Any) -> Outcome:
         lines = [f"would harmonize {scan['uri']}" for scan in work]
         return Outcome(f"would harmonize with {name}: {todo.sentence()}", lines=lines, data=data)
     if not work and not refused:
-        describe(catalog, job, scans)  # a run that was stopped may have left it undone
+        describe(lake, model, version)  # a run that was stopped may have left it undone
         return Outcome(
             f"nothing to harmonize with {name}: {todo.sentence()}", next=follow, data=data
         )
@@ -90,7 +91,9 @@ def run(args: Any) -> Outcome:
         for row in refused:
             commit.add(row)
         if work:
-            links = write_description(root, job.key, job.code_version, scans)
+            settled = {skip.scan_id for skip in todo.skipped if skip.reason == "done"}
+            used = work + [scan for scan in scans if scan["scan_id"] in settled]
+            links = write_description(root, job.key, job.code_version, scans, used)
             job = dataclasses.replace(job, links=links)
             with (
                 session(args.ray_address, cpus=1.5, gpus=1 if args.gpus else 0) as ray,
@@ -124,7 +127,7 @@ def run(args: Any) -> Outcome:
             settings=args.settings,
         )  # fmt: skip
         tracker.log_metrics({f"scans/{status}": float(n) for status, n in counts.items()})
-    describe(catalog, job, scans)
+    describe(lake, model, version)
     seconds = time.monotonic() - started
     parts = ", ".join(f"{n} {status}" for status, n in counts.most_common()) or "none"
     text = f"harmonized with {name}: {parts} of {len(work)} planned scans in {seconds:.0f} s"
@@ -144,19 +147,19 @@ def run(args: Any) -> Outcome:
     return Outcome(text, next=follow, exit_code=code, lines=lines, data=data)
 
 
-def describe(catalog: Catalog, job: Job, scans: list[Row]) -> None:
+def describe(lake: Lake, model: str, version: int) -> None:
     """Bring participants.tsv and the citation of the derivative up to date; from the tables."""
     from pipelines.cite import citation
     from pipelines.dataset_files import LOGS, write_changed, write_participants
     from sgcd_core.io.store import Store, join
 
-    where = {"model": job.model, "model_version": job.version}
+    catalog, where = Catalog(lake), {"model": model, "model_version": version}
     results = catalog.rows("results", where=where).to_pylist()
     if not any(row["output_uri"] for row in results):
         return
-    root = job.lake.derivatives(job.key)
-    write_participants(root, scans, results)
-    text = citation(catalog.lake, job.model, job.version).encode()
+    root = lake.derivatives(model_key(model, version))
+    write_participants(root, catalog.rows("scans").to_pylist(), results)
+    text = citation(lake, model, version).encode()
     write_changed(Store(), join(root, LOGS, "CITATION.md"), text)
 
 

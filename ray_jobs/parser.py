@@ -195,7 +195,8 @@ def _index(sub: Any) -> None:
     p.add_argument("sources", nargs="+", metavar="SOURCE")
     p.add_argument(
         "--site-from", default="auto", metavar="HOW",
-        help="auto, participants, session, sidecar or column (default: %(default)s)",
+        help="auto, participants, session, sidecar, column, or name:SITE where all are from one "
+        "(default: %(default)s)",
     )  # fmt: skip
     p.add_argument(
         "--sequences", nargs="+", default=["T1w", "T2w"], metavar="T1w", help="default: T1w T2w"

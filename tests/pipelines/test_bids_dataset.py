@@ -17,7 +17,7 @@ from one_scan import CONFIG, Site, model_pack
 from pipelines.bids_links import Links, link_names
 from pipelines.catalog import Catalog
 from pipelines.cite import citation
-from pipelines.dataset_files import write_description
+from pipelines.dataset_files import write_description, write_participants
 from pipelines.derivative import stems
 from pipelines.harmonize import Job, harmonize_scan
 from pipelines.prepare import save_prepared
@@ -98,7 +98,7 @@ class Dataset:
         rows = [harmonize_scan(s, self.job, model, named[s["scan_id"]]) for s in self.scans]
         assert {row["status"] for row in rows} <= {"ok", "flagged"}
         catalog.append("results", rows)
-        describe(catalog, self.job, self.scans)
+        describe(self.lake, "global", 1)
 
     def sidecar(self, name: str) -> dict[str, Any]:
         found: dict[str, Any] = json.loads((self.root / name).read_text())
@@ -161,13 +161,28 @@ def test_participants_are_carried_over_for_who_is_here(data: Dataset) -> None:
     assert columns["age"]["Units"] == "years"
 
 
+def test_participants_of_other_runs_stay(data: Dataset, tmp_path: Path) -> None:
+    """Jobs for single participants may have a lake each and write to one data set."""
+    (tmp_path / "participants.tsv").write_text("participant_id\tgroup\nsub-02\tx\nsub-03\ty\n")
+    (tmp_path / "participants.json").write_text('{"group": {"Description": "arm"}}')
+    one = [scan for scan in data.scans if scan["subject"] == "02"]
+    results = Catalog(data.lake).rows("results").to_pylist()
+    write_participants(str(tmp_path), one, results)
+    assert (tmp_path / "participants.tsv").read_text().splitlines() == [
+        "participant_id\tage\tsex\tHandedness\tgroup", "sub-02\t51\tM\tL\tn/a",
+        "sub-03\tn/a\tn/a\tn/a\ty",
+    ]  # fmt: skip
+    columns = json.loads((tmp_path / "participants.json").read_text())
+    assert columns["group"] == {"Description": "arm"} and "Handedness" in columns
+
+
 def test_describing_again_touches_nothing(data: Dataset) -> None:
     def state() -> list[tuple[str, int]]:
         return sorted((str(p), p.stat().st_mtime_ns) for p in data.root.rglob("*") if p.is_file())
 
     before = state()
     assert write_description(str(data.root), data.job.key, "1.2.3", data.scans) == data.job.links
-    describe(Catalog(data.lake), data.job, data.scans)
+    describe(data.lake, "global", 1)
     assert state() == before
 
 
@@ -180,6 +195,8 @@ def test_a_second_data_set_leaves_the_names_of_the_first(data: Dataset, tmp_path
     named = links.dataset_links()
     assert named.pop("bids") == data.bids.as_uri()
     ((name, uri),) = named.items()
+    found = json.loads((tmp_path / "dataset_description.json").read_text())
+    assert len(found["SourceDatasets"]) == 2
     assert name.startswith("bids-") and uri == "s3://bucket/bids"
     assert links.uri(more["uri"]) == f"bids:{name}:sub-01/anat/sub-01_T1w.nii.gz"
 

@@ -40,3 +40,11 @@ def test_the_sidecar_says_what_made_the_scan() -> None:
     assert (body["Model"], body["ModelVersion"]) == ("target-A", 2)
     assert body["GradientCorrelation"] == 0.9
     assert "gradient_correlation" in IN_SIDECAR
+
+
+def test_what_json_has_no_word_for_is_left_out() -> None:
+    """A sequence the model never saw is infinitely far from training."""
+    row = {"scan_id": "a", "outlier_score": float("inf"), "volume_drift": float("nan")}
+    text = sidecar_bytes(row, links=Links(), source="s3://b/sub-01_T1w.nii.gz").decode()
+    assert "Infinity" not in text and "NaN" not in text
+    assert json.loads(text)["ScanId"] == "a" and "OutlierScore" not in json.loads(text)
