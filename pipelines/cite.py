@@ -190,7 +190,11 @@ def _training(meta: Row, config: SgcdConfig, cited: _Cited) -> str:
             f"with {_count(meta.get('target_scans', 0), 'scan')} of that site and the style "
             f"encoder {config.target_stage.encoder.partition(':')[0]}"
         )
-    return f"{text}. Images were drawn with the sampler of {cited('ddim')}."
+    sampler = config.target_sampler if meta.get("kind") == "target" else config.global_sampler
+    drawn = f"with the sampler of {cited('ddim')}" if sampler.kind == "ddim" else (
+        f"as in {cited('method')} after inversion as in {cited('ddim')}"
+    )  # fmt: skip
+    return f"{text}. Images were drawn {drawn}."
 
 
 def _carried(config: SgcdConfig, runs: Sequence[Row]) -> str:

@@ -66,9 +66,8 @@ def participants_tables(
     lines = ["\t".join([_ID, *names])]
     for label, rows in sorted(people.items()):
         lines.append("\t".join([label, *(_agreed(rows, name) for name in names)]))
-    described = {name: described[name] for name in names if name in described} | {
-        name: text for name, text in _KNOWN.items() if name in names and name not in described
-    }
+    known = _KNOWN | described
+    described = {name: known[name] for name in names if name in known}
     return ("\n".join(lines) + "\n").encode(), described
 
 
