@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from ray_jobs.parser import COMMANDS, positive
+from ray_jobs.parser import COMMANDS, _positive
 
 LEVELS = ("participant", "group")
 _EPILOG = """\
@@ -78,7 +78,7 @@ def build_bids_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     how.add_argument(
         "--nprocs", "--nthreads", "--n_cpus", "--n-cpus", "--n_procs", "--n-procs",
-        type=positive, metavar="N", help="worker processes at once (default: by machine)",
+        type=_positive, metavar="N", help="worker processes at once (default: by machine)",
     )  # fmt: skip
     how.add_argument(
         "--mem", "--mem-mb", "--mem_mb", "--mem-gb", "--mem_gb", type=gigabytes, metavar="SIZE",
@@ -86,7 +86,7 @@ def build_bids_parser() -> argparse.ArgumentParser:
         "Without a unit: MB from 256 on, GB below",
     )  # fmt: skip
     how.add_argument("--random-seed", type=int, metavar="N", help="seeds all noise")
-    how.add_argument("--samples", type=positive, default=1, help="seeds, for an uncertainty map")
+    how.add_argument("--samples", type=_positive, default=1, help="seeds, for an uncertainty map")
     how.add_argument("--lesions", metavar="PATTERN", help="as of `sgcd harmonize`")
     how.add_argument(
         "--set", dest="settings", action="append", default=[], metavar="KEY=VALUE",

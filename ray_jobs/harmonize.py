@@ -91,8 +91,10 @@ def run(args: Any) -> Outcome:
         for row in refused:
             commit.add(row)
         if work:
-            settled = {skip.scan_id for skip in todo.skipped if skip.reason == "done"}
-            used = work + [scan for scan in scans if scan["scan_id"] in settled]
+            where = {"model": model, "model_version": version}
+            before = catalog.rows("results", where=where).to_pylist()
+            written = {row["scan_id"] for row in before if row["output_uri"]}
+            used = work + [scan for scan in scans if scan["scan_id"] in written]
             links = write_description(root, job.key, job.code_version, scans, used)
             job = dataclasses.replace(job, links=links)
             with (

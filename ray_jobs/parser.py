@@ -121,7 +121,7 @@ def _command(
         )
     if ray:
         parser.add_argument(
-            "--workers", type=positive, metavar="N", help="worker processes (default: by machine)"
+            "--workers", type=_positive, metavar="N", help="worker processes (default: by machine)"
         )
         parser.add_argument(
             "--ray-address", metavar="ADDRESS", help="a Ray cluster (default: RAY_ADDRESS, or here)"
@@ -131,8 +131,7 @@ def _command(
     return parser
 
 
-def positive(text: str) -> int:
-    """A whole number of 1 or more, for argparse."""
+def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError("must be 1 or more")
@@ -160,12 +159,12 @@ def _demo(sub: Any) -> None:
         "sgcd demo --out work/demo", lake=False,
     )  # fmt: skip
     p.add_argument("--out", default="sgcd-demo", metavar="DIR", help="default: %(default)s")
-    p.add_argument("--subjects", type=positive, default=12, help="default: %(default)s")
-    p.add_argument("--sites", type=positive, default=3, help="default: %(default)s")
-    p.add_argument("--traveling", type=positive, default=2, help="default: %(default)s")
+    p.add_argument("--subjects", type=_positive, default=12, help="default: %(default)s")
+    p.add_argument("--sites", type=_positive, default=3, help="default: %(default)s")
+    p.add_argument("--traveling", type=_positive, default=2, help="default: %(default)s")
     p.add_argument("--mm", type=float, default=2.0, help="voxel side, default: %(default)s")
-    p.add_argument("--train-steps", type=positive, default=40, help="default: %(default)s")
-    p.add_argument("--tune-steps", type=positive, default=16, help="default: %(default)s")
+    p.add_argument("--train-steps", type=_positive, default=40, help="default: %(default)s")
+    p.add_argument("--tune-steps", type=_positive, default=16, help="default: %(default)s")
     p.add_argument("--encoder", default="mri-dino", help="style encoder, default: %(default)s")
     p.add_argument("--seed", type=int, default=0, help="default: %(default)s")
 
@@ -176,15 +175,15 @@ def _cohort(sub: Any) -> None:
         "sgcd cohort work/cohort --subjects 12 --sites 4 --traveling 2", lake=False,
     )  # fmt: skip
     p.add_argument("out", metavar="OUT", help="a new folder, or one that an earlier run made")
-    p.add_argument("--subjects", type=positive, default=20, help="to train on (20)")
-    p.add_argument("--sites", type=positive, default=4, help="that these visit, in turn (4)")
+    p.add_argument("--subjects", type=_positive, default=20, help="to train on (20)")
+    p.add_argument("--sites", type=_positive, default=4, help="that these visit, in turn (4)")
     p.add_argument("--traveling", type=int, default=2, help="to test on, seen at every site (2)")
     p.add_argument("--unseen-sites", type=int, default=1, help="that only these visit (1)")
     p.add_argument("--anatomy", metavar="DIR", help="label maps; default: nilearn's template")
     p.add_argument("--mm", type=float, default=2.0, help="voxel side (2)")
     p.add_argument("--head", action="store_true", help="keep skull and skin (label maps only)")
     p.add_argument("--seed", type=int, default=0, help="draws people and scanners (0)")
-    p.add_argument("--workers", type=positive, metavar="N", help="processes (default: all CPUs)")
+    p.add_argument("--workers", type=_positive, metavar="N", help="processes (default: all CPUs)")
 
 
 def _index(sub: Any) -> None:
@@ -271,7 +270,7 @@ def _harmonize(sub: Any) -> None:
     p.add_argument("--sequences", nargs="+", metavar="T1w", help="only these")
     p.add_argument("--only-new", action="store_true", help="only scans never tried")
     p.add_argument("--force", action="store_true", help="also what is already done")
-    p.add_argument("--samples", type=positive, default=1, help="seeds, for an uncertainty map")
+    p.add_argument("--samples", type=_positive, default=1, help="seeds, for an uncertainty map")
     p.add_argument(
         "--lesions", metavar="PATTERN",
         help="lesion masks, relative to each data set's root or absolute, such as "
