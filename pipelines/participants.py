@@ -8,13 +8,14 @@ from typing import Any
 
 from pipelines.lesions import dataset_root
 from sgcd_core.errors import InputError
-from sgcd_core.io.bids_tables import read_table
+from sgcd_core.io.bids_tables import SITE_COLUMNS, read_table
 from sgcd_core.io.store import Store, join
 
 Row = Mapping[str, Any]
 
 _ID, _NONE = "participant_id", "n/a"
-#: Columns that the catalog knows, for scans whose source has no table.
+_SITE = "where the participant was scanned, as the source says it"
+#: What the catalog knows of people; also for columns that a source does not describe.
 _KNOWN = {
     "age": {"Description": "age at the scan", "Units": "years"},
     "sex": {
@@ -66,7 +67,8 @@ def participants_tables(
     lines = ["\t".join([_ID, *names])]
     for label, rows in sorted(people.items()):
         lines.append("\t".join([label, *(_agreed(rows, name) for name in names)]))
-    known = _KNOWN | described
+    sites = {name: {"Description": _SITE} for name in names if name.lower() in SITE_COLUMNS}
+    known = _KNOWN | sites | described
     described = {name: known[name] for name in names if name in known}
     return ("\n".join(lines) + "\n").encode(), described
 

@@ -152,15 +152,15 @@ def test_the_way_of_a_user(app: App, capsys: pytest.CaptureFixture[str], tmp_pat
 def test_words_that_cannot_be_followed(app_files: App, capsys: pytest.CaptureFixture[str]) -> None:
     app = app_files
     words = ["--skip-bids-validation", "--participant-label"]
+    assert app.run("participant", *words, "01", model="global@champion") == 2
+    assert "--lake" in capsys.readouterr().err
+    assert app.run("group") == 2
+    assert "level participant first" in capsys.readouterr().err
     assert app.run("participant", *words, "01", "99") == 65
     assert "there is no T1w or T2w scan of sub-99" in capsys.readouterr().err
     assert app.run("participant", "--skip-bids-validation", "--session-id", "7") == 65
     assert "ses-7" in capsys.readouterr().err
-    assert app.run("participant", *words, "01", model="global@champion") == 2
-    assert "--lake" in capsys.readouterr().err
     assert app.run("participant", *words, "01", model=str(app.model.parent / "5")) == 65
-    assert app.run("group") == 2
-    assert "level participant first" in capsys.readouterr().err
     (app.bids / "dataset_description.json").unlink()
     assert app.run("participant") == 65
     assert "BIDS-INVALID" in capsys.readouterr().err
