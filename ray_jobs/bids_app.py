@@ -6,6 +6,7 @@ folder, the harmonized scans in OUT_DIR.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import shutil
@@ -62,9 +63,7 @@ def _participant(args: Any, bids: str, out: str, lake: Lake) -> Outcome:
     words.ray_address = args.ray_address
     gone = set() if args.dry_run else _gone(catalog, name, version, only)
     if gone:  # somebody took them away: the tables say done, the folder does not
-        again = _parse("harmonize", lake=lake.uri)
-        vars(again).update({**vars(words), "force": True, "only": gone})
-        harmonize.run(again)
+        harmonize.run(argparse.Namespace(**vars(words) | {"force": True, "only": gone}))
     done = harmonize.run(words)
     where = {"model": name, "model_version": version}
     rows = [row for row in catalog.rows("results", where=where).to_pylist()
