@@ -17,6 +17,7 @@ from pipelines.ledger import end_attempts
 from ray_jobs.context import code_version, open_lake, quoted, tracked
 from ray_jobs.models import meta_of, resolve
 from ray_jobs.outcome import DONE, WITH_FAILURES, Outcome, failure_line
+from ray_jobs.preflight import need_of
 from ray_jobs.session import cpu_count, session
 from ray_jobs.settings import over_model
 from ray_jobs.site_looks import site_looks
@@ -75,6 +76,7 @@ def run(args: Any) -> Outcome:
     bad: list[Row] = []
     lesions = 0
     started = time.monotonic()
+    need = need_of("harmonize", config, args.workers, args.gpus)
     tags = {"model": model, "version": version, "batch_id": job.batch_id}
     with tracked(lake, "harmonize", config, **tags) as (summary, tracker):
         commit = Committer(catalog, job)
@@ -84,7 +86,7 @@ def run(args: Any) -> Outcome:
             roots = sorted({root for scan in work if (root := dataset_root(scan))})
             write_description(lake, job.key, job.code_version, roots)
             with (
-                session(args.ray_address, cpus=1.5, gpus=1 if args.gpus else 0) as ray,
+                session(args.ray_address, need, lake) as ray,
                 Progress("harmonize", len(work)) as progress,
                 commit,
             ):

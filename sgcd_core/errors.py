@@ -49,6 +49,7 @@ CODES: dict[str, str] = {
     "STORE-WRITE": "Writing to the store failed.",
     "LAKE-MISSING": "There is no lake at this address.",
     "LAKE-EMPTY": "The lake holds no scan that fits the request.",
+    "LAKE-BUSY": "Another job does the same work on this lake at the moment.",
     "TABLE-SCHEMA": "A table of the catalog has an unexpected schema.",
     # data sets
     "BIDS-INVALID": "The BIDS tree lacks what is needed to read it.",
@@ -59,6 +60,7 @@ CODES: dict[str, str] = {
     "MODEL-FORMAT": "The model was written by an incompatible version.",
     "MODEL-GRID": "The scans were prepared on another grid than the model's.",
     "TARGET-UNKNOWN": "The lake has no such site.",
+    "TARGET-FEW": "The target site has too few scans to learn its look from.",
     "TARGET-SEQUENCE": "The target site has no scan of a sequence that is to be harmonized.",
     "ENCODER-WEIGHTS": "The style encoder's weights are not at hand.",
     "TRAIN-DIVERGED": "The loss is not finite.",
@@ -136,6 +138,13 @@ class StorageError(SgcdError):
 
     exit_code = 69
     default_code = "STORE-UNREACHABLE"
+
+
+class BusyError(SgcdError):
+    """Another job does this work now; the same command later goes on. Exit code 75."""
+
+    exit_code = 75
+    default_code = "LAKE-BUSY"
 
 
 class ModelError(SgcdError):
