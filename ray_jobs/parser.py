@@ -338,7 +338,10 @@ def _submit(sub: Any) -> None:
         help="of the dashboard; default: RAY_API_SERVER_ADDRESS, RAY_ADDRESS or a Ray found here",
     )  # fmt: skip
     p.add_argument("--no-wait", action="store_true", help="submit and leave")
-    p.add_argument("--id", metavar="NAME", help="of the job; one that runs is joined, not doubled")
+    p.add_argument(
+        "--id", metavar="NAME",
+        help="of the job, such as nightly; while it runs it is joined, not started again",
+    )  # fmt: skip
     p.add_argument(
         "--env", action="append", default=[], metavar="NAME[=VALUE]",
         help="a variable for the job, may be repeated; nothing secret",

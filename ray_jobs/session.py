@@ -105,6 +105,8 @@ def _connect(ray: Any, address: str | None) -> None:
         common["address"] = address
     else:
         common |= {
+            # A Ray of its own, whatever else runs on this machine.
+            "address": "local",
             # One worker and the tasks that feed it need two places, whatever the machine.
             "num_cpus": max(2, cpu_count()),
             "object_store_memory": OBJECT_STORE_BYTES,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import re
 import shlex
 import sys
 import time
@@ -23,6 +24,8 @@ log = logging.getLogger(__name__)
 
 #: Tries to go on reading a job's log when the connection breaks, and the pause between them.
 TRIES, PAUSE_SECONDS = 10, 2.0
+#: How long a stopped job may take to commit what is finished.
+STOP_SECONDS = "60"
 #: Words in the name of a variable whose value is likely secret.
 _SECRET = ("SECRET", "TOKEN", "PASSWORD", "PASSWD", "ACCESS_KEY", "CREDENTIAL", "PRIVATE")
 #: Left out of working directories that are shipped: not code, or more than code.
@@ -46,8 +49,11 @@ def run(args: Any) -> Outcome:
         text = f"would submit: {job['entrypoint']}"
         return Outcome(text, data=job | {"address": args.address})
     client = connect(args.address)
-    running = _running(client, args.id) if args.id else False
-    name = args.id if running else _submit(client, job)
+    name, running = _named(client, args.id) if args.id else (None, False)
+    if name:
+        job["submission_id"] = name
+    if not running:
+        name = _submit(client, job)
     where = f" --address {quoted(args.address)}" if args.address else ""
     follow = f"ray job logs{where} --follow {name}"
     data: dict[str, Any] = {"job": name, "entrypoint": job["entrypoint"], "joined": running}
@@ -99,7 +105,8 @@ def runtime_env(pairs: list[str], working_dir: str | None) -> dict[str, Any]:
     Raises:
         UsageError: A variable looks secret, has no value, or the folder is none.
     """
-    env: dict[str, str] = {}
+    # A job that is stopped commits what is finished; Ray's own three seconds may not be enough.
+    env: dict[str, str] = {"RAY_JOB_STOP_WAIT_TIME_S": STOP_SECONDS}
     for pair in pairs:
         name, sign, value = pair.partition("=")
         if any(word in name.upper() for word in _SECRET):
@@ -112,12 +119,12 @@ def runtime_env(pairs: list[str], working_dir: str | None) -> dict[str, Any]:
                 raise UsageError(f"--env {name}: it is not set here. Write {name}=VALUE.")
             value = os.environ[name]
         env[name] = value
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {"env_vars": env}
     if working_dir:
         if not os.path.isdir(os.path.join(working_dir, "ray_jobs")):
             raise UsageError(f"--working-dir {working_dir} holds no checkout of this program.")
         found |= {"working_dir": working_dir, "excludes": _EXCLUDES}
-    return found | ({"env_vars": env} if env else {})
+    return found
 
 
 def connect(address: str | None) -> Any:
@@ -152,21 +159,17 @@ def cluster_error(error: Exception, address: str | None) -> StorageError:
     )  # fmt: skip
 
 
-def _running(client: Any, name: str) -> bool:
-    """Whether a job of this name runs; one that ended cannot be run again under it.
-
-    Raises:
-        UsageError: It has ended.
-    """
-    for job in client.list_jobs():
-        if job.submission_id == name:
-            if job.status.is_terminal():
-                raise UsageError(
-                    f"--id {name}: a job of this name has ended ({job.status.value}). Take another "
-                    f"name, or forget it with `ray job delete {name}`."
-                )
-            return True
-    return False
+def _named(client: Any, name: str) -> tuple[str, bool]:
+    """A job NAME or NAME-2, NAME-3, … that runs, and True; else the next free one, and False."""
+    runs = {
+        int(job.submission_id[len(name) + 1 :] or 1): job
+        for job in client.list_jobs()
+        if re.fullmatch(re.escape(name) + r"(-[0-9]+)?", job.submission_id or "")
+    }
+    for number in sorted(runs, reverse=True):
+        if not runs[number].status.is_terminal():
+            return str(runs[number].submission_id), True
+    return (f"{name}-{max(runs) + 1}" if runs else name), False
 
 
 def _submit(client: Any, job: dict[str, Any]) -> str:
