@@ -42,6 +42,10 @@ def check_lake(uri: str, *, seconds: float = DEADLINE_SECONDS) -> list[Finding]:
 
     One small object is written under the lake and deleted again.
     """
+    if is_s3(uri):
+        from sgcd_core.io import s3
+
+        s3.client()  # loading it is this machine's time, not the store's
     found: list[Finding] = []
     done = threading.Event()
 

@@ -6,13 +6,16 @@ is needed.
 
 from __future__ import annotations
 
+import json
 import logging
+import math
+import os
 import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pipelines.lake_check import Finding, check_lake
-from sgcd_core.errors import StorageError
+from sgcd_core.errors import ConfigError, StorageError
 
 if TYPE_CHECKING:
     from sgcd_core.config import SgcdConfig
@@ -25,10 +28,13 @@ NODE_SECONDS = 4.0
 MOST_NODES = 16
 #: What Ray needs for its object store at least.
 MIN_OBJECT_STORE = 80e6
-#: Peak memory of a worker process, measured with 176x256x256 scans on CPUs (docs/operating.md).
-_WORKER_BYTES = {"prepare": 1.5e9, "harmonize": 1.5e9, "train": 1.5e9, "tune": 1.5e9}
-#: More of it for each voxel of the model grid that a step holds, times network channels.
-_BYTES_PER_VALUE = {"harmonize": 6.0, "train": 30.0, "tune": 40.0}
+#: Peak memory of a worker that harmonized a scan of 176x256x256 with a small network, measured:
+#: Python and its libraries are half of it, carrying the correction to the scan most of the rest.
+WORKER_BYTES = 1.6e9
+#: float32 feature maps of the network's first level that are held at once, at the least.
+MAPS = {"prepare": 0, "harmonize": 3, "train": 10, "tune": 10}
+#: Sets of volumes in Ray's object store in training: one in use, two ahead, one being written.
+SETS_AHEAD = 4
 
 
 @dataclass(frozen=True)
@@ -55,33 +61,23 @@ class Need:
 def need_of(
     command: str, config: SgcdConfig, workers: int | None = None, gpus: bool = False
 ) -> Need:
-    """What `prepare`, `harmonize`, `train` or `tune` needs with these settings."""
-    voxels = float(config.prepare.shape[0] * config.prepare.shape[1] * config.prepare.shape[2])
-    training = command in ("train", "tune")
+    """What `prepare`, `harmonize`, `train` or `tune` needs with these settings, at the least."""
+    stage = {"train": config.global_stage, "tune": config.target_stage}.get(command)
+    batch = 1 if stage is None else stage.batch_size
     count = workers or 1
-    memory, row = _WORKER_BYTES[command], 0.0
-    if command != "prepare" and not gpus:
-        batch, held = 1.0, voxels
-        if training:
-            stage = config.global_stage if command == "train" else config.target_stage
-            batch = stage.batch_size / count
-            if command == "train" and config.global_stage.crop is not None:
-                held = float(
-                    config.global_stage.crop[0]
-                    * config.global_stage.crop[1]
-                    * config.global_stage.crop[2]
-                )
-        cells = held / config.network.patch**3
-        memory += _BYTES_PER_VALUE[command] * batch * cells * config.network.channels[0]
-    if training:
-        # float32 image and uint8 mask for each role; a step in use, two ahead, one being written
-        roles = 1 if command == "train" else 2
-        stage = config.global_stage if command == "train" else config.target_stage
-        row = 4.0 * stage.batch_size * roles * voxels * 5
+    voxels = float(math.prod(config.prepare.shape))
+    held = voxels
+    if command == "train" and config.global_stage.crop is not None:
+        held = float(math.prod(config.global_stage.crop))
+    values = held / config.network.patch**3 * config.network.channels[0] * batch / count
+    # On a GPU the maps are not in main memory.
+    maps = 0.0 if gpus else 4.0 * MAPS[command] * values
+    roles = {"train": 1, "tune": 2}.get(command, 0)
+    volumes = 5.0 * voxels * batch * roles  # float32 image, uint8 mask
     return Need(
-        workers=count, cpus=1.0, gpus=1.0 if gpus else 0.0, memory=memory,
+        workers=count, gpus=1.0 if gpus else 0.0, memory=WORKER_BYTES + maps,
         feeding={"train": 0.25, "tune": 0.25, "harmonize": 0.5}.get(command, 0.0),
-        object_store=max(MIN_OBJECT_STORE, row),
+        object_store=max(MIN_OBJECT_STORE, SETS_AHEAD * volumes),
     )  # fmt: skip
 
 
@@ -103,7 +99,7 @@ def room_findings(ray: Any, need: Need) -> list[Finding]:
     """
     now = [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
     found = findings_of(now, need)
-    if any(finding.answer == "fail" for finding in found) and (grown := growth(ray)):
+    if any(finding.answer == "fail" for finding in found) and (grown := growth()):
         found = findings_of(grown, need)
     return found
 
@@ -146,7 +142,7 @@ def _compare(check: str, need: float, have: float, unit: str) -> Finding:
         return Finding(check, "ok", f"{have:g} {unit}, {need:g} needed")
     text = (
         f"needs {need:g} {unit} at once, the cluster has {have:g}. Ask for fewer --workers, or add "
-        "nodes."
+        "nodes; of a cluster that grows by itself say in SGCD_CLUSTER_MAX how far."
     )
     return Finding(check, "fail", text, "CLUSTER")
 
@@ -161,26 +157,26 @@ def _fitting(node: dict[str, float], need: Need) -> int:
     return min(parts, default=need.workers)
 
 
-def growth(ray: Any) -> list[dict[str, float]]:
-    """Resources of the nodes that an autoscaler may still add; none where there is no autoscaler.
+def growth() -> list[dict[str, float]]:
+    """Resources of all nodes the cluster may have when it has grown; none when nobody said.
 
-    Ray keeps this where only itself looks (Ray Train does the same before it starts workers). A
-    Ray that has it elsewhere, or a client far from the cluster, gives no answer: no growth.
+    Ray does not tell how far its autoscaler may go, so whoever sets up the cluster does, in
+    SGCD_CLUSTER_MAX: [{"nodes": 16, "CPU": 8, "GPU": 1, "memory": 32e9}, …].
+
+    Raises:
+        ConfigError: It cannot be read.
     """
-    try:
-        from ray._private.state import state
-
-        config = state.get_cluster_config()
-        groups = list(config.node_group_configs) if config is not None else []
-    except Exception as error:
-        # Private to Ray: whatever it raises in another version must not stop the work.
-        log.info("event=autoscaler_unknown error=%s", type(error).__name__)
+    text = os.environ.get("SGCD_CLUSTER_MAX", "")
+    if not text:
         return []
-    nodes: list[dict[str, float]] = []
-    for group in groups:
-        count = 64 if group.max_count == -1 else group.max_count  # -1: without limit
-        nodes += [dict(group.resources)] * int(count)
-    return nodes
+    try:
+        groups = [{name: float(n) for name, n in group.items()} for group in json.loads(text)]
+        return [group for group in groups for _ in range(int(group.pop("nodes")))]
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ConfigError(
+            'must be as [{"nodes": 16, "CPU": 8, "GPU": 1, "memory": 32e9}].',
+            where="SGCD_CLUSTER_MAX",
+        ) from error
 
 
 def node_findings(ray: Any, lake: str | None, *, seconds: float = NODE_SECONDS) -> list[Finding]:

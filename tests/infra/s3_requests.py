@@ -1,4 +1,4 @@
-"""What a program asks of S3, seen on the wire, in the words of a policy; and what a policy allows."""
+"""What a program asks of S3, seen on the wire, in a policy's words; and what a policy allows."""
 
 from __future__ import annotations
 
