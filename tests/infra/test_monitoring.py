@@ -1,4 +1,4 @@
-"""Alerts and dashboard: PromQL that parses, metrics that Ray has, a runbook section for each alert."""
+"""Alerts and dashboard: PromQL that parses, metrics that Ray has, a runbook section for each."""
 
 from __future__ import annotations
 
