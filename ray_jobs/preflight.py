@@ -62,8 +62,9 @@ def need_of(
     command: str, config: SgcdConfig, workers: int | None = None, gpus: bool = False
 ) -> Need:
     """What `prepare`, `harmonize`, `train` or `tune` needs with these settings, at the least."""
-    stage = {"train": config.global_stage, "tune": config.target_stage}.get(command)
-    batch = 1 if stage is None else stage.batch_size
+    batch = {
+        "train": config.global_stage.batch_size, "tune": config.target_stage.batch_size
+    }.get(command, 1)  # fmt: skip
     count = workers or 1
     voxels = float(math.prod(config.prepare.shape))
     held = voxels

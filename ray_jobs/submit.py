@@ -43,17 +43,14 @@ def run(args: Any) -> Outcome:
     }
     if args.working_dir:  # its code, not the one that is installed there
         job["entrypoint"] = shlex.join(["python", "-m", "ray_jobs.cli", *words])
-    if args.id:
-        job["submission_id"] = args.id
     if args.dry_run:
         text = f"would submit: {job['entrypoint']}"
-        return Outcome(text, data=job | {"address": args.address})
+        return Outcome(text, data=job | {"address": args.address, "id": args.id})
     client = connect(args.address)
-    name, running = _named(client, args.id) if args.id else (None, False)
-    if name:
-        job["submission_id"] = name
-    if not running:
-        name = _submit(client, job)
+    running = False
+    if args.id:
+        job["submission_id"], running = _named(client, args.id)
+    name: str = job["submission_id"] if running else _submit(client, job)
     where = f" --address {quoted(args.address)}" if args.address else ""
     follow = f"ray job logs{where} --follow {name}"
     data: dict[str, Any] = {"job": name, "entrypoint": job["entrypoint"], "joined": running}
