@@ -25,6 +25,7 @@ from ray_jobs.session import session
 from ray_jobs.steps import step
 from ray_jobs.volume_stream import settings_words
 from sgcd_core.errors import InputError, ModelError, UsageError
+from sgcd_core.io.store import Store
 
 #: Scans of a site and sequence below which its look rests on so few that it is said.
 FEW_SCANS = 3
@@ -221,9 +222,10 @@ class NewSite:
         """Figures and page of the model, unless those there are of the tables as they stand."""
         now = {table: self.catalog.version(table) for table in ("scans", "results")}
         before = self._last_run(name, version)
-        if before.get("tables") == now and before.get("report"):
-            summary.update(tables=now, report=before["report"])
-            return str(before["report"])
+        report = str(before.get("report", ""))
+        if before.get("tables") == now and report and Store().has_any(report):
+            summary.update(tables=now, report=report)
+            return report
         model = ["--model", f"{name}@{version}"]
         results = self.catalog.rows("results", where={"model": name, "model_version": version})
         if any(status in ("ok", "flagged") for status in results["status"].to_pylist()):
@@ -253,7 +255,6 @@ class NewSite:
 
 
 def _config(lake: Lake, model: str) -> Any:
-    from sgcd_core.io.store import Store
     from sgcd_core.modelpack import load_modelpack
 
     name, version = resolve(lake, model)

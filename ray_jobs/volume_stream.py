@@ -81,9 +81,10 @@ def prepare(args: Any) -> Outcome:
     data: Row = {"recipe": recipe, "to_do": len(todo), "already_prepared": skipped}
     if args.dry_run:
         return Outcome(f"would prepare {len(todo)} scans, {skipped} are prepared", data=data)
+    kept: list[str] = []
     if not args.model:  # what a model was built with is its own affair
         remember(lake, config)
-    kept = preparation_line(config)
+        kept = preparation_line(config)
     if not todo:
         text = f"all {skipped} scans are prepared; nothing to do"
         return Outcome(text, next=follow, lines=kept, data=data)

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import AsyncIterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from head_node import RayCluster
+from ray.job_submission import JobStatus
 
 from pipelines.lake import Lake
 from ray_jobs import cli
+from ray_jobs.submit import _named, tail
+from sgcd_core.errors import StorageError
 
 
 @pytest.mark.parametrize(
@@ -52,6 +57,49 @@ def test_a_cluster_that_is_not_there_is_69(capsys: pytest.CaptureFixture[str]) -
     words = ["--address", "http://127.0.0.1:9", "status", "--lake", "s3://b/l"]
     assert cli.main(["submit", *words]) == 69
     assert "[CLUSTER] http://127.0.0.1:9" in capsys.readouterr().err
+
+
+class FakeClient:
+    """Jobs with their states; a log whose connection breaks as often as told."""
+
+    def __init__(self, *, log: str = "", breaks: int = 0, **jobs: JobStatus) -> None:
+        self.log, self.breaks, self.jobs = log, breaks, jobs
+
+    def list_jobs(self) -> list[SimpleNamespace]:
+        return [
+            SimpleNamespace(submission_id=name.replace("_", "-"), status=status)
+            for name, status in self.jobs.items()
+        ]
+
+    def get_job_status(self, name: str) -> JobStatus:
+        return JobStatus.SUCCEEDED
+
+    async def tail_job_logs(self, name: str) -> AsyncIterator[str]:
+        for place in range(0, len(self.log), 5):
+            if self.breaks and place > 10:
+                self.breaks -= 1
+                raise RuntimeError("WebSocket connection closed unexpectedly")
+            yield self.log[place : place + 5]
+
+
+def test_a_name_is_joined_while_it_runs_and_numbered_after() -> None:
+    ended_, runs = JobStatus.FAILED, JobStatus.RUNNING
+    assert _named(FakeClient(), "nightly") == ("nightly", False)
+    assert _named(FakeClient(nightly=runs, other=runs), "nightly") == ("nightly", True)
+    assert _named(FakeClient(nightly=ended_, nightly_9=ended_), "nightly") == ("nightly-10", False)
+    assert _named(FakeClient(nightly=ended_, nightly_2=runs), "nightly") == ("nightly-2", True)
+    assert _named(FakeClient(nightly_new=runs), "nightly") == ("nightly", False)
+
+
+def test_a_log_whose_connection_breaks_is_shown_once(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ray_jobs.submit.PAUSE_SECONDS", 0.0)
+    log = "".join(f"line {n}\n" for n in range(9))
+    tail(FakeClient(log=log, breaks=3), "job")
+    assert capsys.readouterr().out == log
+    with pytest.raises(StorageError, match="CLUSTER"):
+        tail(FakeClient(log=log, breaks=99), "job")
 
 
 @pytest.mark.slow
