@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -84,23 +85,23 @@ def start_head() -> Iterator[RayCluster]:
     try:
         deadline = time.monotonic() + 90
         while True:
-            try:
+            with contextlib.suppress(OSError):
                 if cluster.get("/api/jobs/") == 200:
                     break
-            except OSError:
-                pass
             if head.poll() is not None or time.monotonic() > deadline:
                 pytest.fail(f"Ray did not start:\n{Path(folder, 'log.txt').read_text()[-3000:]}")
             time.sleep(0.3)
         yield cluster
     finally:
         # Only what this fixture started; `ray stop` would end every Ray of the machine.
-        mine = [head, *psutil.Process(head.pid).children(recursive=True)]
+        mine = []
+        with contextlib.suppress(psutil.NoSuchProcess):
+            mine = psutil.Process(head.pid).children(recursive=True)
         head.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            head.wait(20)
+        head.kill()
         for process in mine:
-            try:
-                psutil.Process(process.pid).kill()
-            except psutil.NoSuchProcess:
-                continue
-        head.wait(20)
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
         shutil.rmtree(folder, ignore_errors=True)
