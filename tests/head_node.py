@@ -63,6 +63,8 @@ def start_head() -> Iterator[RayCluster]:
         name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "AWS_"))
     } | {
         "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token, "RAY_TMPDIR": folder,
+        # A busy machine may take long to load the agents without which Ray ends a node.
+        "RAY_agent_register_timeout_ms": "300000", "RAY_health_check_failure_threshold": "30",
         "RAY_USAGE_STATS_ENABLED": "0", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db",
@@ -93,6 +95,8 @@ def start_head() -> Iterator[RayCluster]:
             time.sleep(0.3)
         yield cluster
     finally:
+        died = head.poll() is not None
+        text = Path(folder, "log.txt").read_text(errors="replace")[-3000:]
         # Only what this fixture started; `ray stop` would end every Ray of the machine.
         mine = []
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -105,3 +109,5 @@ def start_head() -> Iterator[RayCluster]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         shutil.rmtree(folder, ignore_errors=True)
+        if died:  # else a test would only say that nothing answers
+            pytest.fail(f"Ray's head ended during the tests:\n{text}")
