@@ -6,11 +6,14 @@ import logging
 import time
 from typing import Any
 
+from pipelines.lake import Lake
+from pipelines.lease import lease
 from ray_jobs.checkpoint import Checkpoints
 from ray_jobs.context import code_version, open_lake, quoted, track_training, tracked
 from ray_jobs.loop import fit, schedule_steps
 from ray_jobs.models import find_trained, next_version
 from ray_jobs.outcome import Outcome
+from ray_jobs.preflight import need_of
 from ray_jobs.session import session
 from ray_jobs.settings import from_args
 from ray_jobs.volume_stream import survey
@@ -26,11 +29,18 @@ LATER = {"target_stage", "global_sampler", "target_sampler", "transport", "guard
 
 def run(args: Any) -> Outcome:
     """Train, or say that this very model exists already."""
+    lake = open_lake(args.lake)
+    if args.dry_run:
+        return _train(args, lake)
+    with lease(lake, f"model-{NAME}"):  # two would write the same version
+        return _train(args, lake)
+
+
+def _train(args: Any, lake: Lake) -> Outcome:
     from pipelines.catalog import Catalog
     from pipelines.training_data import data_digest, described, training_rows
     from sgcd_core.global_stage import planned_steps
 
-    lake = open_lake(args.lake)
     config = from_args(args, lake)
     rows = training_rows(
         Catalog(lake), config.prepare.digest(), sequences=config.sequences,
@@ -71,7 +81,7 @@ def run(args: Any) -> Outcome:
     workers = args.workers or 1
     with (
         tracked(lake, "train", config, model=NAME, data_digest=meta["data_digest"]) as run_,
-        session(args.ray_address, cpus=workers + 0.25, gpus=workers if args.gpus else 0) as ray,
+        session(args.ray_address, need_of("train", config, workers, args.gpus), lake) as ray,
     ):
         measured = survey(ray, rows, lake.uri, config)
         history = fit(

@@ -5,11 +5,14 @@ from __future__ import annotations
 import time
 from typing import Any
 
+from pipelines.lake import Lake
+from pipelines.lease import lease
 from ray_jobs.checkpoint import Checkpoints
 from ray_jobs.context import code_version, open_lake, quoted, track_training, tracked
 from ray_jobs.loop import fit, schedule_steps
 from ray_jobs.models import find_trained, next_version, resolve
 from ray_jobs.outcome import Outcome
+from ray_jobs.preflight import need_of
 from ray_jobs.session import session
 from ray_jobs.settings import over_model
 from ray_jobs.train_global import stage_digest
@@ -24,6 +27,14 @@ FROM_STAGE1 = ("init", "box", "steps", "scans", "data_digest", "losses", "code_v
 
 def run(args: Any) -> Outcome:
     """Tune, or say that this very model exists already."""
+    lake = open_lake(args.lake)
+    if args.dry_run:
+        return _tune(args, lake)
+    with lease(lake, f"model-target-{args.target}"):  # two would write the same version
+        return _tune(args, lake)
+
+
+def _tune(args: Any, lake: Lake) -> Outcome:
     from pipelines.catalog import Catalog
     from pipelines.training_data import (
         check_sequences,
@@ -39,7 +50,6 @@ def run(args: Any) -> Outcome:
     from sgcd_core.modelpack import load_modelpack
     from sgcd_core.style.encoder import check_encoder
 
-    lake = open_lake(args.lake)
     catalog = Catalog(lake)
     check_sites([args.target], catalog.rows("scans").to_pylist(), lake.uri)
     parent, parent_version = resolve(lake, args.model)
@@ -100,7 +110,7 @@ def run(args: Any) -> Outcome:
     }  # fmt: skip
     with (
         tracked(lake, "tune", config, model=name, data_digest=meta["data_digest"]) as run_,
-        session(args.ray_address, cpus=workers + 0.25, gpus=workers if args.gpus else 0) as ray,
+        session(args.ray_address, need_of("tune", config, workers, args.gpus), lake) as ray,
     ):
         looks = survey(ray, rows, lake.uri, config).looks
         history = fit(
