@@ -111,14 +111,18 @@ def fit(
         while True:
             error = _run(worker, setup, shares, workers, gpus, watch)
             if error is None:
-                return watch.history
+                break
             # Ray Train wraps what a worker raised; a user is owed the cause, not the wrapper.
             noted = watch.error()
             cause = coded(error) or (None if _passing(noted) else noted)
             before, done = done, checkpoints.repair()
-            if done <= before or not _passing(cause):
-                raise cause or error from error
-            log.warning("workers were lost; going on from step %d", done)
+            if _passing(cause) and done > before:
+                log.warning("workers were lost; going on from step %d", done)
+            elif cause is None:
+                raise error
+            else:
+                raise cause from error
+    return watch.history
 
 
 def share_of(
@@ -227,7 +231,9 @@ def coded(error: BaseException | None) -> SgcdError | None:
             continue
         seen.add(id(item))
         if isinstance(item, SgcdError):
-            return item
+            # What Ray raises for a task is of both classes; the second alone travels well.
+            inner = getattr(item, "cause", None)
+            return inner if isinstance(inner, SgcdError) else item
         queue_ += [getattr(item, "cause", None), item.__cause__, item.__context__]
         failures = getattr(item, "worker_failures", None)
         if isinstance(failures, dict):

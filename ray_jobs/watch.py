@@ -6,6 +6,7 @@ the answer. An error that another try cannot mend is left here, so that none is 
 
 from __future__ import annotations
 
+import contextlib
 import math
 import threading
 from collections.abc import Sequence
@@ -85,8 +86,10 @@ class Watch:
     def stop(self) -> None:
         """Ask the workers to keep a checkpoint and stop at the end of their step."""
         import ray
+        from ray.exceptions import RayError
 
-        ray.get(self.board.stop.remote())
+        with contextlib.suppress(RayError):  # where all was told to stop, Ray may be gone
+            ray.get(self.board.stop.remote())
 
     def error(self) -> SgcdError | None:
         """The error with a code that a worker ended with; it is forgotten here."""

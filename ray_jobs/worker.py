@@ -93,6 +93,8 @@ class Worker:
             yield step, columns
             if self.stopping:
                 return
+        if next(batches, None) is not None:
+            raise RuntimeError(f"volumes came after step {self.total - 1}, the last")
 
     def after_step(
         self, step: int, losses: Losses, state: Callable[[], State], checkpoint_every: int
@@ -132,6 +134,7 @@ class Worker:
     def finish(self, pack: Callable[[dict[str, Any]], ModelPack]) -> None:
         """Rank 0 saves the model where the driver said, the losses of its last steps with it."""
         self._writer.wait()
+        self._asked_to_stop()  # the last step has arrived
         if self.rank != 0 or self.stopping:
             return
         from sgcd_core.modelpack import save_modelpack

@@ -21,7 +21,7 @@ from fake_lake import CURVES, add_scan, brain
 
 from pipelines.catalog import Catalog
 from pipelines.lake import Lake
-from ray_jobs import cli, session, watch
+from ray_jobs import cli, session, train_global, watch
 from ray_jobs.checkpoint import Checkpoints
 from sgcd_core.config import load_config
 
@@ -53,7 +53,7 @@ class Place:
         return ["train", "--lake", str(self.folder), *SET, *saving, *words]
 
     def tune(self, *words: str) -> int:
-        return cli.main(["tune", "--lake", str(self.folder), "--target", "T", *SET[2:], *words])
+        return cli.main(["tune", "--lake", str(self.folder), "--target", "T", *words])
 
     @property
     def checkpoints(self) -> Checkpoints:
@@ -179,14 +179,33 @@ def test_a_worker_that_is_killed_changes_nothing(
         assert place.curve()[name] == unbroken.curve()[name]
 
 
-def test_sigterm_keeps_the_last_step_and_one_worker_goes_on_for_two(
+def test_a_notice_and_sigterm_keep_the_state_and_one_worker_goes_on_for_two(
     place: Place, unbroken: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    found: list[int] = []
+
+    def noticed(setup: dict[str, Any]) -> None:
+        """A worker that Ray tells after three steps that a node will be taken away."""
+        from ray import train
+
+        from ray_jobs.train_global import train_worker
+
+        info = train.PreemptionInfo(deadline_ms=None, preempted_node_to_ranks={"node": [1]})
+        answers = iter([None, None])
+        train.get_preemption_info = lambda: next(answers, info)
+        train_worker(setup)
+
+    def look_and_stop() -> None:
+        found.append(place.checkpoints.step())
+        os.kill(os.getpid(), signal.SIGTERM)
+
     with monkeypatch.context() as patch:
-        at_step(patch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        patch.setenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "1")
+        patch.setattr(train_global, "train_worker", noticed)
+        at_step(patch, 5, look_and_stop)
         assert place.train("--workers", "2", every=1000) == 75
     stopped = place.checkpoints.step()
-    assert 3 < stopped < STEPS
+    assert found == [3] and 5 < stopped < STEPS
     heard = at_step(monkeypatch, STEPS, lambda: None)
     assert place.train(every=1000) == 0
     assert heard == list(range(STEPS))  # none was done again
