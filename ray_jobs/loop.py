@@ -18,6 +18,7 @@ from typing import Any
 
 from pipelines.lake import Lake
 from ray_jobs.checkpoint import Checkpoints
+from ray_jobs.session import data_settings
 from ray_jobs.volume_stream import Looks, training_stream
 from ray_jobs.watch import Losses, Watch
 from sgcd_core.config import SgcdConfig
@@ -130,6 +131,7 @@ def share_of(
     config: SgcdConfig, looks: Looks, checkpoints: Checkpoints,
 ) -> Any:  # fmt: skip
     """The volumes of one rank from the newest checkpoint on: every n-th scan of each step."""
+    data_settings(ray)  # this runs in Ray Train's controller
     start = checkpoints.step()
     rows = [
         row

@@ -72,7 +72,7 @@ def session(address: str | None = None, *, cpus: float = 1.0, gpus: float = 0.0)
         _connect(ray, address or os.environ.get("RAY_ADDRESS"))
     try:
         _preflight(ray, cpus, gpus)
-        _data_settings(ray)
+        data_settings(ray)
         yield ray
     finally:
         if mine:
@@ -132,7 +132,7 @@ def _preflight(ray: Any, cpus: float, gpus: float) -> None:
             )  # fmt: skip
 
 
-def _data_settings(ray: Any) -> None:
+def data_settings(ray: Any) -> None:
     """Ray Data: quiet, and an error instead of a hang."""
     context = ray.data.DataContext.get_current()  # configures Ray Data's own loggers, too
     if not log.isEnabledFor(logging.DEBUG):

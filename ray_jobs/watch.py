@@ -112,7 +112,7 @@ class Watch:
         import ray
 
         self._end.set()
-        self._thread.join(timeout=10)
+        self._thread.join(timeout=60)
         self._progress.close()
         ray.kill(self.board)
 

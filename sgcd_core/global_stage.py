@@ -338,7 +338,8 @@ def average_gradients(network: nn.Module) -> None:
     gradients = [p.grad for p in network.parameters() if p.grad is not None]
     flat = torch.cat([gradient.flatten() for gradient in gradients])
     dist.all_reduce(flat)
-    parts = (flat / dist.get_world_size()).split([gradient.numel() for gradient in gradients])
+    sizes = [gradient.numel() for gradient in gradients]
+    parts = torch.split(flat / dist.get_world_size(), sizes)
     for gradient, mean in zip(gradients, parts, strict=True):
         gradient.copy_(mean.view_as(gradient))
 

@@ -143,6 +143,37 @@ def at_step(patch: pytest.MonkeyPatch, step: int, action: Callable[[], Any]) -> 
     return heard
 
 
+def slow_worker(notice_after: int | None = None) -> Callable[[dict[str, Any]], None]:
+    """`train_worker` with steps slow enough to be broken off.
+
+    Args:
+        notice_after: Steps after which Ray says that a node will be taken away.
+    """
+
+    def work(setup: dict[str, Any]) -> None:  # inside, so that it travels to the workers whole
+        import time
+
+        from ray import train
+
+        from ray_jobs.train_global import train_worker
+        from ray_jobs.worker import Worker
+
+        after = Worker.after_step
+
+        def slowly(self: Worker, *args: Any) -> None:
+            time.sleep(0.1)
+            after(self, *args)
+
+        Worker.after_step = slowly  # type: ignore[method-assign]
+        if notice_after is not None:
+            info = train.PreemptionInfo(deadline_ms=None, preempted_node_to_ranks={"node": [1]})
+            answers = iter([None] * notice_after)
+            train.get_preemption_info = lambda: next(answers, info)
+        train_worker(setup)
+
+    return work
+
+
 def train_workers() -> list[psutil.Process]:
     """Processes of Ray Train's workers that this program started."""
     return [
@@ -173,6 +204,7 @@ def test_a_worker_that_is_killed_changes_nothing(
             process.kill()
 
     heard = at_step(monkeypatch, 4, kill)
+    monkeypatch.setattr(train_global, "train_worker", slow_worker())
     assert place.train() == 0
     assert killed and len(heard) > STEPS  # some steps were done again
     for name in SHARED:
@@ -184,24 +216,13 @@ def test_a_notice_and_sigterm_keep_the_state_and_one_worker_goes_on_for_two(
 ) -> None:
     found: list[int] = []
 
-    def noticed(setup: dict[str, Any]) -> None:
-        """A worker that Ray tells after three steps that a node will be taken away."""
-        from ray import train
-
-        from ray_jobs.train_global import train_worker
-
-        info = train.PreemptionInfo(deadline_ms=None, preempted_node_to_ranks={"node": [1]})
-        answers = iter([None, None])
-        train.get_preemption_info = lambda: next(answers, info)
-        train_worker(setup)
-
     def look_and_stop() -> None:
         found.append(place.checkpoints.step())
         os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as patch:
         patch.setenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "1")
-        patch.setattr(train_global, "train_worker", noticed)
+        patch.setattr(train_global, "train_worker", slow_worker(notice_after=2))
         at_step(patch, 5, look_and_stop)
         assert place.train("--workers", "2", every=1000) == 75
     stopped = place.checkpoints.step()
