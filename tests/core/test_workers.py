@@ -23,7 +23,7 @@ CHAIN = [
     "target_sampler.invert_steps=2", "target_sampler.start=inversion",
     "target_sampler.kind=anchored", "target_stage.backprop=chain", "target_stage.style_every=1",
 ]  # fmt: skip
-#: Several optimizer steps in one: differences of rounding grow with all of them and with their size.
+#: Several optimizer steps in one: differences of rounding grow with each and with its size.
 LAST_TWO = [
     "target_sampler.steps=3", "target_stage.last_k=2", "target_stage.style_every=1",
     "target_stage.learning_rate=0.0003",
