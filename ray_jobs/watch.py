@@ -110,11 +110,13 @@ class Watch:
         trace: TracebackType | None,
     ) -> None:
         import ray
+        from ray.exceptions import RayError
 
         self._end.set()
         self._thread.join(timeout=60)
         self._progress.close()
-        ray.kill(self.board)
+        with contextlib.suppress(RayError):
+            ray.kill(self.board)
 
     def _receive(self) -> None:
         import ray
