@@ -87,7 +87,7 @@ def session(
         require_room(ray, need or Need())
         if ask_nodes and mine and address:
             require_nodes(ray, None if lake is None else lake.uri)
-        _data_settings(ray)
+        data_settings(ray)
         yield ray
     finally:
         if mine:
@@ -138,7 +138,7 @@ def _restore(handler: Any) -> None:
         signal.signal(signal.SIGTERM, handler)
 
 
-def _data_settings(ray: Any) -> None:
+def data_settings(ray: Any) -> None:
     """Ray Data: quiet, and an error instead of a hang."""
     context = ray.data.DataContext.get_current()  # configures Ray Data's own loggers, too
     if not log.isEnabledFor(logging.DEBUG):

@@ -17,7 +17,7 @@ from ray_jobs.session import session
 from ray_jobs.settings import over_model
 from ray_jobs.train_global import stage_digest
 from ray_jobs.volume_stream import survey
-from ray_jobs.watch import last_means
+from ray_jobs.watch import data_wait, last_means
 
 #: Settings Stage 2 does not read. It does read the samplers: it back-propagates through them.
 LATER = {"transport", "guard", "preset"}
@@ -117,15 +117,16 @@ def _tune(args: Any, lake: Lake) -> Outcome:
             ray, tune_worker, schedule, lake, config, checkpoints, looks=looks, label="tune",
             total=steps, workers=workers, gpus=args.gpus, extra=extra | {"looks": looks},
         )  # fmt: skip
-        last = last_means(history)
+        last, waited = last_means(history), data_wait(history)
         summary, tracker = run_
         track_training(tracker, lake, name, version, history)
-        summary.update(model=name, version=version, steps=steps, **last)
+        summary.update(model=name, version=version, steps=steps, data_wait=waited, **last)
     checkpoints.clear()
     seconds = time.monotonic() - started
     losses = ", ".join(f"{loss} {value:.4g}" for loss, value in last.items())
     text = f"tuned {name} version {version}: {plan}, {seconds:.0f} s ({losses})"
-    data |= {"version": version, "losses": last}
+    text += "" if waited is None else f"; {waited:.1%} of a step waits for data"
+    data |= {"version": version, "losses": last, "data_wait": waited}
     return Outcome(text, next=follow, data=data)
 
 
@@ -151,10 +152,8 @@ def tune_worker(setup: dict[str, Any]) -> None:
         if (setup["target"], index) in setup["looks"]:
             looks[index] = torch.from_numpy(setup["looks"][setup["target"], index][1])
     stage = TargetStage(pack, config, setup["target"], encoder, looks, worker.device)
-    start, state = worker.checkpoints.load()
-    if state is not None:
-        stage.load_state_dict(state)
-    else:
+    start = worker.resume(stage.load_state_dict)
+    if not stage.directions:
         # The target's mean style direction, once, one scan at a time.
         def scans() -> Any:
             for n, (scan_id, sequence) in enumerate(setup["target_scans"]):

@@ -71,6 +71,8 @@ CODES: dict[str, str] = {
     "TARGET-SEQUENCE": "The target site has no scan of a sequence that is to be harmonized.",
     "ENCODER-WEIGHTS": "The style encoder's weights are not at hand.",
     "TRAIN-DIVERGED": "The loss is not finite.",
+    "TRAIN-RANKS": "The workers of a training hold different states.",
+    "CHECKPOINT-DIGEST": "A training checkpoint differs from its recorded digest.",
     # programs of others
     "SEGMENTER-FAILED": "The external segmentation program failed, or wrote no usable labels.",
     # configuration and use
