@@ -100,12 +100,8 @@ def plan(
                 f"the lake has no site {site!r}; it has {', '.join(known) or 'none'}.",
                 code="TARGET-UNKNOWN", where=where,
             )  # fmt: skip
-    scans = scans.take(
-        pc.sort_indices(
-            scans.select(_ORDER), [(name, "ascending") for name in _ORDER],
-            null_placement="at_start",
-        )
-    )  # fmt: skip
+    keys = pa.table({name: pc.fill_null(scans[name], "") for name in _ORDER})
+    scans = scans.take(pc.sort_indices(keys, [(name, "ascending") for name in _ORDER]))
     rules = _at_index(scans, sites, sequences, split, target)
     if not force:
         results = catalog.rows("results", where={"model": model, "model_version": version})

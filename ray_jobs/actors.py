@@ -6,6 +6,7 @@ volumes never leave the actor.
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import threading
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+#: What the work on a scan imports: loaded at the start, so that no scan's clock pays for it.
+WARM = ("pipelines.lesions", "pipelines.prepare", "sgcd_core.volume.guard",
+        "sgcd_core.volume.transport")  # fmt: skip
 #: Seconds to wait before each further try when the device has too little memory: whoever shares it
 #: may be through with its own scan by then.
 MEMORY_WAITS = (0.0, 2.0, 8.0)
@@ -50,6 +54,8 @@ class HarmonizeActor:
         from sgcd_core.io.store import Store
         from sgcd_core.modelpack import load_modelpack
 
+        for name in WARM:
+            importlib.import_module(name)
         torch.set_num_threads(threads_per_worker(workers))
         if 0 < gpus < 1:  # a share that is outgrown must fail here, not in the neighbour
             torch.cuda.set_per_process_memory_fraction(gpus)

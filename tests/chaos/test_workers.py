@@ -141,7 +141,7 @@ def test_a_scan_that_hangs_is_failed_at_its_deadline(
     set_faults(case.lake, hang=[hangs])
     started = time.monotonic()
     with session():
-        assert harmonize(case.lake, *WORKERS, "--scan-deadline", "10") == 1
+        assert harmonize(case.lake, *WORKERS, "--scan-deadline", "15") == 1
         seconds = time.monotonic() - started
         case.check(without=(hangs,))
         assert case.rows()[hangs]["code"] == "SCAN-DEADLINE"
@@ -150,7 +150,7 @@ def test_a_scan_that_hangs_is_failed_at_its_deadline(
         assert harmonize(case.lake, *WORKERS, "--retry-failed") == 0
     assert outputs(case.lake) == case.calm
     figure(
-        f"a scan hangs, deadline 10 s: failed after one try, {case.redone()} others redone, "
+        f"a scan hangs, deadline 15 s: failed after one try, {case.redone()} others redone, "
         f"{seconds:.0f} s in all"
     )
 
