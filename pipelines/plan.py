@@ -20,6 +20,10 @@ from sgcd_core.errors import InputError
 TRANSIENT_CODES = ("STORE-UNREACHABLE", "STORE-DENIED", "STORE-WRITE", "CLUSTER")
 FAILED_AT_INDEX = "failed at index"
 _ORDER = ("site", "sequence", "subject", "session", "scan_id")
+_COLUMNS = (
+    "scan_id", "dataset", "subject", "session", "site", "sequence", "split", "uri", "status",
+    "code", "message", "indexed_at",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -27,7 +31,7 @@ class Plan:
     """Which scans to work on, and why not the others. Arrow throughout: a lake may be large.
 
     Attributes:
-        scans: Every row of `scans`.
+        scans: Every row of `scans`, with the columns that say where, whose and how it is.
         todo: Rows of `scans` to work on, ordered by site, sequence, subject, session, scan_id.
         skipped: Every other row of `scans` in the same order, with `reason`, and in `code` and
             `message` what the index or the earlier result says.
@@ -86,7 +90,7 @@ def plan(
         InputError: LAKE-EMPTY when nothing was indexed; TARGET-UNKNOWN for a site that no scan
             is from.
     """
-    scans = catalog.rows("scans")
+    scans = catalog.rows("scans").select(_COLUMNS)
     where = catalog.lake.uri
     if not scans.num_rows:
         raise InputError(
