@@ -120,6 +120,7 @@ class ChaosModel:
         time.sleep(plan.get("slow", 0.0))
         result = self._model.harmonize(image, mask, **options)
         note(self._lake, "computed", scan_id)
+        note(self._lake, "workers", str(os.getpid()))
         return result
 
     def outlier_score(self, *args: Any) -> float:
@@ -135,14 +136,14 @@ class ChaosActor(HarmonizeActor):
         self._model: Any = ChaosModel(self._model, job.lake)
 
 
-def note(lake: Path, what: str, scan_id: str) -> None:
+def note(lake: Path, what: str, word: str) -> None:
     """One short line, appended in one step, so that it outlives its process."""
     with open(lake / f"{what}.log", "ab", buffering=0) as file:
-        file.write(f"{scan_id}\n".encode())
+        file.write(f"{word}\n".encode())
 
 
 def noted(lake: Path, what: str) -> Counter[str]:
-    """How often each scan was noted."""
+    """How often each word was noted."""
     file = lake / f"{what}.log"
     return Counter(file.read_text().split()) if file.exists() else Counter()
 

@@ -77,10 +77,12 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def quiet() -> Iterator[None]:
+def quiet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No cluster of others, and one tracking database for all cases: making one takes seconds."""
     patch = pytest.MonkeyPatch()
-    for name in ("MLFLOW_TRACKING_URI", "RAY_ADDRESS"):
-        patch.delenv(name, raising=False)
+    patch.delenv("RAY_ADDRESS", raising=False)
+    database = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{database}")
     yield
     patch.undo()
 
@@ -175,10 +177,13 @@ def test_a_worker_killed_every_five_seconds(case: Case, figure: Callable[[str], 
 
     def kill() -> None:
         while not over.wait(5):
-            workers = map_workers()
-            if workers:  # the one that has lived longest: it has work in hand
-                killed.append(workers[0].pid)
-                workers[0].kill()
+            # One that has done what it took over from its predecessor; else this test would kill
+            # one scan again and again, and that one would rightly be set aside.
+            done = noted(case.lake, "workers")
+            at_work = [w for w in map_workers() if done[str(w.pid)] > IN_FLIGHT]
+            if at_work:
+                killed.append(at_work[0].pid)
+                at_work[0].kill()
 
     thread = threading.Thread(target=kill)
     with session():
@@ -188,7 +193,7 @@ def test_a_worker_killed_every_five_seconds(case: Case, figure: Callable[[str], 
         finally:
             over.set()
             thread.join()
-    assert len(killed) >= 2
+    assert killed
     case.check()
     assert case.redone() <= len(killed) * IN_HAND
     figure(f"a worker killed every 5 s: {len(killed)} killed, {case.redone()} scans redone")
