@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from pipelines.harmonize import Job
+from pipelines.harmonize import Job, Model
 from pipelines.turns import Turns
 from ray_jobs.session import threads_per_worker
 from ray_jobs.volume_stream import packed, unpacked
@@ -51,20 +51,27 @@ class HarmonizeActor:
     ) -> None:
         import torch
 
-        from sgcd_core.io.store import Store
-        from sgcd_core.modelpack import load_modelpack
-
         for name in WARM:
             importlib.import_module(name)
         torch.set_num_threads(threads_per_worker(workers))
+        self._job, self._looks = job, looks
+        self._turns = Turns(job.deadline, self._end_late)
+        self._model = self.load_model(gpus)
+
+    def load_model(self, gpus: float) -> Model:
+        """The model of the job, on this actor's part of a GPU or on the CPU."""
+        import torch
+
+        from sgcd_core.io.store import Store
+        from sgcd_core.modelpack import load_modelpack
+
         if 0 < gpus < 1:  # a share that is outgrown must fail here, not in the neighbour
             torch.cuda.set_per_process_memory_fraction(gpus)
+        job = self._job
         pack = load_modelpack(job.lake.model(job.model, job.version), Store())
         # The user's settings of the sampler, laid over the model's own.
         pack = replace(pack, config=job.config)
-        self._job, self._looks = job, looks
-        self._turns = Turns(job.deadline, self._end_late)
-        self._model = SharedModel(pack, "cuda" if gpus else "cpu", self._turns)
+        return SharedModel(pack, "cuda" if gpus else "cpu", self._turns)
 
     def __call__(self, item: dict[str, Any]) -> dict[str, bytes]:
         """Harmonize the one scan of `item`."""

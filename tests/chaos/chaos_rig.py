@@ -25,32 +25,26 @@ import torch
 from pipelines.catalog import Catalog
 from pipelines.lake import Lake
 from pipelines.prepare import save_prepared
+from pipelines.turns import Turns
 from ray_jobs import cli
 from ray_jobs import commit as commit_module
 from ray_jobs import harmonize as harmonize_module
 from ray_jobs.actors import HarmonizeActor
 from ray_jobs.harmonize_stream import Pool
 from sgcd_core.config import load_config
-from sgcd_core.global_stage import GlobalStage
+from sgcd_core.diffusion.sampler import noise_for
+from sgcd_core.harmonizer import Harmonized
 from sgcd_core.io.nifti import encode_nifti, read_nifti
 from sgcd_core.io.store import Store, sha256_hex
-from sgcd_core.modelpack import save_modelpack
-from sgcd_core.style.look import LOOK_SIZE
-from sgcd_core.style.outlier import OutlierModel, style_features
+from sgcd_core.modelpack import ModelPack, save_modelpack
 from sgcd_core.volume.geometry import Geometry, rows
 from sgcd_core.volume.prepare import Prepared
 from sgcd_core.volume.transport import native_on_model_grid
 
 NATIVE, MODEL = (24, 28, 24), (16, 16, 16)
 CONFIG = load_config(
-    "tiny",
-    settings=[
-        "prepare.shape=[16, 16, 16]", "prepare.mm=8", "network.channels=[8, 16]",
-        "network.attention_levels=[false, true]", "network.head_channels=8", "network.patch=1",
-        "network.norm_groups=4", "condition.match=none", "global_stage.precision=fp32",
-        "target_stage.precision=fp32", "global_sampler.t_start=400",
-    ],
-)  # fmt: skip
+    "tiny", settings=["prepare.shape=[16, 16, 16]", "prepare.mm=8", "condition.match=none"]
+)
 #: Rows per commit of a run that is to be killed between commits.
 COMMIT_ROWS = 7
 
@@ -87,37 +81,46 @@ def build_lake(folder: Path, scans: int) -> Lake:
             "site": "A", "sequence": "T1w", "split": "train", "uri": str(file), "status": "ok",
         })  # fmt: skip
     Catalog(lake).append("scans", table)
-    stage = GlobalStage(CONFIG, 1)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for weight in stage.network.parameters():
-            weight += 0.05 * torch.randn(weight.shape, generator=generator)
-    outliers = OutlierModel.fit([style_features(image, model_mask)], [0])
-    pack = stage.pack(outliers, torch.zeros(len(CONFIG.sequences), LOOK_SIZE), {"kind": "global"})
+    pack = ModelPack(CONFIG, {"none": torch.zeros(1)}, {}, meta={"kind": "global"})
     save_modelpack(lake.model("global", 1), pack)
     return lake
+
+
+class ToyModel:
+    """A model whose output depends on the scan and its seeded noise, and that loads in no time."""
+
+    def __init__(self, turns: Turns, seconds: float) -> None:
+        self._turns, self._seconds = turns, seconds
+
+    def harmonize(self, image: Any, mask: Any, *, scan_id: str, seed: int, **_: Any) -> Harmonized:
+        with self._turns.model():
+            time.sleep(self._seconds)
+            noise = noise_for(scan_id, seed, 0, image.shape).numpy()
+            out = np.where(mask, np.clip(0.9 * image + 0.02 * noise, 0, 1), 0)
+            return Harmonized(out.astype(np.float32), None, 0.0)
+
+    def outlier_score(self, *_: Any) -> float:
+        return 1.0
 
 
 class ChaosModel:
     """A model that notes what it computes, with the faults that the lake's chaos.json names."""
 
-    def __init__(self, model: Any, lake: Lake) -> None:
-        self._model, self._lake = model, Path(lake.uri)
-        self._plan = read_faults(self._lake)
+    def __init__(self, model: Any, lake: Path, faults: dict[str, Any]) -> None:
+        self._model, self._lake, self._faults = model, lake, faults
         self._calls: Counter[str] = Counter()
 
     def harmonize(self, image: Any, mask: Any, **options: Any) -> Any:
-        scan_id, plan = options["scan_id"], self._plan
-        if scan_id in plan.get("kill", ()):
+        scan_id, faults = options["scan_id"], self._faults
+        if scan_id in faults.get("kill", ()):
             os.kill(os.getpid(), signal.SIGKILL)
-        if scan_id in plan.get("hang", ()):
+        if scan_id in faults.get("hang", ()):
             time.sleep(10_000)
         self._calls[scan_id] += 1
         chance = random.Random(f"{scan_id} {self._calls[scan_id]}").random()
-        if chance < plan.get("raise", 0.0):
+        if chance < faults.get("raise", 0.0):
             note(self._lake, "raised", scan_id)
             raise RuntimeError("chaos")
-        time.sleep(plan.get("slow", 0.0))
         result = self._model.harmonize(image, mask, **options)
         note(self._lake, "computed", scan_id)
         note(self._lake, "workers", str(os.getpid()))
@@ -129,11 +132,12 @@ class ChaosModel:
 
 
 class ChaosActor(HarmonizeActor):
-    """The real actor around a `ChaosModel`."""
+    """The real actor around a model with faults."""
 
-    def __init__(self, job: Any, **more: Any) -> None:
-        super().__init__(job, **more)
-        self._model: Any = ChaosModel(self._model, job.lake)
+    def load_model(self, gpus: float) -> Any:
+        lake = Path(self._job.lake.uri)
+        faults = read_faults(lake)
+        return ChaosModel(ToyModel(self._turns, faults.get("slow", 0.0)), lake, faults)
 
 
 def note(lake: Path, what: str, word: str) -> None:
