@@ -3,7 +3,7 @@
     python benchmarks/bench_scale.py plan [--scans 100000]    plan, names, looks for a resumed run
     python benchmarks/bench_scale.py run [--scans 10000]      Ray Data, tries, rows, commits
     python benchmarks/bench_scale.py commit [--rows 100000]   appends, reading, compaction
-    python benchmarks/bench_scale.py requests                 to the store, for one scan
+    python benchmarks/bench_scale.py requests                 and processor time of one scan
     python benchmarks/bench_scale.py cost --seconds 2 …       the table of docs/scale.md
 
 `run` sends scans of no voxels through a null model: what is left is what the machinery costs for
@@ -226,22 +226,42 @@ VERBS = {"write_bytes": "PUT", "list": "LIST", "read_bytes": "GET", "info": "HEA
 
 
 def bench_requests(lake: Lake, count: int) -> None:
-    """Requests of whole scans, prepared before, and of forgetting their tries."""
+    """Requests and processor time of real-size scans that were prepared before."""
     from bench_rate import build
 
     config = load_config("tiny")
     table = build(lake, config, count)
     job = Job(lake, "m", 1, "A", config, "bench", "bench")
-    model = Harmonizer(load_modelpack(lake.model("m", 1)))
+    model = TimedModel(Harmonizer(load_modelpack(lake.model("m", 1))))
     counts: Counter[str] = Counter()
     for name, verb in VERBS.items():
         setattr(Store, name, counting(getattr(Store, name), counts, verb))
+    began = time.process_time()
     rows = [harmonize_scan(scan, job, model, f"x/{scan['scan_id']}_T1w") for scan in table]
+    beside = time.process_time() - began - model.seconds
     assert all(row["output_uri"] for row in rows)
     for row in rows:
         end_attempts(lake, job.key, row["scan_id"])
     each = {verb: counts[verb] / count for verb in VERBS.values()}
     print("requests of one scan: " + ", ".join(f"{n:g} {verb}" for verb, n in each.items()))
+    print(f"processor seconds of one scan beside the model: {beside / count:.2f}")
+
+
+class TimedModel:
+    """A model, and the processor time it took."""
+
+    def __init__(self, model: Harmonizer) -> None:
+        self._model, self.seconds = model, 0.0
+
+    def harmonize(self, *args: Any, **options: Any) -> Any:
+        began = time.process_time()
+        try:
+            return self._model.harmonize(*args, **options)
+        finally:
+            self.seconds += time.process_time() - began
+
+    def outlier_score(self, *args: Any) -> float:
+        return self._model.outlier_score(*args)
 
 
 def counting(method: Callable[..., Any], counts: Counter[str], verb: str) -> Callable[..., Any]:
