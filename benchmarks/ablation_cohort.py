@@ -36,6 +36,10 @@ from sgcd_core.volume.resample import voxel_sides
 Look = NDArray[np.float32]
 
 
+#: In the names of arrays of a second scan.
+AGAIN = "_again"
+
+
 @dataclass(frozen=True)
 class Plan:
     """What a cohort consists of.
@@ -44,16 +48,18 @@ class Plan:
         request: Arguments as of `sgcd cohort`.
         anatomies: Addresses by name.
         prepare: How scans are brought onto the model grid.
+        rescanned: Site at which traveling subjects are scanned twice; empty: none.
     """
 
     request: CohortRequest
     anatomies: dict[str, str]
     prepare: PrepareConfig
+    rescanned: str = ""
 
     @classmethod
     def of(
         cls, anatomy: str | None, prepare: PrepareConfig, *, sites: int, each: int, traveling: int,
-        seed: int, mm: float = 2.0,
+        seed: int, mm: float = 2.0, rescanned: str = "",
     ) -> Plan:  # fmt: skip
         """Plan `each` training subjects at every one of `sites`, and one unseen site."""
         found, train, test = choose_anatomies(anatomy, None, None)
@@ -62,7 +68,7 @@ class Plan:
             anatomies=tuple(sorted(found)), train_anatomies=train, test_anatomies=test, mm=mm,
             seed=seed,
         )  # fmt: skip
-        return cls(request, found, prepare)
+        return cls(request, found, prepare, rescanned)
 
     @property
     def members(self) -> list[Member]:
@@ -76,7 +82,7 @@ class Plan:
 
     def digest(self) -> str:
         """16 hex digits that any change of the scans changes."""
-        text = self.request.model_dump_json() + self.prepare.digest()
+        text = self.request.model_dump_json() + self.prepare.digest() + self.rescanned
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -109,11 +115,14 @@ def make_member(folder: Path, plan: Plan, member: Member) -> Path:
         if scanner.site not in member.sites:
             continue
         for index, sequence in enumerate(request.sequences):
-            rng = np.random.default_rng([request.seed, 41, member.number, number, index])
-            scan = prepared(subject, scanner, sequence, request.mm, rng, plan.prepare, placed)
-            placed = np.array(scan.geometry.world_to_template)
-            arrays[f"{scanner.site}_{sequence}_image"] = scan.image
-            arrays[f"{scanner.site}_{sequence}_mask"] = scan.mask
+            again = member.split == "test" and scanner.site == plan.rescanned
+            for extra, name in enumerate(("", AGAIN) if again else ("",)):
+                key = [request.seed, 41, member.number, number, index] + [1] * extra
+                rng = np.random.default_rng(key)
+                scan = prepared(subject, scanner, sequence, request.mm, rng, plan.prepare, placed)
+                placed = np.array(scan.geometry.world_to_template)
+                arrays[f"{scanner.site}_{sequence}{name}_image"] = scan.image
+                arrays[f"{scanner.site}_{sequence}{name}_mask"] = scan.mask
     handle, temporary = tempfile.mkstemp(dir=folder, suffix=".tmp")
     with os.fdopen(handle, "wb") as stream:
         np.savez_compressed(stream, **arrays)  # type: ignore[arg-type]
@@ -150,6 +159,7 @@ class Cohort:
 
     def __init__(self, folder: Path, plan: Plan, target: str) -> None:
         self.target, self.sequences = target, plan.request.sequences
+        self.rescans: dict[tuple[str, str], tuple[NDArray[np.float32], NDArray[np.bool_]]] = {}
         self.training_sites = [s.site for s in plan.scanners[: plan.request.sites]]
         self.scans: dict[str, Scan] = {}
         for member in sorted(plan.members, key=lambda m: m.number):
@@ -162,6 +172,10 @@ class Cohort:
                         scan_id = f"{member.label}_{name}"
                         self.scans[scan_id] = Scan(scan_id, member.label, site, sequence,
                                                    member.split, image, mask, look)  # fmt: skip
+                        if f"{name}{AGAIN}_image" in arrays:
+                            self.rescans[member.label, sequence] = (
+                                arrays[f"{name}{AGAIN}_image"], arrays[f"{name}{AGAIN}_mask"],
+                            )  # fmt: skip
 
     @property
     def training(self) -> list[Scan]:

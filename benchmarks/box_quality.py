@@ -1,7 +1,8 @@
 """How close the model in the box comes to the truth as it is, with no training on the cohort.
 
 Digital traveling subjects of held-out anatomies, each scan set beside the subject's own scan at the
-target: raw, every classical method, the look of the site alone, and the network of the box on top.
+target: raw, every classical method, the look of the site alone, the network of the box on top, and
+a second scan at the target, which is as close as two scans of one head come.
 In one process, without Ray and without a lake; what is rendered is kept, so a run goes on where it
 stopped. `quality.py` does the same through the commands, both stages included.
 
@@ -23,10 +24,10 @@ import torch
 from ablation_cohort import Cohort, Plan, Scan, make_member
 from ablation_runs import by_matching
 from numpy.typing import NDArray
-from quality import Row, table
+from quality import TITLES, Row, against_best, table
 
 from pipelines.baselines import BASELINES, make_baseline
-from pipelines.verdict import METHOD_TITLES, summarize
+from pipelines.verdict import summarize
 from sgcd_core.box import load_box
 from sgcd_core.config import SgcdConfig, load_config
 from sgcd_core.global_stage import GlobalStage
@@ -35,7 +36,7 @@ from sgcd_core.metrics import measure_all
 from sgcd_core.style.outlier import OutlierModel
 
 Method = Callable[[Scan], NDArray[np.float32]]
-TITLES = METHOD_TITLES | {"look": "the site's look alone", "sgcd": "**SGCD, from the box**"}
+TITLES = TITLES | {"sgcd": "**SGCD, from the box**"}
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -55,12 +56,14 @@ def main(words: Sequence[str] | None = None) -> int:
     config = load_config(args.preset)
     plan = Plan.of(
         args.anatomy, config.prepare, sites=args.sites, each=args.each,
-        traveling=args.traveling, seed=args.seed,
+        traveling=args.traveling, seed=args.seed, rescanned=args.target,
     )  # fmt: skip
     folder = args.work / f"{args.preset}-{plan.digest()}"
     render(folder, plan, args.workers)
     cohort = Cohort(folder, plan, args.target)
-    print(table(summarize(rows(cohort, config), seed=args.seed).groups, TITLES))
+    found = rows(cohort, config)
+    print(table(summarize(found, seed=args.seed).groups, TITLES))
+    print(against_best(found, args.seed))
     print(f"{(time.monotonic() - started) / 60:.1f} minutes")
     return 0
 
@@ -95,8 +98,10 @@ def rows(cohort: Cohort, config: SgcdConfig) -> list[Row]:
         truth = cohort.truth(scan)
         images = {n: fitted[n, scan.sequence].apply(scan.image, scan.mask) for n in BASELINES}
         images |= {name: method(scan) for name, method in methods.items()}
-        for method, image in images.items():
-            for metric, value in measure_all(image, truth.image, scan.mask & truth.mask).items():
+        again, inside = cohort.rescans[scan.subject, scan.sequence]
+        pairs = {name: (image, scan.mask) for name, image in images.items()}
+        for method, (image, mask) in (pairs | {"rescan": (again, inside)}).items():
+            for metric, value in measure_all(image, truth.image, mask & truth.mask).items():
                 out.append({"subject": scan.subject, "site": scan.site, "value": value,
                             "sequence": scan.sequence, "method": method, "metric": metric,
                             "seen": scan.site in cohort.training_sites})  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,12 +11,14 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipelines.lake import Lake
+from pipelines.bids_links import Links
 from pipelines.schemas import RESULTS
-from sgcd_core.io.store import Store, join
+from sgcd_core.io.store import join
 
 #: Label of the model grid in file names (BIDS entity `space`).
 SPACE = "MNI152rigid"
+#: What that space is laid on.
+TEMPLATE = "http://www.bic.mni.mcgill.ca/ServicesAtlases/ICBM152NLin2009"
 #: Columns of a result that its sidecar repeats, each under its name in CamelCase.
 IN_SIDECAR = (
     "scan_id", "model", "model_version", "target", "status", "code", "gradient_correlation",
@@ -114,94 +117,125 @@ def json_beside(image: str) -> str:
     return image.removesuffix(".nii.gz") + ".json"
 
 
-def sidecar_bytes(row: Mapping[str, Any], *, source: str, lesion: str | None = None) -> bytes:
+def sidecar_bytes(
+    row: Mapping[str, Any], *, links: Links, source: str, lesion: str | None = None
+) -> bytes:
     """The JSON sidecar of one result: BIDS's own keys, then the columns of `IN_SIDECAR`.
 
     Args:
         row: Row of `results`.
+        links: What names the sources.
         source: Address of the scan.
         lesion: Address of the lesion mask that was honoured.
     """
-    values: dict[str, Any] = {
-        "Description": "Scan in the look of the target site, on its own grid.",
-        "Sources": [source] if lesion is None else [source, lesion],
-        "SkullStripped": True,
-    }
-    if lesion is not None:
-        values["LesionMask"] = lesion
-    for name in IN_SIDECAR:
-        if row.get(name) is not None:
-            values[camel(name)] = row[name]
-    return (json.dumps(values, indent=2) + "\n").encode()
+    text = "Scan in the look of the target site, on its own grid."
+    return _sidecar({"Description": text}, row, links, _sources(source, lesion), lesion)
+
+
+def model_grid_sidecar_bytes(
+    row: Mapping[str, Any],
+    *,
+    links: Links,
+    source: str,
+    registration: str,
+    lesion: str | None = None,
+) -> bytes:
+    """The same for the volume on the model grid.
+
+    Args:
+        row: Row of `results`.
+        links: What names the sources.
+        source: Address of the scan.
+        registration: `prepare.registration` of the settings.
+        lesion: Address of the lesion mask that was honoured.
+    """
+    text = "Scan in the look of the target site, on the model grid, intensities in [0, 1]."
+    values = {"Description": text, **_space(registration)}
+    return _sidecar(values, row, links, _sources(source, lesion), lesion)
 
 
 def uncertainty_sidecar_bytes(
-    row: Mapping[str, Any], *, sources: Sequence[str], samples: int, seed: int, derived: str
+    row: Mapping[str, Any],
+    *,
+    links: Links,
+    sources: Sequence[str],
+    samples: int,
+    seed: int,
+    registration: str | None = None,
 ) -> bytes:
     """The JSON sidecar of an uncertainty map.
 
     Args:
         row: Row of `results`.
+        links: What names the sources.
         sources: Addresses it was made from.
         samples: Draws.
         seed: Of the run; draw n depends on scan, seed and n alone.
-        derived: How the map came onto its grid, a sentence.
+        registration: `prepare.registration` for the map on the model grid; None for the one on
+            the scan's own grid.
     """
+    how = "Interpolated linearly from the model grid." if registration is None else (
+        "Computed on the model grid."
+    )  # fmt: skip
     values = {
         "Description": "Voxelwise standard deviation of the harmonized scan over seeds of the "
-        f"sampler. {derived}",
+        f"sampler. {how}",
         "Units": "1",
         "UnitsDescription": "part of the harmonized scan's intensity range, 0 to 1",
         "Samples": samples,
         "Seed": seed,
-        "Sources": list(sources),
-        "SkullStripped": True,
-        **{
-            camel(name): row[name]
-            for name in ("scan_id", "model", "model_version", "target", "uncertainty_mean",
-                         "lesion_ml", "config_digest", "code_version")
-            if row.get(name) is not None
-        },
+        **({} if registration is None else _space(registration)),
+    }
+    return _sidecar(values, row, links, sources, None, _IN_UNCERTAINTY)
+
+
+_IN_UNCERTAINTY = (
+    "scan_id", "model", "model_version", "target", "uncertainty_mean", "lesion_ml",
+    "config_digest", "code_version",
+)  # fmt: skip
+
+
+def _sources(source: str, lesion: str | None) -> list[str]:
+    return [source] if lesion is None else [source, lesion]
+
+
+def _space(registration: str) -> dict[str, str]:
+    """What `space-MNI152rigid` means; it is no space that BIDS lists."""
+    how = (
+        "the scan is aligned with it by a rotation and a shift; its size and shape are its own"
+        if registration == "rigid"
+        else "the scan's centre of mass is laid on its centre; it is not turned"
+    )
+    return {
+        "SpatialReference": TEMPLATE,
+        "SpaceDescription": "Millimetres of the ICBM152 2009a nonlinear symmetric template: "
+        f"{how}.",
+    }
+
+
+def _sidecar(
+    values: Mapping[str, Any],
+    row: Mapping[str, Any],
+    links: Links,
+    sources: Sequence[str],
+    lesion: str | None,
+    columns: Sequence[str] = IN_SIDECAR,
+) -> bytes:
+    body: dict[str, Any] = {
+        **values, "Sources": [links.uri(source) for source in sources], "SkullStripped": True,
     }  # fmt: skip
-    return (json.dumps(values, indent=2) + "\n").encode()
+    if lesion is not None:
+        body["LesionMask"] = links.uri(lesion)
+    body |= {camel(name): row[name] for name in columns if _sayable(row.get(name))}
+    return (json.dumps(body, indent=2, allow_nan=False) + "\n").encode()
+
+
+def _sayable(value: Any) -> bool:
+    """Whether JSON has a word for a value: no missing one, no NaN, no infinity."""
+    return value is not None and not (isinstance(value, float) and not math.isfinite(value))
 
 
 def camel(name: str) -> str:
     """`gradient_correlation` → `GradientCorrelation`."""
     RESULTS.column(name)  # a name that is no column is a mistake of this program
     return "".join(part.capitalize() for part in name.split("_"))
-
-
-def write_description(lake: Lake, key: str, code_version: str, sources: Sequence[str]) -> None:
-    """`dataset_description.json`, README and column descriptions of a derivative data set."""
-    store, root = Store(), lake.derivatives(key)
-    described = {
-        camel(name): {
-            "Description": RESULTS.column(name).description,
-            "Units": RESULTS.column(name).unit,
-        }
-        for name in IN_SIDECAR
-    }
-    description = {
-        "Name": f"Harmonized scans: {key}",
-        "BIDSVersion": "1.10.0",
-        "DatasetType": "derivative",
-        "GeneratedBy": [
-            {
-                "Name": "sgcd-lake",
-                "Version": code_version,
-                "Description": f"Semantic-guided conditional diffusion, model {key}",
-            }
-        ],
-        "SourceDatasets": [{"URL": uri} for uri in sources],
-        "SidecarColumns": described,
-    }
-    readme = (
-        f"Harmonized by SGCD Lake, model {key}. Research use only.\n\n"
-        "*_desc-harmonized_*.nii.gz lies on the grid of the scan it was made from;\n"
-        f"*_space-{SPACE}_desc-harmonized_*.nii.gz on the model grid, intensities in [0, 1];\n"
-        "*_desc-harmonizedstd_*.nii.gz, where there is one, is the standard deviation over seeds.\n"
-    )
-    body = (json.dumps(description, indent=2) + "\n").encode()
-    store.write_bytes(join(root, "dataset_description.json"), body)
-    store.write_bytes(join(root, "README"), readme.encode())

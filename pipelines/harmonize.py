@@ -11,15 +11,17 @@ import logging
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from pipelines.bids_links import Links
 from pipelines.derivative import (
     Names,
     json_beside,
+    model_grid_sidecar_bytes,
     sidecar_bytes,
     uncertainty_sidecar_bytes,
 )
@@ -69,6 +71,7 @@ class Job:
         learned: Sequences the model was trained for, of those in the settings; None: all.
         lesions: Where lesion masks lie, see `lesions.candidates`.
         deadline: Seconds a scan may take.
+        links: What names the data sets that the scans lie in.
     """
 
     lake: Lake
@@ -82,6 +85,7 @@ class Job:
     learned: tuple[str, ...] | None = None
     lesions: str | None = None
     deadline: float = SCAN_DEADLINE
+    links: Links = field(default_factory=Links)
 
     @property
     def key(self) -> str:
@@ -91,8 +95,10 @@ class Job:
     @property
     def made_by(self) -> str:
         """Digest of all that the outputs of a scan depend on beside the scan."""
-        parts = (self.key, self.target, self.config.digest(), self.code_version, self.samples,
-                 self.learned, self.lesions)  # fmt: skip
+        parts = (
+            self.lake.derivatives(self.key), self.target, self.config.digest(), self.code_version,
+            self.samples, self.learned, self.lesions,
+        )  # fmt: skip
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
@@ -254,21 +260,21 @@ def _harmonize(
             "output_uri": names.native, "output_sha256": sha256_hex(data),
             "model_grid_uri": names.model_grid, "sidecar_uri": names.sidecar,
         }  # fmt: skip
+    links, where = job.links, config.prepare.registration
     if spread is not None:
-        for uri, sources, derived in (
-            (names.uncertainty_model_grid, [scan["uri"]], "Computed on the model grid."),
-            (
-                names.uncertainty,
-                [scan["uri"], names.uncertainty_model_grid],
-                "Interpolated linearly from the model grid.",
-            ),
+        for uri, sources, registration in (
+            (names.uncertainty_model_grid, [scan["uri"]], where),
+            (names.uncertainty, [scan["uri"], names.uncertainty_model_grid], None),
         ):
             body = uncertainty_sidecar_bytes(
-                row, sources=sources, samples=job.samples, seed=config.seed, derived=derived
-            )
+                row, links=links, sources=sources, samples=job.samples, seed=config.seed,
+                registration=registration,
+            )  # fmt: skip
             store.write_bytes(json_beside(uri), body)
-    body = sidecar_bytes(row, source=scan["uri"], lesion=lesion_uri)
-    store.write_bytes(names.sidecar, body)
+    facts: dict[str, Any] = {"links": links, "source": scan["uri"], "lesion": lesion_uri}
+    body = model_grid_sidecar_bytes(row, **facts, registration=where)
+    store.write_bytes(json_beside(names.model_grid), body)
+    store.write_bytes(names.sidecar, sidecar_bytes(row, **facts))
 
 
 def _not_learned(sequence: str, job: Job) -> InputError:

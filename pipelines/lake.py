@@ -16,9 +16,11 @@ class Lake:
 
     Attributes:
         uri: Folder or s3:// prefix, without a trailing slash.
+        outputs: Root of the one derivative data set that is written, where it lies elsewhere.
     """
 
     uri: str
+    outputs: str | None = None
 
     @classmethod
     def open(cls, uri: str, *, create: bool = False) -> Lake:
@@ -60,7 +62,7 @@ class Lake:
 
     def derivatives(self, model: str) -> str:
         """Root of a BIDS derivative data set."""
-        return join(self.uri, "derivatives", model)
+        return self.outputs or join(self.uri, "derivatives", model)
 
     def model(self, name: str, version: int | str = "") -> str:
         """Folder of a modelpack."""

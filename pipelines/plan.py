@@ -68,6 +68,7 @@ def plan(
     only_new: bool = False,
     retry_failed: bool = False,
     force: bool = False,
+    only: Collection[str] | None = None,
 ) -> Plan:
     """Which scans one version of one model still has to harmonize.
 
@@ -82,6 +83,7 @@ def plan(
         only_new: Skip every scan that has a result of any kind.
         retry_failed: Plan failed scans again, whatever the reason was.
         force: Plan done, failed and quarantined scans again.
+        only: Only these scan_ids; None for all.
 
     Returns:
         todo and skipped together hold every row of `scans` once.
@@ -106,7 +108,11 @@ def plan(
             )  # fmt: skip
     keys = pa.table({name: pc.fill_null(scans[name], "") for name in _ORDER})
     scans = scans.take(pc.sort_indices(keys, [(name, "ascending") for name in _ORDER]))
-    rules = _at_index(scans, sites, sequences, split, target)
+    rules = []
+    if only is not None:
+        asked = pc.is_in(scans["scan_id"], pa.array(sorted(only), pa.string()))
+        rules.append(_Rule(pc.invert(asked), "not asked for"))
+    rules += _at_index(scans, sites, sequences, split, target)
     if not force:
         results = catalog.rows("results", where={"model": model, "model_version": version})
         rules += _by_result(scans, results, only_new, retry_failed)

@@ -1,82 +1,108 @@
 """SQL over the catalog for analysts, in a process that can reach nothing but the rows it is given.
 
-The tables are read here, as one snapshot, and handed to a child process as Arrow data. There DuckDB
-is locked before it sees the query: no files, no network, no extensions, no settings; memory and
-result size are bounded, and the child is stopped at the deadline. It gets no credentials.
+A child process parses the statement and says which tables and partitions it needs; they are read
+here, each as one snapshot, and handed over as Arrow data. The child (`pipelines.query_child`) gets
+no credentials, is locked before it sees the statement, and is stopped at the deadline.
 
-In SQL each table's name is the latest row of each key; `results_history` and so on are all rows.
+In SQL each table's name is the latest row of each key; `results_all` and so on are all rows.
 """
 
 from __future__ import annotations
 
-import io
 import json
-import re
-import struct
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, dataclass
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
 import pyarrow as pa
 
-from pipelines.catalog import AsOf, Catalog, latest
+from pipelines.catalog import AsOf, Catalog
+from pipelines.catalog_rows import latest
 from pipelines.lake import Lake
+from pipelines.query_wire import QueryLimits, pack, receive, send, unpack, view_names
 from pipelines.schemas import SCHEMAS
-from sgcd_core.errors import UsageError
+from sgcd_core.errors import CODES, UsageError
 
-FORMATS = ("table", "csv", "parquet", "json")
+__all__ = ["QueryLimits", "parse_as_of", "run_query"]
 
-
-@dataclass(frozen=True)
-class QueryLimits:
-    """What a query may use.
-
-    Attributes:
-        seconds: Wall-clock time, after which it is stopped.
-        memory_mb: Memory of the database engine.
-        rows: Longest result; a longer one is an error, not a silent cut.
-        threads: Cores.
-    """
-
-    seconds: float = 60.0
-    memory_mb: int = 1024
-    rows: int = 1_000_000
-    threads: int = 2
+#: Starting the child and parsing take half a second; this is for a very busy machine.
+_START_SECONDS = 120.0
 
 
 def run_query(
-    lake: Lake, sql: str, *, as_of: str | None = None, limits: QueryLimits | None = None
+    lake: Lake | Catalog,
+    sql: str,
+    *,
+    as_of: AsOf | str = None,
+    limits: QueryLimits | None = None,
 ) -> pa.Table:
     """The result of one SELECT over the catalog's tables.
 
     Args:
         lake: Where the tables lie.
         sql: One statement that reads.
-        as_of: A version (`7`), versions by table (`results=7,scans=3`) or a moment (ISO 8601).
+        as_of: A moment, or its text in ISO 8601 (UTC unless it says otherwise); a version (`7`),
+            where the statement reads one table; versions by table (`results=7,scans=3`).
         limits: What the query may use.
 
     Raises:
-        UsageError: The statement does not parse, does something else than read, asks for something
-            that is locked, or exceeds a limit.
-        StorageError: A table cannot be read.
+        UsageError: QUERY-INVALID, the statement is not SQL or names something unknown;
+            QUERY-REFUSED, it does something else than read the tables; QUERY-LIMIT, it needs more
+            time, memory or rows than it may.
+        StorageError: A table cannot be read; TABLE-VERSION, it has no such version.
     """
+    catalog = lake if isinstance(lake, Catalog) else Catalog(lake)
     limits = limits or QueryLimits()
-    catalog, versions = Catalog(lake), parse_as_of(as_of)
-    tables: dict[str, pa.Table] = {}
-    for name, schema in SCHEMAS.items():
-        # Reading what the text does not even name would only cost time.
-        if re.search(rf"\b{name}(_history)?\b", sql, re.IGNORECASE):
-            version = versions.get(name) if isinstance(versions, dict) else versions
-            history = catalog.history(name, as_of=version)
-            tables[f"{name}_history"] = history
-            tables[name] = latest(schema, history)
-        else:
-            tables[name] = tables[f"{name}_history"] = schema.arrow.empty_table()
-    return _in_child(sql, tables, limits)
+    versions = parse_as_of(as_of) if isinstance(as_of, str) else as_of
+    with _child(sql, limits) as child:
+        needs = child.hear(_START_SECONDS)["needs"]
+        for table in _given(catalog, needs, versions):
+            child.give(pack(table))
+        child.hear(limits.seconds)
+        return child.result()
+
+
+def _given(catalog: Catalog, needs: Mapping[str, Any], as_of: Any) -> Iterator[pa.Table]:
+    """The rows of each view asked for, in order."""
+    tables = {view: view_names()[view] for view in needs}
+    if isinstance(as_of, int) and len(set(tables.values())) > 1:
+        raise UsageError(
+            "a version belongs to one table, and the statement reads several.",
+            hint="Name them as in results=7,scans=3, or give a date.",
+        )
+    read: dict[str, pa.Table] = {}  # each table once: one snapshot for both its views
+    for view, filters in needs.items():
+        table = tables[view]
+        if table not in read:
+            where = filters if view != table else _lasting(catalog, filters)
+            if list(tables.values()).count(table) > 1:
+                where = {}
+            when = as_of.get(table) if isinstance(as_of, Mapping) else as_of
+            read[table] = catalog.history(table, where=where, as_of=when)
+        yield read[table] if view != table else latest(SCHEMAS[table], read[table])
+
+
+def _lasting(catalog: Catalog, filters: dict[str, Any]) -> dict[str, Any]:
+    """Of filters on partitions those that may stand before the latest rows are chosen.
+
+    A model has one target. The site and the sequence of a scan can be corrected by indexing it
+    again; in a lake where that happened, all partitions are read, so that an old row of the wrong
+    site is never taken for the latest.
+    """
+    if not set(filters) - {"target"}:
+        return filters
+    labels = catalog.history("scans", columns=["scan_id", "site", "sequence"])
+    distinct = labels.group_by(labels.column_names).aggregate([])
+    if len(distinct) == len(distinct["scan_id"].unique()):
+        return filters
+    return {name: values for name, values in filters.items() if name == "target"}
 
 
 def parse_as_of(text: str | None) -> dict[str, int] | AsOf:
@@ -110,161 +136,84 @@ def parse_as_of(text: str | None) -> dict[str, int] | AsOf:
     return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
 
 
-def format_result(table: pa.Table, format: str = "table") -> bytes:
-    """The result as text or as a Parquet file.
+class _Child:
+    """One running child: what it says and what it is given."""
 
-    Raises:
-        UsageError: There is no such format.
-    """
-    if format == "table":
-        return _text(table).encode()
-    out = io.BytesIO()
-    if format == "csv":
-        table.to_pandas().to_csv(out, index=False)
-    elif format == "json":
-        rows = json.dumps(table.to_pylist(), default=str, ensure_ascii=False, indent=1)
-        out.write(rows.encode() + b"\n")
-    elif format == "parquet":
-        import pyarrow.parquet as pq
+    def __init__(self, process: subprocess.Popen[bytes], limits: QueryLimits) -> None:
+        self._process, self._limits = process, limits
+        assert process.stdin and process.stdout
+        self._in: IO[bytes] = process.stdin
+        self._out: IO[bytes] = process.stdout
 
-        pq.write_table(table, out)
-    else:
-        raise UsageError(f"no format {format!r}; there are {', '.join(FORMATS)}.")
-    return out.getvalue()
+    def give(self, data: bytes) -> None:
+        """Send one message; a child that ended early says why in its next answer."""
+        with suppress(BrokenPipeError):
+            send(self._in, data)
+
+    def hear(self, seconds: float) -> dict[str, Any]:
+        """The child's next message, within `seconds`; an error it reports is raised."""
+        late = threading.Event()
+
+        def stop() -> None:
+            late.set()
+            self._process.kill()
+
+        timer = threading.Timer(seconds, stop)
+        timer.start()
+        try:
+            answer: dict[str, Any] = json.loads(receive(self._out, 2**24))
+        except (EOFError, ValueError) as error:
+            if late.is_set():
+                raise UsageError(
+                    f"the query was stopped after {seconds:g} s.", code="QUERY-LIMIT",
+                    hint="Select fewer rows, or filter on target, site and sequence.",
+                ) from error  # fmt: skip
+            raise self._gone() from error
+        finally:
+            timer.cancel()
+        if "error" in answer:
+            problem = answer["error"]
+            code = problem["code"] if problem["code"] in CODES else "QUERY-INVALID"
+            raise UsageError(problem["message"], code=code, hint=problem["hint"])
+        return answer
+
+    def result(self) -> pa.Table:
+        """The table that follows the last message."""
+        try:
+            return unpack(receive(self._out, 2 * self._limits.result_mb * 2**20))
+        except (EOFError, pa.ArrowException) as error:
+            raise self._gone() from error
+
+    def _gone(self) -> UsageError:
+        self._process.kill()
+        return UsageError(
+            f"the query ended its process (exit code {self._process.wait()}); "
+            f"its memory is limited to {self._limits.memory_mb} MB.",
+            code="QUERY-LIMIT", hint="Select fewer rows or columns.",
+        )  # fmt: skip
 
 
-def _text(table: pa.Table) -> str:
-    """Aligned columns for a terminal, numbers to the right."""
-    rows = [[_cell(value) for value in row.values()] for row in table.to_pylist()]
-    names = table.column_names
-    widths = [max([len(n), *(len(r[i]) for r in rows)]) for i, n in enumerate(names)]
-    right = [pa.types.is_integer(t) or pa.types.is_floating(t) for t in table.schema.types]
-
-    def line(cells: list[str]) -> str:
-        padded = [
-            c.rjust(w) if r else c.ljust(w) for c, w, r in zip(cells, widths, right, strict=True)
-        ]
-        return "  ".join(padded).rstrip()
-
-    count = "1 row" if len(rows) == 1 else f"{len(rows)} rows"
-    rule = ["─" * w for w in widths]
-    return "\n".join([line(names), line(rule), *(line(r) for r in rows), f"({count})"]) + "\n"
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, float):
-        return f"{value:.6g}"
-    # A terminal must not be driven by what a cell holds.
-    return "".join(c if c.isprintable() else "�" for c in str(value))
-
-
-def _in_child(sql: str, tables: dict[str, pa.Table], limits: QueryLimits) -> pa.Table:
-    """Run the query in a process of its own and bring the result back."""
-    message = io.BytesIO()
-    _send(message, json.dumps({"sql": sql, "limits": asdict(limits)}).encode())
-    for name, table in tables.items():
-        _send(message, name.encode())
-        _send(message, _pack(table))
+@contextmanager
+def _child(sql: str, limits: QueryLimits) -> Iterator[_Child]:
+    """A child that has the statement; killed at the end, whatever happens."""
     root = str(Path(__file__).resolve().parents[1])
     with tempfile.TemporaryDirectory(prefix="sgcd-query-") as folder:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "pipelines.query_child"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            cwd=folder,
+            env={"PYTHONPATH": root, "HOME": folder, "LC_ALL": "C.UTF-8"},
+        )
         try:
-            done = subprocess.run(
-                [sys.executable, "-m", "pipelines.query"],
-                input=message.getvalue(),
-                capture_output=True,
-                timeout=limits.seconds,
-                cwd=folder,
-                env={"PYTHONPATH": root, "HOME": folder, "LC_ALL": "C.UTF-8"},
-                check=False,
-            )
-        except subprocess.TimeoutExpired as error:
-            raise UsageError(
-                f"the query was stopped after {limits.seconds:g} s.",
-                hint="Select fewer rows, or filter on target, site and sequence.",
-            ) from error
-    answer = io.BytesIO(done.stdout)
-    try:
-        head = json.loads(_receive(answer))
-    except (EOFError, ValueError) as error:
-        raise UsageError(
-            f"the query ended its process (exit code {done.returncode}); "
-            f"its memory is limited to {limits.memory_mb} MB.",
-            hint="Select fewer rows or columns.",
-        ) from error
-    if head["error"]:
-        raise UsageError(f"the query failed: {head['error']}")
-    return pa.ipc.open_stream(_receive(answer)).read_all()
-
-
-def _send(stream: IO[bytes], data: bytes) -> None:
-    stream.write(struct.pack(">Q", len(data)) + data)
-
-
-def _receive(stream: IO[bytes]) -> bytes:
-    head = stream.read(8)
-    if len(head) < 8:
-        raise EOFError
-    data = stream.read(struct.unpack(">Q", head)[0])
-    return data
-
-
-def _pack(table: pa.Table) -> bytes:
-    out = io.BytesIO()
-    with pa.ipc.new_stream(out, table.schema) as writer:
-        writer.write_table(table)
-    return out.getvalue()
-
-
-def _execute(sql: str, tables: dict[str, pa.Table], limits: QueryLimits) -> pa.Table:
-    """In the child: lock the engine, then run the one statement."""
-    import duckdb
-
-    connection = duckdb.connect(":memory:")
-    for name, table in tables.items():
-        connection.register(name, table)
-    connection.execute("SET temp_directory = ''")
-    connection.execute(f"SET memory_limit = '{limits.memory_mb}MB'")
-    connection.execute(f"SET threads = {limits.threads}")
-    # Otherwise a name in the SQL could be looked up among the variables of this process.
-    connection.execute("SET python_enable_replacements = false")
-    connection.execute("SET enable_external_access = false")
-    connection.execute("SET lock_configuration = true")
-    statements = connection.extract_statements(sql)
-    allowed = (duckdb.StatementType.SELECT, duckdb.StatementType.EXPLAIN)
-    if len(statements) != 1 or statements[0].type not in allowed:
-        raise ValueError("one SELECT is expected; the tables cannot be changed here.")
-    reader: Any = connection.execute(statements[0]).to_arrow_reader(10_000)
-    batches, rows = [], 0
-    for batch in reader:
-        rows += batch.num_rows
-        if rows > limits.rows:
-            raise ValueError(f"the result has more than {limits.rows} rows; add a LIMIT.")
-        batches.append(batch)
-    return pa.Table.from_batches(batches, schema=reader.schema)
-
-
-def _child() -> None:
-    """Entry of the child process: request on stdin, answer on stdout."""
-    import duckdb
-
-    request = json.loads(_receive(sys.stdin.buffer))
-    tables: dict[str, pa.Table] = {}
-    while True:
-        try:
-            name = _receive(sys.stdin.buffer).decode()
-        except EOFError:
-            break
-        tables[name] = pa.ipc.open_stream(_receive(sys.stdin.buffer)).read_all()
-    try:
-        result = _execute(request["sql"], tables, QueryLimits(**request["limits"]))
-    except (duckdb.Error, ValueError, MemoryError) as error:
-        _send(sys.stdout.buffer, json.dumps({"error": str(error) or "out of memory"}).encode())
-        return
-    _send(sys.stdout.buffer, json.dumps({"error": None}).encode())
-    _send(sys.stdout.buffer, _pack(result))
-
-
-if __name__ == "__main__":
-    _child()
+            child = _Child(process, limits)
+            child.give(json.dumps({"sql": sql, "limits": asdict(limits)}).encode())
+            yield child
+        finally:
+            process.kill()
+            for pipe in (process.stdin, process.stdout):
+                if pipe:
+                    with suppress(OSError):
+                        pipe.close()
+            process.wait()

@@ -21,6 +21,8 @@ from sgcd_core.io.bids_tables import (
 from sgcd_core.io.store import ObjectInfo, Store, is_s3, join, local_path
 
 SITE_SOURCES = ("auto", "participants", "session", "sidecar", "column")
+#: Before the name of the one site that all scans are from.
+ONE_SITE = "name:"
 _REQUIRED = ("uri", "subject", "sequence", "site")
 _OPTIONAL = ("session", "age", "sex", "split", "dataset")
 
@@ -50,7 +52,8 @@ def list_source(
 
     Args:
         source: A folder, prefix or file; an address that ends in .csv or .tsv is a manifest.
-        site_from: One of `SITE_SOURCES`. auto: sessions.tsv, which knows a traveling subject's
+        site_from: One of `SITE_SOURCES`, or `name:SITE` for a data set of one site that says it
+            nowhere. auto: sessions.tsv, which knows a traveling subject's
             site, else participants.tsv; in a manifest the column `site`.
         sequences: BIDS suffixes that are wanted.
         store: Where the sources lie.
@@ -60,9 +63,12 @@ def list_source(
         InputError: MANIFEST-COLUMN, BIDS-INVALID, or SCAN-MISSING for an absent manifest.
         StorageError: STORE-EMPTY when nothing lies there, else as for `Store.list`.
     """
-    if site_from not in SITE_SOURCES:
+    if site_from not in SITE_SOURCES and not site_from.removeprefix(ONE_SITE).strip():
+        raise UsageError("--site-from name: names no site.")
+    if site_from not in SITE_SOURCES and not site_from.startswith(ONE_SITE):
         raise UsageError(
-            f"--site-from is {site_from!r}, expected one of {', '.join(SITE_SOURCES)}."
+            f"--site-from is {site_from!r}, expected one of {', '.join(SITE_SOURCES)}, or "
+            f"{ONE_SITE}SITE."
         )
     address = absolute(source)
     if address.lower().endswith((".csv", ".tsv")):
@@ -81,6 +87,8 @@ def list_source(
 
 
 def _site(person: Person, sidecar: Mapping[str, Any], site_from: str) -> str | None:
+    if site_from.startswith(ONE_SITE):
+        return site_from.removeprefix(ONE_SITE).strip()
     if site_from == "participants":
         return person.site
     if site_from == "session":

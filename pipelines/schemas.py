@@ -245,15 +245,3 @@ ATTEMPTS = Table(
 SCHEMAS: dict[str, Table] = {
     t.name: t for t in (SCANS, RESULTS, METRICS, SITE_METRICS, RUNS, ATTEMPTS)
 }
-
-
-def reference_markdown() -> str:
-    """All tables and columns as Markdown, for the reference pages."""
-    lines: list[str] = []
-    for table in SCHEMAS.values():
-        lines += [f"## {table.name}", "", table.description, ""]
-        lines += [f"Key: {', '.join(table.key)}.", ""]
-        lines += ["| column | type | unit | meaning |", "|---|---|---|---|"]
-        lines += [f"| {c.name} | {c.type} | {c.unit} | {c.description} |" for c in table.columns]
-        lines.append("")
-    return "\n".join(lines)

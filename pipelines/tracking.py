@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from pipelines import registry
 from pipelines.lake import Lake
 from sgcd_core.config import Settings
 from sgcd_core.io.store import is_s3, local_path
@@ -46,9 +47,10 @@ class Tracker:
         run_id: MLflow's id of the run; None when it is not tracked.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, lake: Lake) -> None:
         self.run_id: str | None = None
         self._client: Any = None
+        self._lake = lake
 
     @classmethod
     @contextmanager
@@ -67,7 +69,7 @@ class Tracker:
             config: Resolved settings: parameters of the run, and whole as `config.json`.
             tags: Data versions, code version, model and the like.
         """
-        tracker = cls()
+        tracker = cls(lake)
         tracker._guard("start", lambda: tracker._open(lake, command, config, tags or {}))
         status = "FAILED"
         try:
@@ -108,56 +110,43 @@ class Tracker:
         else:
             self._guard("model", lambda: self._client.log_artifacts(self.run_id, str(pack), name))
 
-    def register(self, name: str, version: int, alias: str = "candidate") -> None:
+    def register(self, name: str, version: int, alias: str | None = None) -> None:
         """List a version of the lake's model in MLflow's registry and point `alias` at it.
 
-        MLflow numbers versions itself; the lake's number is the tag `lake_version`. Doing it
-        again for the same version only moves the alias.
+        Doing it again for the same version only moves the alias.
         """
-        self._guard("register", lambda: self._register(name, version, alias))
 
-    def _register(self, name: str, version: int, alias: str) -> None:
-        from mlflow.exceptions import MlflowException
+        def send() -> None:
+            registry.add_version(self._client, self._lake, name, version, str(self.run_id))
+            if alias is not None:
+                registry.point_alias(self._client, self._lake, name, alias, version)
 
-        try:
-            self._client.create_registered_model(name)
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                raise
-        known = self._client.search_model_versions(f"name = '{name}'")
-        found = [v for v in known if v.tags.get("lake_version") == str(version)]
-        if found:
-            number = found[0].version
-        else:
-            source = f"{self._client.get_run(self.run_id).info.artifact_uri}/modelpack"
-            number = self._client.create_model_version(
-                name, source=source, run_id=self.run_id, tags={"lake_version": str(version)}
-            ).version
-        self._client.set_registered_model_alias(name, alias, number)
+        self._guard("register", send)
+
+    def compare_alias(self, name: str, alias: str, version: int) -> None:
+        """Warn when MLflow has another version behind an alias than the lake, which counts."""
+
+        def ask() -> None:
+            there = registry.alias_version(self._client, self._lake, name, alias)
+            if there not in (None, version):
+                log.warning(
+                    "alias=%s model=%s: the lake says version %d, which counts; MLflow says %d. "
+                    "Move it with `sgcd promote`.", alias, name, version, there,
+                )  # fmt: skip
+
+        self._guard("alias", ask)
 
     def _open(
         self, lake: Lake, command: str, config: Settings | None, tags: Mapping[str, str]
     ) -> None:
         uri = tracking_uri(lake)
-        # A scan's name must not leave the machine, and a dead server must not hold up the work.
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
         location = None
         if uri.startswith("sqlite:///"):
             home = Path(uri.removeprefix("sqlite:///")).parent
             home.mkdir(parents=True, exist_ok=True)
             location = (home / "mlflow-artifacts").as_uri()
-        logging.getLogger("alembic").setLevel(logging.WARNING)
-        logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
-        from mlflow import MlflowClient
-
-        client = MlflowClient(tracking_uri=uri)
-        known = client.get_experiment_by_name(EXPERIMENT)
-        if known is None:
-            experiment = client.create_experiment(EXPERIMENT, artifact_location=location)
-        else:
-            experiment = known.experiment_id
+        client = registry.connect(uri)
+        experiment = _experiment(client, location)
         run = client.create_run(
             experiment, run_name=command, tags={"command": command, "lake": lake.uri, **tags}
         )
@@ -166,7 +155,9 @@ class Tracker:
             from mlflow.entities import Param
 
             params = {"config_digest": config.digest(), **flatten(config.model_dump(mode="json"))}
-            client.log_batch(self.run_id, params=[Param(k, str(v)) for k, v in params.items()])
+            values = [Param(name, str(value)) for name, value in params.items()]
+            for first in range(0, len(values), 100):  # more in a batch are refused
+                client.log_batch(self.run_id, params=values[first : first + 100])
             client.log_text(self.run_id, config.model_dump_json(indent=1), "config.json")
 
     def _log_files(self, folder: str, files: Mapping[str, bytes]) -> None:
@@ -181,26 +172,27 @@ class Tracker:
         self._guard(folder, send)
 
     def _guard(self, what: str, action: Callable[[], Any]) -> None:
-        """The one place where trouble in MLflow becomes a warning."""
+        """Trouble in MLflow becomes a warning; after the first the run is left alone."""
         if what != "start" and self._client is None:
             return
-        started = time.monotonic()
-        try:
-            from mlflow.exceptions import MlflowException
-            from sqlalchemy.exc import SQLAlchemyError
-        except ImportError as error:
-            log.warning("tracking=off what=%s error=%s", what, type(error).__name__)
-            return
-        try:
-            action()
-        except (MlflowException, SQLAlchemyError, OSError) as error:
-            # After one failure the run is left alone: each further call could wait for a timeout.
+        # Each further call could wait for a timeout.
+        if not registry.guarded(what, action):
             self._client = None
-            log.warning(
-                "tracking=off what=%s error=%s seconds=%.1f: MLflow does not answer as expected; "
-                "the work goes on without it",
-                what, type(error).__name__, time.monotonic() - started,
-            )  # fmt: skip
+
+
+def _experiment(client: Any, location: str | None) -> str:
+    """Id of the one experiment of this program; made where there is none."""
+    from mlflow.exceptions import MlflowException
+
+    known = client.get_experiment_by_name(EXPERIMENT)
+    if known is None:
+        try:
+            return str(client.create_experiment(EXPERIMENT, artifact_location=location))
+        except MlflowException:  # another run was first
+            known = client.get_experiment_by_name(EXPERIMENT)
+            if known is None:
+                raise
+    return str(known.experiment_id)
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from ray_jobs.bids_parser import build_bids_parser, is_bids_app
 from ray_jobs.outcome import STOPPED, Outcome
 from ray_jobs.parser import COMMANDS, build_parser
 from sgcd_core.errors import SgcdError, UsageError
@@ -28,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     reach; 70 a fault of this program; 75 stopped, run again to resume; 78 bad configuration.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    parser = build_parser()
+    parser = build_bids_parser() if is_bids_app(words) else build_parser()
     try:
         args = parser.parse_args(words)
     except SystemExit as end:  # argparse: --help, --version and usage errors
@@ -36,7 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not getattr(args, "command", None):
         parser.print_help()
         return UsageError.exit_code
-    _logging(getattr(args, "debug", False))
+    args.debug = getattr(args, "debug", False) or getattr(args, "verbose", 0) > 1
+    _logging(args.debug)
     try:
         with _sigterm_stops():
             outcome = _run(args)
@@ -72,7 +74,8 @@ def execute(words: Sequence[str]) -> tuple[Any, Outcome]:
 
 
 def _run(args: Any) -> Outcome:
-    module, _, function = COMMANDS[args.command].partition(":")
+    where = getattr(args, "run", None) or COMMANDS[args.command]
+    module, _, function = where.partition(":")
     run = getattr(importlib.import_module(module), function)
     outcome: Outcome = run(args)
     return outcome

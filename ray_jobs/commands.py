@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 from ray_jobs.context import absolute, open_lake, quoted, recorded
@@ -123,22 +121,6 @@ def suggest(args: Any) -> Outcome:
     return Outcome(text, next=follow, lines=lines, data={"target": best, "rows": rows})
 
 
-def query(args: Any) -> Outcome:
-    """`sgcd query`: locked SQL over the tables."""
-    from pipelines.query import format_result, run_query
-
-    found = run_query(open_lake(args.lake), args.sql, as_of=args.as_of)
-    if args.json:
-        return Outcome(f"{found.num_rows} rows", data={"rows": found.to_pylist()})
-    body = format_result(found, args.format)
-    if args.out:
-        Path(args.out).write_bytes(body)
-        return Outcome(f"{found.num_rows} rows in {args.out}")
-    sys.stdout.buffer.write(body)
-    sys.stdout.buffer.flush()
-    return Outcome("")  # the table counts its rows itself, the others are for programs
-
-
 def report(args: Any) -> Outcome:
     """`sgcd report`: one self-contained page."""
     from pipelines.report import write_report
@@ -148,3 +130,15 @@ def report(args: Any) -> Outcome:
     name, version = resolve(lake, args.model)
     uri = write_report(lake, name, version, out=args.out and absolute(args.out))
     return Outcome(f"report: {uri}", data={"report": uri})
+
+
+def cite(args: Any) -> Outcome:
+    """`sgcd cite`: a methods paragraph that a paper can paste."""
+    from pipelines.cite import citation
+    from ray_jobs.models import resolve
+
+    lake = open_lake(args.lake)
+    name, version = resolve(lake, args.model)
+    text = citation(lake, name, version)
+    return Outcome("", lines=text.splitlines(), data={"model": name, "version": version,
+                                                      "text": text})  # fmt: skip

@@ -83,6 +83,7 @@ def tracked(
     lake: Lake, command: str, config: SgcdConfig, **tags: Any
 ) -> Iterator[tuple[dict[str, Any], Tracker]]:
     """`recorded`, and a run in MLflow beside it; trouble in MLflow is a warning."""
+    from pipelines.cite import software_versions
     from pipelines.tracking import Tracker
 
     named = {name: str(value) for name, value in tags.items() if value is not None}
@@ -90,6 +91,7 @@ def tracked(
         recorded(lake, command, config.digest()) as summary,
         Tracker.start(lake, command, config, {"code_version": code_version(), **named}) as tracker,
     ):
+        summary["software"] = software_versions()
         yield summary, tracker
 
 
@@ -100,12 +102,19 @@ def track_training(
     for item in history:
         losses = {key: value for key, value in item.items() if key != "step"}
         tracker.log_metrics(losses, step=int(item["step"]))
+    track_files(tracker, lake, name, version, "candidate")
+
+
+def track_files(
+    tracker: Tracker, lake: Lake, name: str, version: int, alias: str | None = None
+) -> None:
+    """The model's files, byte for byte, as plain artifacts, and the version in the registry."""
     store, root = Store(), lake.model(name, version)
     files = {
         item.uri.rpartition("/")[2]: store.read_bytes(item.uri) for item in store.list(root + "/")
     }
     tracker.log_pack(files)
-    tracker.register(name, version)
+    tracker.register(name, version, alias)
 
 
 def open_lake(uri: str, *, create: bool = False) -> Lake:

@@ -12,6 +12,7 @@ from sgcd_core.errors import UsageError
 
 if TYPE_CHECKING:
     from pipelines.downstream import DownstreamLine, Repeated
+    from pipelines.evaluate import EvaluationSummary
     from pipelines.lake import Lake
     from pipelines.tissue import TissueLine
     from pipelines.verdict import Line
@@ -32,6 +33,7 @@ class _Part:
     skipped: dict[str, str]
     written: bool
     data: Row = field(default_factory=dict)
+    found: EvaluationSummary | None = None
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,8 @@ class _Question:
 
 def run(args: Any) -> Outcome:
     """`sgcd evaluate`: figures per scan and per site into the catalog, the verdict in words."""
-    from ray_jobs.models import meta_of, resolve
+    from pipelines.run_figures import run_figures
+    from ray_jobs.models import meta_of, pinned, resolve
     from ray_jobs.settings import over_model
     from sgcd_core.io.store import Store
     from sgcd_core.modelpack import load_modelpack
@@ -73,6 +76,11 @@ def run(args: Any) -> Outcome:
                 if isinstance(value := row["after"], float)
             }
         )
+        for part in parts:
+            if part.found is not None and tracker.run_id is not None:
+                drawn = run_figures(lake, part.found, config.prepare.digest())
+                for figure, png in drawn.items():
+                    tracker.log_figure(figure, png)
         skipped = {scan: code for part in parts for scan, code in part.skipped.items()}
         pairs = next((part.data["pairs"] for part in parts if "pairs" in part.data), None)
         summary.update(
@@ -86,7 +94,8 @@ def run(args: Any) -> Outcome:
     for part in parts:
         data |= part.data
     data |= {"skipped": skipped, "rows": rows}
-    follow = f"sgcd report --lake {quoted(args.lake)} --model {quoted(args.model)}"
+    chosen = quoted(pinned(args.model, name, version))
+    follow = f"sgcd report --lake {quoted(args.lake)} --model {chosen}"
     return Outcome(text, next=follow, lines=[x for part in parts for x in part.lines], data=data)
 
 
@@ -106,6 +115,7 @@ def _voxels(q: _Question) -> _Part:
         ["", *shown, "", *found.verdict, ""], f"{found.pairs} scans compared with their truth",
         found.site_rows, found.skipped, found.written,
         {"pairs": found.pairs, "verdict": found.verdict, "table": shown, "figures": figures},
+        found,
     )  # fmt: skip
 
 

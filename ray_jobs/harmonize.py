@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 import uuid
@@ -15,12 +16,13 @@ import pyarrow.compute as pc
 
 from pipelines.catalog import Catalog
 from pipelines.harmonize import Job, Row, blank_row
-from pipelines.ledger import forget_attempts, forgive_attempts
+from pipelines.lake import Lake
+from pipelines.ledger import forget_attempts, forgive_attempts, model_key
 from pipelines.plan import FAILED_AT_INDEX, Plan, plan
 from ray_jobs.commit import Committer
 from ray_jobs.context import code_version, open_lake, quoted, tracked
 from ray_jobs.harmonize_stream import Pool, harmonize_stream
-from ray_jobs.models import meta_of, resolve
+from ray_jobs.models import alias_of, meta_of, pinned, resolve
 from ray_jobs.outcome import DONE, WITH_FAILURES, Outcome, failure_line
 from ray_jobs.session import cpu_count, session
 from ray_jobs.settings import over_model
@@ -71,6 +73,8 @@ def run(args: Any) -> Outcome:
 
     check_pattern(args.lesions)
     lake = open_lake(args.lake)
+    only = getattr(args, "only", None)  # of the BIDS App: these scans, into that folder
+    lake = dataclasses.replace(lake, outputs=getattr(args, "outputs", None))
     catalog = Catalog(lake)
     model, version = resolve(lake, args.model)
     meta = meta_of(lake, model, version)
@@ -79,6 +83,7 @@ def run(args: Any) -> Outcome:
     made = plan(
         catalog, model, version, sites=args.sites, sequences=args.sequences or config.sequences,
         only_new=args.only_new, retry_failed=args.retry_failed, force=args.force,
+        only=only,
     )  # fmt: skip
     job = Job(
         lake=lake, model=model, version=version, target=target, config=config,
@@ -88,7 +93,8 @@ def run(args: Any) -> Outcome:
     )  # fmt: skip
     planned, sentence = made.todo.num_rows, made.sentence()
     name = f"{model}@{version}"
-    follow = f"sgcd evaluate --lake {quoted(args.lake)} --model {quoted(args.model)}"
+    chosen = quoted(pinned(args.model, model, version))
+    follow = f"sgcd evaluate --lake {quoted(args.lake)} --model {chosen}"
     data: Row = {
         "model": model, "version": version, "target": target,
         "planned": planned, "skipped": made.reasons(),
@@ -98,11 +104,14 @@ def run(args: Any) -> Outcome:
         return Outcome(f"would harmonize with {name}: {sentence}", lines=lines, data=data)
     refused = list(_refused_at_index(catalog, job, made))
     if not planned and not refused:
+        describe(lake, model, version)  # a run that was stopped may have left it undone
         return Outcome(f"nothing to harmonize with {name}: {sentence}", next=follow, data=data)
     tally = Tally()
     started = time.monotonic()
-    tags = {"model": model, "version": version, "batch_id": job.batch_id}
+    tags = {"model": model, "version": version, "batch_id": job.batch_id, "asked": args.model}
     with tracked(lake, "harmonize", config, **tags) as (summary, tracker):
+        if alias := alias_of(args.model):
+            tracker.compare_alias(model, alias, version)
         with Committer(catalog, job) as commit:
             for row in refused:
                 commit.add(row)
@@ -114,9 +123,13 @@ def run(args: Any) -> Outcome:
                     raise
         if tally.counts.total() != planned:  # a law of this program, not a user's mistake
             raise RuntimeError(f"{planned} scans went in, {tally.counts.total()} rows came out")
-        summary.update(tally.counts, model=model, version=version, failed=tally.failed)
+        summary.update(
+            tally.counts, model=model, version=version, asked=args.model, failed=tally.failed,
+            settings=args.settings,
+        )  # fmt: skip
         found = {f"scans/{status}": float(n) for status, n in tally.counts.items()}
         tracker.log_metrics(found)
+    describe(lake, model, version)
     seconds = time.monotonic() - started
     parts = ", ".join(f"{n} {status}" for status, n in tally.counts.most_common()) or "none"
     text = f"harmonized with {name}: {parts} of {planned} planned scans in {seconds:.0f} s"
@@ -139,7 +152,8 @@ def run(args: Any) -> Outcome:
 
 def _harmonize(args: Any, job: Job, made: Plan, commit: Committer, tally: Tally) -> None:
     """Send every planned scan through the cluster's workers."""
-    from pipelines.derivative import stems, write_description
+    from pipelines.dataset_files import write_description
+    from pipelines.derivative import stems
     from pipelines.progress import Progress
 
     lake = job.lake
@@ -149,7 +163,16 @@ def _harmonize(args: Any, job: Job, made: Plan, commit: Committer, tally: Tally)
     work = made.todo.select(WORK)
     mine = pc.index_in(work["scan_id"], named["scan_id"])
     work = work.append_column("stem", named["stem"].take(mine))
-    write_description(lake, job.key, job.code_version, _roots(work))
+    where = {"model": job.model, "model_version": job.version}
+    before = Catalog(lake).rows("results", where=where).filter(pc.field("output_uri").is_valid())
+    used = pc.field("scan_id").isin(pa.concat_arrays([
+        *before["scan_id"].chunks, *work["scan_id"].chunks
+    ]))  # fmt: skip
+    links = write_description(
+        lake.derivatives(job.key), job.key, job.code_version, _addresses(made.scans),
+        _addresses(made.scans.filter(used)),
+    )  # fmt: skip
+    job = dataclasses.replace(job, links=links)
     with (
         session(args.ray_address, cpus=1.5, gpus=args.gpu_fraction if args.gpus else 0) as ray,
         Progress("harmonize", work.num_rows) as progress,
@@ -167,14 +190,26 @@ def _harmonize(args: Any, job: Job, made: Plan, commit: Committer, tally: Tally)
             progress.update(1, **tally.counts)
 
 
-def _roots(work: pa.Table) -> list[str]:
-    """The data sets the scans lie in."""
-    from pipelines.lesions import dataset_root
+def _addresses(scans: pa.Table) -> list[Row]:
+    """What tells which data sets scans lie in."""
+    rows: list[Row] = scans.select(["uri", "subject"]).to_pylist()
+    return rows
 
-    found: set[str] = set()
-    for batch in work.select(["uri", "subject"]).to_batches(max_chunksize=10_000):
-        found |= {root for scan in batch.to_pylist() if (root := dataset_root(scan))}
-    return sorted(found)
+
+def describe(lake: Lake, model: str, version: int) -> None:
+    """Bring participants.tsv and the citation of the derivative up to date; from the tables."""
+    from pipelines.cite import citation
+    from pipelines.dataset_files import LOGS, write_changed, write_participants
+    from sgcd_core.io.store import Store, join
+
+    catalog, where = Catalog(lake), {"model": model, "model_version": version}
+    results = catalog.rows("results", where=where).to_pylist()
+    if not any(row["output_uri"] for row in results):
+        return
+    root = lake.derivatives(model_key(model, version))
+    write_participants(root, catalog.rows("scans").to_pylist(), results)
+    text = citation(lake, model, version).encode()
+    write_changed(Store(), join(root, LOGS, "CITATION.md"), text)
 
 
 def uses_noise(config: SgcdConfig, target: str | None) -> bool:

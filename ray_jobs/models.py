@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
 from typing import Any
 
+from pipelines.aliases import NEWEST, aliases, current
 from pipelines.lake import Lake
 from sgcd_core.errors import InputError, ModelError
-from sgcd_core.io.store import Store, join
+from sgcd_core.io.store import Store, join, sha256_hex
+
+log = logging.getLogger(__name__)
 
 #: Written last, so its presence says that a model is complete.
 PACK = "pack.json"
@@ -60,8 +65,12 @@ def find_trained(lake: Lake, name: str, meta: dict[str, Any]) -> int | None:
 def resolve(lake: Lake, reference: str) -> tuple[str, int]:
     """Name and version of `NAME`, `NAME@VERSION`, `NAME@latest` or `NAME@ALIAS`.
 
+    An alias is looked up in the lake. One that only MLflow knows is taken from there with a
+    warning; MLflow is asked for nothing else, and may be absent or out of reach.
+
     Raises:
-        ModelError: MODEL-MISSING, listing the models there are.
+        ModelError: MODEL-MISSING, listing the models there are; MODEL-ALIAS, the files behind an
+            alias are not those that were promoted.
     """
     name, _, wish = reference.partition("@")
     have = models(lake)
@@ -72,30 +81,79 @@ def resolve(lake: Lake, reference: str) -> tuple[str, int]:
             hint="Make one with `sgcd train` and `sgcd tune`.",
         )  # fmt: skip
     versions = have[name]
-    if wish in ("", "latest"):
+    if wish in ("", *NEWEST):
         return name, versions[-1]
-    version = int(wish.removeprefix("v")) if wish.removeprefix("v").isdigit() else None
-    if version is None:
-        version = _alias(lake, name, wish)
+    alias = alias_of(reference)
+    if alias is None:
+        version: int | None = int(wish.removeprefix("v"))
+    else:
+        version = _promoted(lake, name, alias) or _in_mlflow(lake, name, alias)
     if version not in versions:
+        named = ", ".join(f"{word} ({v})" for word, v in aliases(lake, name).items())
         raise ModelError(
             f"model {name!r} has no version or alias {wish!r}; it has "
-            f"{', '.join(map(str, versions))}.", where=lake.uri,
+            f"{', '.join(map(str, versions))}{f'; aliases: {named}' if named else ''}.",
+            where=lake.uri,
         )  # fmt: skip
     return name, version
 
 
-def _alias(lake: Lake, name: str, alias: str) -> int | None:
-    """Version of the lake behind an alias of the MLflow registry; None when it has none."""
-    from mlflow import MlflowClient
-    from mlflow.exceptions import MlflowException
-    from sqlalchemy.exc import SQLAlchemyError
+def alias_of(reference: str) -> str | None:
+    """The alias in `NAME@ALIAS`; None where a version is named, or the newest is meant."""
+    wish = reference.partition("@")[2]
+    number = wish.removeprefix("v").isdigit()
+    return None if number or wish in ("", *NEWEST) else wish
 
+
+def pinned(reference: str, name: str, version: int) -> str:
+    """What the next command is to name: the version in place of an alias, which may move."""
+    return f"{name}@{version}" if "@" in reference else name
+
+
+def pack_digest(lake: Lake, name: str, version: int) -> str:
+    """SHA-256 of a version's `pack.json`.
+
+    Raises:
+        ModelError: MODEL-MISSING.
+    """
+    where = lake.model(name, version)
+    try:
+        return sha256_hex(Store().read_bytes(join(where, PACK), max_bytes=10_000_000))
+    except InputError as error:
+        raise ModelError("there is no model here.", where=where) from error
+
+
+def _promoted(lake: Lake, name: str, alias: str) -> int | None:
+    """Version behind an alias of the lake, its files being those that were promoted."""
+    found = current(lake, name, alias)
+    if found is None:
+        return None
+    if pack_digest(lake, name, found.version) != found.pack_sha256:
+        raise ModelError(
+            f"version {found.version} of {name} was changed after it was promoted to {alias}.",
+            code="MODEL-ALIAS", where=lake.model(name, found.version),
+            hint="Restore the model's files, or look at it and promote it again.",
+        )  # fmt: skip
+    return found.version
+
+
+def _in_mlflow(lake: Lake, name: str, alias: str) -> int | None:
+    """Version behind an alias that only MLflow knows; None when it has none or is out of reach."""
+    from pipelines import registry
     from pipelines.tracking import tracking_uri
 
-    try:
-        client = MlflowClient(tracking_uri=tracking_uri(lake))
-        number = client.get_model_version_by_alias(name, alias).tags.get("lake_version", "")
-    except (MlflowException, SQLAlchemyError, OSError):
+    found: list[int | None] = []
+    uri = tracking_uri(lake)
+    if uri.startswith("sqlite:///") and not os.path.exists(uri.removeprefix("sqlite:///")):
         return None
-    return int(number) if number.isdigit() else None
+    registry.guarded(
+        "alias",
+        lambda: found.append(registry.alias_version(registry.connect(uri), lake, name, alias)),
+    )
+    version = next(iter(found), None)
+    if version is not None:
+        log.warning(
+            "alias=%s model=%s version=%d: only MLflow knows this alias. Keep it in the lake with "
+            "`sgcd promote`.", alias, name, version,
+        )  # fmt: skip
+    return version

@@ -18,10 +18,14 @@ COMMANDS = {
     "train": "ray_jobs.train_global:run",
     "suggest-target": "ray_jobs.commands:suggest",
     "tune": "ray_jobs.tune_target:run",
+    "promote": "ray_jobs.promote:run",
     "harmonize": "ray_jobs.harmonize:run",
     "evaluate": "ray_jobs.evaluate:run",
     "report": "ray_jobs.commands:report",
-    "query": "ray_jobs.commands:query",
+    "cite": "ray_jobs.commands:cite",
+    "query": "ray_jobs.tables:query",
+    "optimize": "ray_jobs.tables:optimize",
+    "export": "ray_jobs.tables:export",
     "status": "ray_jobs.status:run",
     "doctor": "ray_jobs.doctor:run",
 }
@@ -37,6 +41,9 @@ the way through:
   sgcd harmonize --lake LAKE --model target-SITE
   sgcd evaluate --lake LAKE --model target-SITE
   sgcd report --lake LAKE --model target-SITE
+
+as a BIDS App, for users of fMRIPrep and MRIQC (sgcd . . participant --help):
+  sgcd BIDS_DIR OUT_DIR participant --lake LAKE --model NAME@champion --participant-label 01 02
 
 Running any command twice is safe, and is also how to resume.
 exit codes: 0 done, 1 finished with failed scans, 2 usage, 65 bad data, 69 storage or cluster
@@ -77,10 +84,14 @@ def build_parser() -> argparse.ArgumentParser:
     _train(sub)
     _suggest(sub)
     _tune(sub)
+    _promote(sub)
     _harmonize(sub)
     _evaluate(sub)
     _report(sub)
+    _cite(sub)
     _query(sub)
+    _optimize(sub)
+    _export(sub)
     _status(sub)
     _doctor(sub)
     return parser
@@ -197,7 +208,8 @@ def _index(sub: Any) -> None:
     p.add_argument("sources", nargs="+", metavar="SOURCE")
     p.add_argument(
         "--site-from", default="auto", metavar="HOW",
-        help="auto, participants, session, sidecar or column (default: %(default)s)",
+        help="auto, participants, session, sidecar, column, or name:SITE where all are from one "
+        "(default: %(default)s)",
     )  # fmt: skip
     p.add_argument(
         "--sequences", nargs="+", default=["T1w", "T2w"], metavar="T1w", help="default: T1w T2w"
@@ -250,6 +262,16 @@ def _tune(sub: Any) -> None:
         "--sequences", nargs="+", metavar="T1w", help="only these, for a target that lacks others"
     )
     p.add_argument("--gpus", action="store_true", help="use a GPU")
+
+
+def _promote(sub: Any) -> None:
+    p = _command(
+        sub, "promote", "Move an alias of a model, such as champion, to a version; or back.",
+        "sgcd promote --lake LAKE target-SITE@2 --alias champion",
+    )  # fmt: skip
+    p.add_argument("reference", metavar="NAME@VERSION", help="the version to promote")
+    p.add_argument("--alias", default="champion", help="default: %(default)s")
+    p.add_argument("--dry-run", action="store_true", help="say what would change, change nothing")
 
 
 def _harmonize(sub: Any) -> None:
@@ -317,15 +339,54 @@ def _report(sub: Any) -> None:
     p.add_argument("--out", metavar="FILE", help="default: LAKE/reports/…")
 
 
+def _cite(sub: Any) -> None:
+    p = _command(
+        sub, "cite", "A methods paragraph and its references, from what was done.",
+        "sgcd cite --lake LAKE --model target-SITE > methods.md",
+    )  # fmt: skip
+    _model(p)
+
+
 def _query(sub: Any) -> None:
     p = _command(
         sub, "query", "Ask the tables of a lake in SQL; reads only.",
         'sgcd query "SELECT site, count(*) FROM scans GROUP BY site" --lake LAKE',
     )  # fmt: skip
-    p.add_argument("sql", metavar="SQL")
-    p.add_argument("--format", choices=("table", "csv", "parquet", "json"), default="table")
-    p.add_argument("--out", metavar="FILE", help="where csv or parquet goes (default: stdout)")
-    p.add_argument("--as-of", metavar="WHEN", help="7, results=7,scans=3 or a date")
+    p.add_argument("sql", nargs="?", metavar="SQL", help="one SELECT; - reads it from stdin")
+    p.add_argument("--tables", action="store_true", help="list the tables instead")
+    p.add_argument(
+        "--schema", nargs="?", const="", metavar="TABLE", help="list the columns of a table, or all"
+    )
+    p.add_argument(
+        "--format", choices=("table", "csv", "parquet", "json"),
+        help="default: by the ending of --out, else table",
+    )  # fmt: skip
+    p.add_argument("--out", metavar="FILE", help="a file or s3:// address (default: stdout)")
+    p.add_argument("--as-of", metavar="WHEN", help="a date, a version, or results=7,scans=3")
+    p.add_argument("--timeout", type=_positive, metavar="SECONDS", help="longest run (60)")
+
+
+def _optimize(sub: Any) -> None:
+    p = _command(
+        sub, "optimize", "Put small files of the tables together; remove old replaced ones.",
+        "sgcd optimize --lake LAKE --dry-run",
+    )  # fmt: skip
+    p.add_argument(
+        "--keep-days", type=float, default=30.0, metavar="DAYS",
+        help="keep replaced files for running readers and old versions (%(default)g)",
+    )  # fmt: skip
+    p.add_argument("--tables", nargs="+", default=[], metavar="TABLE", help="only these")
+    p.add_argument("--dry-run", action="store_true", help="count, change nothing")
+
+
+def _export(sub: Any) -> None:
+    p = _command(
+        sub, "export", "Write the tables as plain Parquet files that explain themselves.",
+        "sgcd export --lake LAKE --out tables",
+    )  # fmt: skip
+    p.add_argument("--out", required=True, metavar="DIR", help="a folder or an s3:// prefix")
+    p.add_argument("--history", action="store_true", help="also every row that was ever appended")
+    p.add_argument("--as-of", metavar="WHEN", help="the tables as they were at this date")
 
 
 def _status(sub: Any) -> None:
@@ -344,4 +405,4 @@ def _doctor(sub: Any) -> None:
 
 
 def _model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, metavar="NAME[@VERSION]")
+    parser.add_argument("--model", required=True, metavar="NAME[@VERSION|@ALIAS]")

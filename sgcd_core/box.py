@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sgcd_core.config import SgcdConfig
 from sgcd_core.errors import ModelError
-from sgcd_core.style.composition import CompositionModel, composition_from_state, composition_state
+from sgcd_core.style.composition import Composition, composition_from_state, composition_state
 
 #: Settings a network must share with the box to start from it.
 SHAPING = ("network", "schedule", "sequences")
@@ -64,13 +64,13 @@ def _load(data: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, json.loads(header.get("__metadata__", {}).get("box", "{}"))
 
 
-def composition_bytes(model: CompositionModel, meta: dict[str, Any]) -> bytes:
+def composition_bytes(model: Composition, meta: dict[str, Any]) -> bytes:
     """The composition model as a safetensors file, in half precision."""
     return _save(composition_state(model), meta)
 
 
 @cache
-def load_composition() -> CompositionModel | None:
+def load_composition() -> Composition | None:
     """The composition model of the package; None if it was built without."""
     path = files("sgcd_core") / "weights" / "composition.safetensors"
     return composition_from_state(_load(path.read_bytes())[0]) if path.is_file() else None

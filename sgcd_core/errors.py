@@ -27,6 +27,7 @@ CODES: dict[str, str] = {
     "SCAN-EMPTY": "The image is constant or has too few distinct values.",
     "SCAN-SEQUENCE": "The sequence is not T1w or T2w, or not one this model knows.",
     "SCAN-NO-BRAIN": "Brain extraction found no plausible brain (volume out of range).",
+    "SCAN-STRIP-ENDED": "Brain extraction was ended before its end: time or memory ran out.",
     "SCAN-NEEDS-STRIPPING": "A whole head, and no brain extraction tool is installed.",
     "SCAN-REGISTRATION": "The scan could not be aligned with the template.",
     "SCAN-NO-SITE": "No site is known for this scan.",
@@ -51,6 +52,11 @@ CODES: dict[str, str] = {
     "LAKE-MISSING": "There is no lake at this address.",
     "LAKE-EMPTY": "The lake holds no scan that fits the request.",
     "TABLE-SCHEMA": "A table of the catalog has an unexpected schema.",
+    "TABLE-VERSION": "The table has no such version, or its files were removed since.",
+    # queries
+    "QUERY-INVALID": "The statement names something unknown, or is not SQL.",
+    "QUERY-REFUSED": "The statement does something else than read the catalog's tables.",
+    "QUERY-LIMIT": "The query needs more time, memory or rows than it may use.",
     # data sets
     "BIDS-INVALID": "The BIDS tree lacks what is needed to read it.",
     "MANIFEST-COLUMN": "The CSV manifest lacks a column or holds an unknown value.",
@@ -58,6 +64,7 @@ CODES: dict[str, str] = {
     "MODEL-MISSING": "There is no such model in the lake.",
     "MODEL-DIGEST": "A file of the model differs from its recorded digest.",
     "MODEL-FORMAT": "The model was written by an incompatible version.",
+    "MODEL-ALIAS": "An alias of a model cannot be moved, or not be relied on.",
     "MODEL-GRID": "The scans were prepared on another grid than the model's.",
     "TARGET-UNKNOWN": "The lake has no such site.",
     "TARGET-SEQUENCE": "The target site has no scan of a sequence that is to be harmonized.",

@@ -21,7 +21,7 @@ from sgcd_core.diffusion.schedule import Schedule
 from sgcd_core.errors import ModelError
 from sgcd_core.losses import gradient_loss, prediction_loss
 from sgcd_core.modelpack import ModelPack
-from sgcd_core.style.composition import CompositionModel, composition_state
+from sgcd_core.style.composition import Composition, composition_state
 from sgcd_core.style.outlier import OutlierModel
 from sgcd_core.style.record import Record, statistics_of
 from sgcd_core.volume.condition import (
@@ -68,7 +68,7 @@ class GlobalStage:
         total_steps: int,
         device: torch.device | str = "cpu",
         box: Box | None = None,
-        composition: CompositionModel | None = None,
+        composition: Composition | None = None,
     ) -> None:
         torch.manual_seed(config.seed)
         self.config = config
@@ -132,6 +132,13 @@ class GlobalStage:
         self.done += 1
         values = {name: float(value.detach()) for name, value in losses.items()}
         return {"loss": float(loss.detach()), **values, "learning_rate": rate}
+
+    @torch.no_grad()
+    def error(self, batch: Batch, condition: Condition | None = None) -> float:
+        """L_N of `batch` as it would be in a step; nothing is learned."""
+        self.network.eval()
+        losses, *_ = self._losses(to_device(batch, self.device), condition)
+        return float(losses["noise"])
 
     def _losses(
         self, batch: Batch, condition: Condition | None = None

@@ -19,7 +19,7 @@ from sgcd_core.errors import InputError, ModelError
 from sgcd_core.io.store import Store, join, sha256_hex
 from sgcd_core.model_card import model_card
 
-FORMAT = 4
+FORMAT = 5
 _PACK = "pack.json"
 
 
@@ -89,6 +89,45 @@ def has_modelpack(uri: str, store: Store | None = None) -> bool:
     return (store or Store()).exists(join(uri, _PACK))
 
 
+def checked_files(uri: str, store: Store | None = None) -> dict[str, bytes]:
+    """Every file of a complete modelpack, each checked against its digest; `pack.json` last.
+
+    Raises:
+        ModelError: MODEL-MISSING, MODEL-FORMAT or MODEL-DIGEST.
+    """
+    store = store or Store()
+    try:
+        data = store.read_bytes(join(uri, _PACK), max_bytes=10_000_000)
+        body = json.loads(data)
+    except InputError as error:
+        raise ModelError(
+            "there is no model here.", code="MODEL-MISSING", where=uri,
+            hint="Train one with `sgcd train` or `sgcd tune`, or name another with --model.",
+        ) from error  # fmt: skip
+    except ValueError as error:
+        raise ModelError(f"{_PACK} is not JSON.", code="MODEL-FORMAT", where=uri) from error
+    if not isinstance(body, dict) or body.get("format") != FORMAT:
+        have = body.get("format") if isinstance(body, dict) else None
+        raise ModelError(
+            f"has format {have}, this version reads {FORMAT}.", code="MODEL-FORMAT", where=uri,
+        )  # fmt: skip
+    files = {}
+    for name, digest in body["sha256"].items():
+        try:
+            files[name] = store.read_bytes(join(uri, name))
+        except InputError as error:
+            raise ModelError(
+                f"{name} is missing.", code="MODEL-DIGEST", where=uri,
+                hint="Restore the file, or train again.",
+            ) from error  # fmt: skip
+        if sha256_hex(files[name]) != digest:
+            raise ModelError(
+                f"{name} does not match its recorded SHA-256.", code="MODEL-DIGEST", where=uri,
+                hint="The file was changed or damaged; train again or restore it.",
+            )  # fmt: skip
+    return files | {_PACK: data}
+
+
 def load_modelpack(uri: str, store: Store | None = None) -> ModelPack:
     """Read a modelpack and check every file against its digest.
 
@@ -97,35 +136,12 @@ def load_modelpack(uri: str, store: Store | None = None) -> ModelPack:
     """
     from safetensors.torch import load
 
-    store = store or Store()
-    try:
-        body = json.loads(store.read_bytes(join(uri, _PACK), max_bytes=10_000_000))
-    except InputError as error:
-        raise ModelError(
-            "there is no model here.", code="MODEL-MISSING", where=uri,
-            hint="Train one with `sgcd train` or `sgcd tune`, or name another with --model.",
-        ) from error  # fmt: skip
-    except ValueError as error:
-        raise ModelError(f"{_PACK} is not JSON.", code="MODEL-FORMAT", where=uri) from error
-    if body.get("format") != FORMAT:
-        raise ModelError(
-            f"has format {body.get('format')}, this version reads {FORMAT}.",
-            code="MODEL-FORMAT", where=uri,
-        )  # fmt: skip
-    files = {}
-    for name, digest in body["sha256"].items():
-        data = store.read_bytes(join(uri, name))
-        if sha256_hex(data) != digest:
-            raise ModelError(
-                f"{name} does not match its recorded SHA-256.", code="MODEL-DIGEST", where=uri,
-                hint="The file was changed or damaged; train again or restore it.",
-            )  # fmt: skip
-        files[name] = data
+    files = checked_files(uri, store)
     parent = files.get("global_network.safetensors")
     return ModelPack(
         config=parse_config(yaml.safe_load(files["config.yaml"])),
         network=load(files["network.safetensors"]),
         state=load(files["state.safetensors"]),
         global_network=load(parent) if parent is not None else None,
-        meta=body["meta"],
+        meta=json.loads(files[_PACK])["meta"],
     )

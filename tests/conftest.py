@@ -82,7 +82,9 @@ def _start(folder: Path) -> tuple[subprocess.Popen[bytes], str]:
         process = subprocess.Popen(
             [_weed(), "server", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-dir={folder / 'data'}",
              "-filer", "-s3", f"-s3.config={folder / 's3.json'}", "-master.volumeSizeLimitMB=64",
-             "-master.telemetry=false", "-volume.max=64", *options],
+             "-master.telemetry=false", "-volume.max=64",
+             # Further services, which would take fixed ports.
+             "-s3.port.iceberg=0", "-s3.port.lance=0", *options],
             stdout=log, stderr=log, cwd=folder,
         )  # fmt: skip
     return process, f"http://127.0.0.1:{ports[3]}"

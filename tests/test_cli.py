@@ -68,7 +68,7 @@ def test_no_command_and_a_wrong_one_are_usage_errors(sgcd: Run) -> None:
 LAKE_COMMANDS = [
     ("prepare",), ("train",), ("suggest-target",), ("tune", "--target", "A"),
     ("harmonize", "--model", "m"), ("evaluate", "--model", "m"), ("report", "--model", "m"),
-    ("query", "SELECT 1"), ("status",),
+    ("query", "SELECT 1"), ("status",), ("promote", "m@1"), ("cite", "--model", "m"),
 ]  # fmt: skip
 
 

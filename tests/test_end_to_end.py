@@ -150,6 +150,38 @@ def test_losses_and_model_are_tracked(place: Place) -> None:
     assert [m.step for m in losses] == list(range(6))
     found = client.get_model_version_by_alias(f"target-{TARGET}", "candidate")
     assert found.tags["lake_version"] == "1"
+    copy = Path(client.download_artifacts(found.run_id, "modelpack"))
+    own = place.lake / "models" / f"target-{TARGET}" / "1"
+    names = {path.name for path in copy.iterdir()}
+    assert names == {path.name for path in own.iterdir()} - {"FIGURES.md"}
+    assert all((copy / name).read_bytes() == (own / name).read_bytes() for name in names)
+    evaluated = by_command["evaluate"]
+    assert {"siteC/T1w/sgcd/psnr", "siteC/T1w/raw/psnr"} <= set(evaluated.data.metrics)
+    figures = {Path(f.path).name for f in client.list_artifacts(evaluated.info.run_id, "figures")}
+    kinds = ("measures", "histograms", "distances")
+    assert figures >= {f"{kind}_{sequence}.png" for kind in kinds for sequence in ("T1w", "T2w")}
+
+
+def test_a_promoted_model_is_found_and_its_version_pinned(place: Place) -> None:
+    name = f"target-{TARGET}"
+    assert place.sgcd("promote", f"{name}@1") == 0
+    assert place.sgcd("harmonize", "--model", f"{name}@champion") == 0  # nothing to do
+    rows = place.catalog.rows("results", where={"model": name}).to_pylist()
+    assert {row["model_version"] for row in rows} == {1}
+
+
+def test_the_derivative_says_what_was_done(place: Place) -> None:
+    root = place.lake / "derivatives" / f"target-{TARGET}-v1"
+    text = (root / "logs" / "CITATION.md").read_text()
+    assert "13 scans (T1w 6, T2w 7)" in text and f"the look of site {TARGET}" in text
+    assert "1 could not be harmonized (SCAN-" in text and "PyTorch" in text
+    assert "2 steps with" in text and "statistics" in text
+    description = json.loads((root / "dataset_description.json").read_text())
+    assert description["DatasetLinks"] == {"cohort": place.cohort.as_uri()}
+    people = (root / "participants.tsv").read_text().splitlines()
+    done = {row["subject"] for row in place.catalog.rows("results").to_pylist()
+            if row["output_uri"]}  # fmt: skip
+    assert {line.split("\t")[0] for line in people[1:]} == {f"sub-{s}" for s in done}
 
 
 def snapshot(root: Path) -> dict[str, tuple[int, int]]:

@@ -2,6 +2,7 @@
 
 Producers render random sites without end; with `--refit` the composition model is fitted once
 enough of them are measured; the network is then trained for `--minutes`. Run again to go on.
+Anatomies beyond the first `--anatomies` show the error on heads and sites never trained on.
 """
 
 from __future__ import annotations
@@ -28,11 +29,13 @@ from pipelines.box.scans import SUBJECTS, Pool, SiteScans, produce, wait_for
 from pipelines.cohort import list_anatomies
 from sgcd_core.box import composition_bytes, load_composition
 from sgcd_core.config import load_config
-from sgcd_core.style.composition import CompositionModel
+from sgcd_core.style.composition import Composition
 
 SEED = 2026
 #: One site in so many is kept for scoring the composition model.
 HELD_OUT = 7
+#: Random sites of anatomies that nothing here is fitted to, for the held-out error.
+HELD_SITES = 6
 #: What is different from training on scans: these scans have no noise, so voxels can be compared,
 #: and they can be sharpened; a window's histogram is no brain's, so there is no record.
 SETTINGS = (
@@ -66,7 +69,8 @@ def main(words: Sequence[str] | None = None) -> None:
         parser.error(f"--sites must be at least {2 * HELD_OUT}: one in {HELD_OUT} is held out")
     torch.set_num_threads(args.threads)
     pool = Pool(args.work / "pool")
-    anatomies = [*list_anatomies(args.anatomy)[: args.anatomies], *list_anatomies(None)]
+    found = list_anatomies(args.anatomy)
+    anatomies = [*found[: args.anatomies], *list_anatomies(None)]
     context = multiprocessing.get_context("spawn")
     producers = [
         context.Process(target=_produce, args=(args.work, anatomies, n), daemon=True)
@@ -78,9 +82,10 @@ def main(words: Sequence[str] | None = None) -> None:
         config = load_config(args.preset, settings=[*SETTINGS, *args.settings])
         composition = _composition(args.work, pool, args.sites, args.refit)
         wait_for(pool, 20)
+        held = _held_out(args.work, found[args.anatomies :])
         weights = train_network(
             pool, config, composition, args.work / args.preset, minutes=args.minutes,
-            total_steps=args.steps, start_from=args.start,
+            total_steps=args.steps, start_from=args.start, held=held,
             report=lambda line: print(json.dumps(line), flush=True),
         )  # fmt: skip
     finally:
@@ -114,12 +119,21 @@ def _produce(work: Path, anatomies: list[str], worker: int) -> None:
         produce(Pool(work / "pool"), anatomies, SEED, worker, measured=measured)
 
 
+def _held_out(work: Path, anatomies: list[str]) -> Pool | None:
+    """Sites of other anatomies than those trained on; None where no anatomy is left for them."""
+    pool = Pool(work / "held-out")
+    missing = HELD_SITES - len(pool.files()) // 2
+    if anatomies and missing > 0:
+        produce(pool, anatomies, SEED + 1, 0, sites=missing)
+    return pool if pool.files() else None
+
+
 def _profiles(work: Path) -> list[Path]:
     """What the producers measured."""
     return sorted(work.glob("profiles-*.f32"))
 
 
-def _composition(work: Path, pool: Pool, sites: int, refit: bool) -> CompositionModel:
+def _composition(work: Path, pool: Pool, sites: int, refit: bool) -> Composition:
     """The package's model, or one fitted now."""
     packaged = load_composition()
     if packaged is not None and not refit:

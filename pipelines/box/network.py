@@ -19,9 +19,12 @@ from sgcd_core.config import SgcdConfig
 from sgcd_core.diffusion.network import LookEmbedding
 from sgcd_core.errors import SgcdError
 from sgcd_core.global_stage import GlobalStage, conditioned, draw, unwrapped
-from sgcd_core.style.composition import CompositionModel
+from sgcd_core.style.composition import Composition
 from sgcd_core.style.look import blend, mirrored_look, textures
 from sgcd_core.volume.condition import Condition, LookMatcher
+
+#: Samples of sites that are not trained on, and the seed that fixes them.
+HELD_SAMPLES, HELD_SEED = 48, 7
 
 
 class Samples(IterableDataset[dict[str, Any]]):
@@ -37,7 +40,7 @@ class Samples(IterableDataset[dict[str, Any]]):
     """
 
     def __init__(
-        self, pool: Pool, config: SgcdConfig, composition: CompositionModel, seed: int, start: int
+        self, pool: Pool, config: SgcdConfig, composition: Composition, seed: int, start: int
     ) -> None:
         self.pool, self.config, self.seed, self.start = pool, config, seed, start
         self.matcher = LookMatcher(
@@ -101,10 +104,24 @@ def set_textures(network: torch.nn.Module, pool: Pool, config: SgcdConfig) -> No
             module.texture_std.copy_(values.std(0).clamp(min=0.05))
 
 
+def fixed_samples(
+    pool: Pool, config: SgcdConfig, composition: Composition, count: int
+) -> list[tuple[Batch, Condition]]:
+    """The same `count` samples at every call, in turn over the files of a pool that stays.
+
+    Windows are cut and styles drawn as in training; which are told by the number of the sample.
+    """
+    samples, files = Samples(pool, config, composition, HELD_SEED, 0), pool.files()
+    return [
+        collate([samples.sample(files[n % len(files)], n, np.random.default_rng([HELD_SEED, n]))])
+        for n in range(count if files else 0)
+    ]
+
+
 def train_network(
     pool: Pool,
     config: SgcdConfig,
-    composition: CompositionModel,
+    composition: Composition,
     folder: Path,
     *,
     minutes: float,
@@ -112,6 +129,7 @@ def train_network(
     every: int = 100,
     loaders: int = 1,
     start_from: Path | None = None,
+    held: Pool | None = None,
     report: Callable[[dict[str, Any]], None] = lambda row: None,
 ) -> Path:
     """Train for a while, from the newest checkpoint in `folder`; returns the box file.
@@ -126,6 +144,8 @@ def train_network(
         every: Steps between checkpoints.
         loaders: Processes that take conditions.
         start_from: Box file to start from where there is no checkpoint yet.
+        held: Sites that are not trained on: their mean L_N, always of the same samples, is
+            reported as `held_out`.
         report: Called with the mean losses of each such stretch.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -138,6 +158,7 @@ def train_network(
             start = Box.from_bytes(start_from.read_bytes())
             unwrapped(stage.network).load_state_dict(start.network)
         set_textures(unwrapped(stage.network), pool, config)
+    fixed = [] if held is None else fixed_samples(held, config, composition, HELD_SAMPLES)
     end = time.monotonic() + 60 * minutes
     rows: list[dict[str, float]] = []
 
@@ -154,6 +175,8 @@ def train_network(
         weights.write_bytes(box.to_bytes())
         if rows:
             mean = {k: float(np.mean([r[k] for r in rows])) for k in rows[0]}
+            if fixed:
+                mean["held_out"] = float(np.mean([stage.error(*sample) for sample in fixed]))
             line = {"step": stage.done, **{k: round(v, 5) for k, v in mean.items()}}
             with (folder / "losses.jsonl").open("a") as stream:
                 stream.write(json.dumps(line) + "\n")

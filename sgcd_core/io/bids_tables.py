@@ -52,8 +52,12 @@ def parse_split(text: str | None) -> str | None:
     return value if value in ("train", "test") else None
 
 
-def read_table(uri: str, store: Store, *, delimiter: str = "\t") -> list[dict[str, str]]:
-    """Rows of a delimited text file, column names in lower case; short rows are filled with "".
+def read_table(
+    uri: str, store: Store, *, delimiter: str = "\t", keep_case: bool = False
+) -> list[dict[str, str]]:
+    """Rows of a delimited text file; short rows are filled with "".
+
+    Column names are in lower case, unless `keep_case`.
 
     Raises:
         InputError: BIDS-INVALID when it is not UTF-8 text or two columns have one name; else as
@@ -77,7 +81,9 @@ def read_table(uri: str, store: Store, *, delimiter: str = "\t") -> list[dict[st
     lines = [line for line in lines if any(value.strip() for value in line)]
     if not lines:
         return []
-    names = [name.strip().strip('"').lower() for name in lines[0]]
+    names = [name.strip().strip('"') for name in lines[0]]
+    if not keep_case:
+        names = [name.lower() for name in names]
     if len(set(names)) < len(names):
         raise InputError("two columns have the same name.", code="BIDS-INVALID", where=uri)
     rows = []

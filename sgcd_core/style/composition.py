@@ -5,11 +5,14 @@ the rank in the second that each rank in the first stands for. Profiles are rank
 no scanner. It is fitted to digital brains (`pipelines/box`): some scans against the look of others
 of the same site. Only where their distribution already agrees with the predicted one is that
 believed. The map is one curve for all scans of a site: what tells its subjects apart stays.
+
+A profile is not quite blind to scanners, and on heads unlike those it was fitted to one fit can be
+far off. `Composition` is several fits to different sites, believed as far as they agree.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,6 +35,9 @@ Array = NDArray[Any]
 KNOTS = np.linspace(0.0, 1.0, 33)
 #: No rank moves further than this, whatever the profiles.
 MAX_SHIFT = 0.25
+#: Part of the predicted shift that is made. Fits have seen scans of one scanner restyled, never of
+#: two, so they take some of what scanners do to a profile for anatomy.
+BELIEF = 0.75
 
 
 class CompositionModel(nn.Module):
@@ -81,20 +87,48 @@ class CompositionModel(nn.Module):
             out = out.index_put((mine,), shift + trust * gap)
         return MAX_SHIFT * torch.tanh(out / MAX_SHIFT)
 
+
+class Composition(nn.Module):
+    """Several `CompositionModel`s, fitted from different starts to different sites.
+
+    The mean of their shifts counts, times the part of its square that is not their disagreement,
+    times `BELIEF`.
+
+    Args:
+        members: At least one, of equal size.
+    """
+
+    def __init__(self, members: Sequence[CompositionModel]) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(members)
+
     @torch.no_grad()
+    def shift(
+        self, scan: Array, look: Array, identity: Array, sequence: int
+    ) -> NDArray[np.float32]:
+        """The shift that is believed, (K,). Arguments as of a member, of one scan."""
+        rows = [torch.from_numpy(np.asarray(x, np.float32))[None] for x in (scan, look, identity)]
+        index = torch.tensor([sequence])
+        found = np.stack([member(*rows, index)[0].numpy() for member in self.members])
+        mean = found.mean(0)
+        if len(found) < 2:
+            return np.asarray(BELIEF * mean, np.float32)
+        power, spread = float((mean**2).mean()), float(found.var(0, ddof=1).mean())
+        part = max(0.0, power - spread / len(found)) / max(power + spread, 1e-12)
+        return np.asarray(BELIEF * part * mean, np.float32)
+
     def ranks(
         self, scan: Array, look: Array, identity: Array, sequence: int
     ) -> NDArray[np.float32]:
         """Rank in the look for each of `LEVELS` in the scan, rising from 0 to 1, (257,)."""
-        rows = [torch.from_numpy(np.asarray(x, np.float32))[None] for x in (scan, look, identity)]
-        shift = self(rows[0], rows[1], rows[2], torch.tensor([sequence]))[0].numpy()
+        shift = self.shift(scan, look, identity, sequence)
         moved = np.clip(KNOTS + np.concatenate([[0.0], shift, [0.0]]), 0, 1)
         return np.interp(LEVELS, KNOTS, np.maximum.accumulate(moved)).astype(np.float32)
 
 
 def match(
     image: Array, mask: Array, mm: float, look: Look, source: Look, sequence: str, index: int = 0,
-    model: CompositionModel | None = None,
+    model: Composition | None = None,
 ) -> NDArray[np.float32]:  # fmt: skip
     """`image` with the intensities and the shading of `look`.
 
@@ -143,20 +177,21 @@ def true_shift(own: Array, look: Array) -> NDArray[np.float32]:
     return np.asarray(np.interp(inner, LEVELS, rank) - inner, np.float32)
 
 
-def composition_state(model: CompositionModel | None) -> dict[str, Tensor]:
+def composition_state(model: Composition | None) -> dict[str, Tensor]:
     """Weights for a modelpack's state; nothing for None."""
     if model is None:
         return {}
     return {f"composition.{name}": value for name, value in model.state_dict().items()}
 
 
-def composition_from_state(state: Mapping[str, Tensor]) -> CompositionModel | None:
+def composition_from_state(state: Mapping[str, Tensor]) -> Composition | None:
     """The model that `composition_state` put there, or None."""
-    found = {k.removeprefix("composition."): v for k, v in state.items()
+    found = {k.removeprefix("composition."): v.float() for k, v in state.items()
              if k.startswith("composition.")}  # fmt: skip
     if not found:
         return None
-    sequences, _, hidden = found["enter"].shape
-    model = CompositionModel(sequences, hidden)
-    model.load_state_dict({name: value.float() for name, value in found.items()})
+    count = len({name.split(".")[1] for name in found})
+    sequences, _, hidden = found["members.0.enter"].shape
+    model = Composition([CompositionModel(sequences, hidden) for _ in range(count)])
+    model.load_state_dict(found)
     return model.requires_grad_(False)

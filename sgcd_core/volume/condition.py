@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sgcd_core.batch import Batch
 from sgcd_core.config import ConditionConfig
-from sgcd_core.style.composition import CompositionModel, match
+from sgcd_core.style.composition import Composition, match
 from sgcd_core.style.look import Look, restyled
 
 
@@ -59,7 +59,7 @@ class LookMatcher:
 
     def __init__(
         self, kind: str, mm: float, sequences: Sequence[str],
-        composition: CompositionModel | None = None,
+        composition: Composition | None = None,
     ) -> None:  # fmt: skip
         self.kind, self.mm, self.sequences = kind, mm, tuple(sequences)
         self.composition = composition if kind == "composition" else None

@@ -105,7 +105,7 @@ def brain_mask(
         ((X, Y, Z) bool, "given" or "deepbet").
 
     Raises:
-        InputError: SCAN-NEEDS-STRIPPING, or SCAN-NO-BRAIN when deepbet finds none.
+        InputError: As `run_deepbet`.
     """
     if config.brain_extraction == "none":
         return nonzero_brain(data), "given"
@@ -128,7 +128,8 @@ def run_deepbet(data: Array, *, where: str | None = None, timeout_s: float = TIM
         (X, Y, Z) bool.
 
     Raises:
-        InputError: SCAN-NEEDS-STRIPPING when deepbet is not installed, SCAN-NO-BRAIN when it fails.
+        InputError: SCAN-NEEDS-STRIPPING when deepbet is not installed, SCAN-NO-BRAIN when it fails,
+            SCAN-STRIP-ENDED when time or memory ran out, which says nothing about the scan.
     """
     if importlib.util.find_spec("deepbet") is None:
         raise _needs_stripping(where)
@@ -146,10 +147,15 @@ def run_deepbet(data: Array, *, where: str | None = None, timeout_s: float = TIM
         except subprocess.TimeoutExpired as error:
             raise InputError(
                 f"brain extraction took more than {timeout_s:.0f} s and was ended.",
-                code="SCAN-NO-BRAIN", where=where,
+                code="SCAN-STRIP-ENDED", where=where, hint=_AGAIN,
             ) from error  # fmt: skip
         if done.returncode == _NO_DEEPBET:
             raise _needs_stripping(where)
+        if done.returncode < 0:
+            raise InputError(
+                f"brain extraction was ended by signal {-done.returncode}.",
+                code="SCAN-STRIP-ENDED", where=where, hint=_AGAIN,
+            )  # fmt: skip
         if done.returncode != 0 or not target.is_file():
             raise InputError(
                 f"brain extraction found no brain (deepbet ended with {done.returncode}).",
@@ -158,6 +164,10 @@ def run_deepbet(data: Array, *, where: str | None = None, timeout_s: float = TIM
             )  # fmt: skip
         mask: Array = np.load(target).astype(bool)
         return mask
+
+
+#: Advice where the machine, not the scan, is at fault.
+_AGAIN = "Run the same command again with fewer workers, or on a machine with more memory."
 
 
 def _needs_stripping(where: str | None) -> InputError:

@@ -163,8 +163,8 @@ def read_faults(lake: Path) -> dict[str, Any]:
 
 
 def outputs(lake: Path) -> dict[str, str]:
-    """Path below the lake → digest, of everything in the derivative."""
-    files = [p for p in sorted((lake / "derivatives").rglob("*")) if p.is_file()]
+    """Path below the lake → digest, of every subject's volumes and sidecars."""
+    files = [p for p in sorted((lake / "derivatives").glob("*/sub-*/**/*")) if p.is_file()]
     return {str(p.relative_to(lake)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 

@@ -11,10 +11,21 @@ from sgcd_core.box import Box, find_box, load_box, load_composition, shape_of
 from sgcd_core.config import load_config
 from sgcd_core.diffusion.network import LookEmbedding, build_network, from_cells, to_cells
 from sgcd_core.errors import ModelError
-from sgcd_core.style.composition import KNOTS, CompositionModel, match, true_shift
+from sgcd_core.style.composition import (
+    BELIEF,
+    KNOTS,
+    MAX_SHIFT,
+    Composition,
+    CompositionModel,
+    composition_from_state,
+    composition_state,
+    match,
+    true_shift,
+)
 from sgcd_core.style.look import (
     LEVELS,
     LOOK_SIZE,
+    PROFILE_SIZE,
     Look,
     composition_profile,
     leave_out,
@@ -173,13 +184,39 @@ def test_a_site_s_look_follows_a_recoloured_scan():
 
 def test_ranks_rise_from_zero_to_one_whatever_the_weights():
     torch.manual_seed(0)
-    model = CompositionModel(2)
+    model = Composition([CompositionModel(2) for _ in range(2)])
     for weight in model.parameters():
         torch.nn.init.normal_(weight, std=3.0)
     profiles = [composition_profile(*brain(s), 4.0) for s in (0, 1)]
     ranks = model.ranks(*profiles, np.zeros(len(KNOTS) - 2), 1)
     assert ranks[0] == 0 and ranks[-1] == 1 and (np.diff(ranks) >= 0).all()
     assert np.abs(ranks - LEVELS).max() <= 0.25 + 1e-6
+
+
+def test_fits_are_believed_as_far_as_they_agree():
+    members = [CompositionModel(1, hidden=4) for _ in range(2)]
+    for member in members:  # nothing but the linear part, of the profile's first number
+        torch.nn.init.zeros_(member.linear)
+        torch.nn.init.constant_(member.trust, -30.0)
+    inner = len(KNOTS) - 2
+    scan, look, identity = np.zeros(PROFILE_SIZE), np.zeros(PROFILE_SIZE), np.zeros(inner)
+    scan[0] = 1.0
+
+    def shift(*slopes: float) -> float:
+        for member, slope in zip(members, slopes, strict=True):
+            member.linear.data[0, 0] = slope
+        found = Composition(members).shift(scan, look, identity, 0)
+        assert found.shape == (inner,)
+        return float(found.mean())
+
+    assert shift(0.1, 0.1) == pytest.approx(BELIEF * MAX_SHIFT * np.tanh(0.1 / MAX_SHIFT), abs=1e-4)
+    assert shift(0.1, -0.1) == 0.0
+    assert 0 < shift(0.1, 0.04) < 0.9 * BELIEF * 0.07
+    state = composition_state(Composition(members))
+    again = composition_from_state(state)
+    assert again is not None and len(again.members) == 2
+    first = Composition(members).shift(scan, look, identity, 0)
+    np.testing.assert_array_equal(again.shift(scan, look, identity, 0), first)
 
 
 def test_a_fitted_composition_model_spares_another_composition():
@@ -208,7 +245,7 @@ def test_a_fitted_composition_model_spares_another_composition():
     for seed, amount in ((51, 0.15), (52, 0.38)):
         image, mask = brain(seed, amount)
         shown = (image**1.8) * mask
-        for name, helper in (("plain", None), ("composition", model)):
+        for name, helper in (("plain", None), ("composition", Composition([model]))):
             got = match(
                 shown, mask, 4.0, goal, measure_look(shown, mask, 4.0, "T1w"), "T1w", 0, helper
             )

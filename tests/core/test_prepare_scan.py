@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import subprocess
 from itertools import permutations, product
 from pathlib import Path
 
@@ -244,6 +245,22 @@ def test_a_mask_too_small_or_too_large_is_no_brain() -> None:
     for data in (small, large):
         with pytest.raises(InputError, match="SCAN-NO-BRAIN"):
             prepare_scan(as_scan(data, np.diag([2.0, 2, 2, 1])), config, sequence="T1w")
+
+
+@pytest.mark.parametrize(("end", "text"), [("timeout", "more than 5 s"), ("kill", "signal 9")])
+def test_an_extraction_that_ran_out_of_time_or_memory_blames_no_scan(
+    monkeypatch: pytest.MonkeyPatch, end: str, text: str
+) -> None:
+    def run(command: list[str], **_: object) -> subprocess.CompletedProcess[bytes]:
+        if end == "timeout":
+            raise subprocess.TimeoutExpired(command, 5.0)
+        return subprocess.CompletedProcess(command, -9)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    with pytest.raises(InputError, match=text) as caught:
+        run_deepbet(np.zeros((4, 4, 4), np.float32), timeout_s=5.0)
+    assert caught.value.code == "SCAN-STRIP-ENDED"
 
 
 @pytest.mark.slow

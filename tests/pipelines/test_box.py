@@ -5,13 +5,20 @@ import itertools
 import numpy as np
 import torch
 
-from pipelines.box.composition import _ROW, fit_composition, measure_site, read_sites
-from pipelines.box.network import Samples, collate, train_network
+from pipelines.box.composition import (
+    _ROW,
+    fit_composition,
+    measure_site,
+    read_sites,
+    score_composition,
+)
+from pipelines.box.network import Samples, collate, fixed_samples, train_network
 from pipelines.box.scans import GRIDS, Pool, SiteScans
 from sgcd_core.box import Box
 from sgcd_core.config import load_config
 from sgcd_core.diffusion.network import build_network
-from sgcd_core.style.composition import CompositionModel
+from sgcd_core.global_stage import GlobalStage
+from sgcd_core.style.composition import Composition, CompositionModel
 from sgcd_core.style.look import measure_look
 
 
@@ -54,12 +61,16 @@ def test_a_pool_gives_back_what_was_put_in(tmp_path):
     np.testing.assert_array_equal(looks[2], own)
 
 
+def small_model():
+    return Composition([CompositionModel(2, hidden=4)])
+
+
 def take(samples, count):
     return list(itertools.islice(iter(samples), count))
 
 
 def test_samples_are_the_same_for_a_seed_and_a_number(tmp_path):
-    pool, config, model = filled(tmp_path), load_config("tiny"), CompositionModel(2, hidden=4)
+    pool, config, model = filled(tmp_path), load_config("tiny"), small_model()
     first, second = take(Samples(pool, config, model, 3, 0), 2)
     (again,) = take(Samples(pool, config, model, 3, 1), 1)
     assert torch.equal(second["image"], again["image"])
@@ -68,8 +79,20 @@ def test_samples_are_the_same_for_a_seed_and_a_number(tmp_path):
     assert not torch.equal(first["image"], second["image"])
 
 
+def test_held_out_samples_stay_and_show_the_error_without_learning(tmp_path):
+    pool, config, model = filled(tmp_path), load_config("tiny"), small_model()
+    one, two = (fixed_samples(pool, config, model, 2) for _ in range(2))
+    assert torch.equal(one[1][0]["image"], two[1][0]["image"])
+    assert torch.equal(one[1][1].channels, two[1][1].channels)
+    assert one[0][0]["sequence"] != one[1][0]["sequence"]
+    stage = GlobalStage(config, 1, composition=model)
+    before = {k: v.clone() for k, v in stage.network.state_dict().items()}
+    assert stage.error(*one[0]) == stage.error(*two[0]) > 0
+    assert all(torch.equal(v, before[k]) for k, v in stage.network.state_dict().items())
+
+
 def test_a_window_is_cut_from_scan_and_condition_alike(tmp_path):
-    pool, model = filled(tmp_path), CompositionModel(2, hidden=4)
+    pool, model = filled(tmp_path), small_model()
     settings = ["condition.contrast_augmentation=false", "global_stage.crop=[16, 24, 16]"]
     config = load_config("tiny", settings=settings)
     (sample,) = take(Samples(pool, config, model, 3, 0), 1)
@@ -87,7 +110,7 @@ def test_the_box_is_trained_on_from_where_it_was_left(tmp_path):
     ]  # fmt: skip
     config = load_config("tiny", settings=settings)
     folder = tmp_path / "tiny"
-    model = CompositionModel(2, hidden=4)
+    model = small_model()
     lines = []
     for steps in (2, 4):
         weights = train_network(
@@ -98,9 +121,12 @@ def test_the_box_is_trained_on_from_where_it_was_left(tmp_path):
             minutes=5,
             total_steps=steps,
             loaders=0,
+            held=filled(tmp_path / "held", 1),
             report=lines.append,
         )
     assert [line["step"] for line in lines] == [2, 4]
+    assert all(line["held_out"] > 0 for line in lines)
+    assert lines[0]["held_out"] != lines[1]["held_out"]
     box = Box.from_bytes(weights.read_bytes())
     assert box.meta["steps"] == 4 and box.meta["volumes"] == 8
     build_network(config).load_state_dict(box.network)
@@ -116,5 +142,8 @@ def test_the_composition_model_is_fitted_to_what_was_measured(tmp_path):
     (tmp_path / "profiles-0.f32").write_bytes(np.stack(rows).tobytes() + b"half a row")
     sites = read_sites([tmp_path / "profiles-0.f32"], 5)
     assert sites.shape == (8, 5, _ROW)
-    one, two = (fit_composition(sites, steps=5, batch=4, hidden=4) for _ in range(2))
-    assert torch.equal(one.linear, two.linear) and one.linear.abs().sum() > 0
+    one, two = (fit_composition(sites, members=2, steps=5, hidden=4) for _ in range(2))
+    for mine, same in zip(one.members, two.members, strict=True):
+        assert torch.equal(mine.linear, same.linear) and mine.linear.abs().sum() > 0
+    assert not torch.equal(one.members[0].linear, one.members[1].linear)
+    assert score_composition(one, sites).keys() == {"T1w", "T2w"}

@@ -11,9 +11,10 @@ import pyarrow as pa
 import pytest
 
 from pipelines.catalog import Catalog
+from pipelines.catalog_docs import reference_markdown, with_reference
 from pipelines.lake import Lake
-from pipelines.schemas import SCHEMAS, reference_markdown
-from sgcd_core.errors import StorageError
+from pipelines.schemas import SCHEMAS
+from sgcd_core.errors import StorageError, UsageError
 
 
 def scan(scan_id: str, **values: Any) -> dict[str, Any]:
@@ -177,6 +178,9 @@ def test_as_of_reads_an_old_version_and_names_a_missing_one(catalog: Catalog) ->
     catalog.append("scans", [scan("s1")])
     first = catalog.version("scans")
     catalog.append("scans", [scan("s2")])
+    before = catalog.history("scans")["recorded_at"].to_pylist()[0]
+    assert catalog.rows("scans", as_of=before)["scan_id"].to_pylist() == ["s1"]
+    assert catalog.rows("scans", as_of=before.replace(tzinfo=None)).num_rows == 1  # UTC
     assert catalog.rows("scans", as_of=first)["scan_id"].to_pylist() == ["s1"]
     with pytest.raises(StorageError, match="no version 99; the latest is 2"):
         catalog.rows("scans", as_of=99)
@@ -189,7 +193,26 @@ def test_every_column_is_described_once() -> None:
         assert len(set(names)) == len(names)
         assert set(table.key) | set(table.partition_by) <= set(names)
         assert all(c.description for c in table.columns)
-        assert f"## {table.name}" in text
+        assert f"### {table.name}\n" in text
+
+
+def test_the_page_of_the_tables_is_up_to_date() -> None:
+    page = Path(__file__).resolve().parents[2] / "docs" / "catalog.md"
+    text = page.read_text()
+    assert text == with_reference(text), "run: python -m pipelines.catalog_docs docs/catalog.md"
+    assert with_reference(text.replace("| age | double |", "| age | string |")) == text
+
+
+def test_some_columns_and_several_values_are_read(catalog: Catalog) -> None:
+    catalog.append("results", [result(f"s{site}", site=site) for site in "ABC"])
+    found = catalog.rows("results", where={"site": ["A", "C"]}, columns=["site", "scan_id"])
+    assert found.to_pylist() == [{"site": "A", "scan_id": "sA"}, {"site": "C", "scan_id": "sC"}]
+    assert catalog.rows("results", where={"site": []}, columns=["site"]).num_rows == 0
+    assert catalog.history("results", columns=["status"]).column_names == ["status"]
+    with pytest.raises(UsageError, match="no column 'sites' in results; nearest: site"):
+        catalog.rows("results", where={"sites": "A"})
+    with pytest.raises(UsageError, match="no table 'result'; nearest: results"):
+        catalog.rows("result")
 
 
 @pytest.mark.parametrize("folder", ["a b", "a#b", "läke", "a?b"])

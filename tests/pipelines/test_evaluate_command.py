@@ -15,6 +15,8 @@ from sgcd_core.modelpack import ModelPack, save_modelpack
 
 
 class Silent:
+    run_id = None
+
     def log_metrics(self, values, step=None):
         self.values = values
 

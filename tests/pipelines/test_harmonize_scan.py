@@ -9,40 +9,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from one_scan import CONFIG, NATIVE, Site, toy_model
 
-from pipelines.catalog import to_arrow
 from pipelines.derivative import json_beside
-from pipelines.harmonize import Job, Model, harmonize_scan
-from pipelines.lake import Lake
 from pipelines.ledger import MAX_ATTEMPTS, begin_attempt, model_key, note_late
 from pipelines.lesions import candidates, check_pattern, find_lesion
-from pipelines.prepare import load_prepared, save_prepared
-from pipelines.schemas import RESULTS
+from pipelines.prepare import load_prepared
 from ray_jobs.harmonize import uses_noise
 from sgcd_core.config import load_config
 from sgcd_core.diffusion.sampler import noise_for
 from sgcd_core.errors import UsageError
-from sgcd_core.global_stage import GlobalStage
 from sgcd_core.harmonizer import Harmonizer
 from sgcd_core.io.nifti import encode_nifti, read_nifti
 from sgcd_core.io.store import Store
-from sgcd_core.style.look import LOOK_SIZE
-from sgcd_core.style.outlier import OutlierModel, style_features
-from sgcd_core.volume.geometry import Geometry, rows
 from sgcd_core.volume.lesion import lesion_on_model_grid
-from sgcd_core.volume.prepare import Prepared
-from sgcd_core.volume.transport import native_on_model_grid
-
-NATIVE, MODEL = (36, 40, 36), (16, 16, 16)
-CONFIG = load_config(
-    "tiny",
-    settings=[
-        "prepare.shape=[16, 16, 16]", "prepare.mm=8", "network.channels=[8, 16]",
-        "network.attention_levels=[false, true]", "network.head_channels=8", "network.patch=1",
-        "network.norm_groups=4", "condition.match=none", "global_stage.precision=fp32",
-        "target_stage.precision=fp32", "global_sampler.t_start=400",
-    ],
-)  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -53,59 +33,6 @@ def one_thread() -> Any:
     torch.set_num_threads(before)
 
 
-class Site:
-    """A data set of one scan, prepared in a lake."""
-
-    def __init__(self, folder: Path) -> None:
-        affine = np.diag([4.0, 4.0, 4.0, 1.0])
-        affine[:3, 3] = -4.0 * (np.array(NATIVE) - 1) / 2
-        model = np.diag([8.0, 8.0, 8.0, 1.0])
-        model[:3, 3] = -8.0 * (np.array(MODEL) - 1) / 2
-        grid = np.stack(np.meshgrid(*[np.linspace(-1, 1, n) for n in NATIVE], indexing="ij"))
-        radius = np.sqrt((grid**2).sum(0))
-        self.mask = radius < 0.8
-        rng = np.random.default_rng(0)
-        tissue = np.select([radius < 0.35, radius < 0.6], [0.85, 0.5], 0.25)
-        tissue = tissue + 0.05 * rng.standard_normal(NATIVE)
-        self.folder = folder / "bids/sub-01/ses-2/anat"
-        self.folder.mkdir(parents=True)
-        self.file = self.folder / "sub-01_ses-2_run-1_T1w.nii.gz"
-        data = np.where(self.mask, np.clip(tissue, 0.01, 1) * 700, 0).astype(np.float32)
-        self.file.write_bytes(encode_nifti(data, affine))
-        self.scan = read_nifti(str(self.file))
-        self.lesion = ((grid - np.array([0.25, 0, 0])[:, None, None, None]) ** 2).sum(0) < 0.06
-        self.lake = Lake.open(str(folder / "lake"), create=True)
-        self.geometry = Geometry(
-            NATIVE, rows(affine), ((0, 1), (1, 1), (2, 1)), rows(model), MODEL, rows(np.eye(4)),
-            0.0, 700.0, 1200.0,
-        )  # fmt: skip
-        image, model_mask = native_on_model_grid(self.scan, self.mask, self.geometry)
-        self.image, self.model_mask = image.clip(0, 1), model_mask
-        self.row: dict[str, Any] = {
-            "scan_id": "a" * 32, "dataset": "bids", "subject": "01", "session": "2", "site": "A",
-            "sequence": "T1w", "uri": str(self.file),
-        }  # fmt: skip
-        prepared = Prepared(self.image, model_mask, self.mask, self.geometry)
-        recipe = self.lake.prepared(CONFIG.prepare.digest(), self.row["scan_id"])
-        save_prepared(recipe, self.scan, prepared, Store())
-
-    def write_mask(self, name: str, lesion: np.ndarray | None = None) -> Path:
-        file = self.folder / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        lesion = self.lesion if lesion is None else lesion
-        file.write_bytes(encode_nifti(lesion, self.scan, dtype=np.uint8))
-        return file
-
-    def run(self, model: Model, version: int, **more: Any) -> dict[str, Any]:
-        job = Job(
-            lake=self.lake, model="global", version=version, target=None, config=CONFIG,
-            code_version="t", batch_id="b", **more,
-        )  # fmt: skip
-        row = harmonize_scan(self.row, job, model, "sub-01/ses-2/anat/sub-01_ses-2_run-1_T1w")
-        to_arrow(RESULTS, [row])  # every column is known and of its type
-        return row
-
-
 @pytest.fixture
 def site(tmp_path: Path) -> Site:
     return Site(tmp_path)
@@ -113,15 +40,7 @@ def site(tmp_path: Path) -> Site:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Harmonizer:
-    """A network that draws something, and something else for other noise."""
-    stage = GlobalStage(CONFIG, 1)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for weight in stage.network.parameters():
-            weight += 0.05 * torch.randn(weight.shape, generator=generator)
-    one = Site(tmp_path_factory.mktemp("train"))
-    outliers = OutlierModel.fit([style_features(one.image, one.model_mask)] * 2, [0, 0])
-    return Harmonizer(stage.pack(outliers, torch.zeros(2, LOOK_SIZE), {"name": "global"}))
+    return toy_model(tmp_path_factory.mktemp("train"))
 
 
 def volume(uri: str) -> np.ndarray:
@@ -135,7 +54,8 @@ def test_a_mask_beside_the_scan_is_honoured_and_said(site: Site, model: Harmoniz
     row = site.run(model, 2)
     assert row["lesion_ml"] == pytest.approx((site.lesion & site.mask).sum() * 0.064, rel=1e-6)
     sidecar = json.loads(Store().read_bytes(row["sidecar_uri"]))
-    assert sidecar["LesionMask"] == str(file) and sidecar["Sources"] == [str(site.file), str(file)]
+    assert sidecar["LesionMask"] == file.as_uri()
+    assert sidecar["Sources"] == [site.file.as_uri(), file.as_uri()]
     assert sidecar["LesionMl"] == row["lesion_ml"]
     assert "LesionMask" not in json.loads(Store().read_bytes(bare["sidecar_uri"]))
     # outside the lesion the model-grid output is the same, inside it is a recoloured scan
@@ -232,7 +152,7 @@ def test_uncertainty_is_the_deviation_over_seeded_draws(site: Site, model: Harmo
     for uri in (stem, row["uncertainty_uri"]):
         sidecar = json.loads(Store().read_bytes(json_beside(uri)))
         assert sidecar["Units"] == "1" and (sidecar["Samples"], sidecar["Seed"]) == (3, 0)
-        assert sidecar["Sources"][0] == str(site.file)
+        assert sidecar["Sources"][0] == site.file.as_uri()
     one, two = (Store().read_bytes(r["uncertainty_uri"]) for r in (row, again))
     assert one == two
     assert json.loads(Store().read_bytes(row["sidecar_uri"]))["UncertaintyMean"] > 0

@@ -152,16 +152,17 @@ def test_sites_come_from_where_the_user_says(tree: Path, make_scan: MakeScan) ->
     with (tree / "participants.tsv").open("a") as file:
         file.write("sub-4\t20\tM\thome\tn/a\n")
     found = {how: by_subject(index_sources([str(tree)], site_from=how))["4"]
-             for how in ("auto", "participants", "session", "sidecar")}  # fmt: skip
+             for how in ("auto", "participants", "session", "sidecar", "name:One")}  # fmt: skip
     assert {how: row["site"] for how, row in found.items()} == {
         "auto": "travel", "participants": "home", "session": "travel",
-        "sidecar": "General Hospital",
+        "sidecar": "General Hospital", "name:One": "One",
     }  # fmt: skip
     row = found["auto"]
     assert (row["field_strength"], row["manufacturer"], row["model_name"]) == (3, "M", "N")
     assert row["sidecar_uri"].endswith("sub-4_ses-x_T1w.json")
-    with pytest.raises(UsageError):
-        index_sources([str(tree)], site_from="moon")
+    for wrong in ("moon", "name:", ""):
+        with pytest.raises(UsageError):
+            index_sources([str(tree)], site_from=wrong)
 
 
 def test_a_manifest_lists_scans_anywhere(tmp_path: Path, make_scan: MakeScan) -> None:

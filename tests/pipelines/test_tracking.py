@@ -60,9 +60,9 @@ def test_a_run_holds_settings_metrics_figures_and_the_model(lake: Lake) -> None:
 def test_registering_again_moves_the_alias_and_adds_nothing(lake: Lake) -> None:
     with Tracker.start(lake, "tune") as tracker:
         tracker.log_pack({"weights.safetensors": b"w"})
-        tracker.register("target-A", 4)
-        tracker.register("target-A", 5)
-        tracker.register("target-A", 4)
+        tracker.register("target-A", 4, "candidate")
+        tracker.register("target-A", 5, "candidate")
+        tracker.register("target-A", 4, "candidate")
     known = client(lake).search_model_versions("name = 'target-A'")
     assert sorted(v.tags["lake_version"] for v in known) == ["4", "5"]
     aliased = client(lake).get_model_version_by_alias("target-A", "candidate")
@@ -87,7 +87,7 @@ def test_a_server_that_is_down_is_a_warning(
         tracker.register("m", 1)
     assert time.monotonic() - started < 40
     assert tracker.run_id is None
-    warnings = [r for r in caplog.records if r.name == "pipelines.tracking"]
+    warnings = [r for r in caplog.records if r.name == "pipelines.registry"]
     assert len(warnings) == 1
     assert "the work goes on" in warnings[0].getMessage()
 

@@ -6,6 +6,7 @@ import json
 
 import pyarrow as pa
 
+from pipelines.bids_links import Links
 from pipelines.derivative import IN_SIDECAR, Names, sidecar_bytes, stems
 from pipelines.schemas import STRING
 
@@ -43,8 +44,16 @@ def test_two_data_sets_with_the_same_subject_do_not_overwrite_each_other() -> No
 
 def test_the_sidecar_says_what_made_the_scan() -> None:
     row = {"scan_id": "a", "model": "target-A", "model_version": 2, "gradient_correlation": 0.9}
-    body = json.loads(sidecar_bytes(row, source="s3://b/sub-01_T1w.nii.gz"))
+    body = json.loads(sidecar_bytes(row, links=Links(), source="s3://b/sub-01_T1w.nii.gz"))
     assert body["Sources"] == ["s3://b/sub-01_T1w.nii.gz"] and body["SkullStripped"] is True
     assert (body["Model"], body["ModelVersion"]) == ("target-A", 2)
     assert body["GradientCorrelation"] == 0.9
     assert "gradient_correlation" in IN_SIDECAR
+
+
+def test_what_json_has_no_word_for_is_left_out() -> None:
+    """A sequence the model never saw is infinitely far from training."""
+    row = {"scan_id": "a", "outlier_score": float("inf"), "volume_drift": float("nan")}
+    text = sidecar_bytes(row, links=Links(), source="s3://b/sub-01_T1w.nii.gz").decode()
+    assert "Infinity" not in text and "NaN" not in text
+    assert json.loads(text)["ScanId"] == "a" and "OutlierScore" not in json.loads(text)

@@ -1,0 +1,122 @@
+"""The Delta tables behind the catalog: opened, made, and what went wrong as our own errors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from pipelines.lake import Lake
+from pipelines.schemas import Table
+from sgcd_core.errors import StorageError
+from sgcd_core.io.store import Store, is_s3, local_path
+
+if TYPE_CHECKING:
+    from deltalake import DeltaTable
+
+#: What a table is made with. Old files and log entries outlive any horizon of `sgcd optimize`.
+PROPERTIES = {
+    "delta.appendOnly": "true",
+    "delta.logRetentionDuration": "interval 400 days",
+    "delta.deletedFileRetentionDuration": "interval 400 days",
+}
+
+
+def open_table(lake: Lake, name: str) -> DeltaTable | None:
+    """The table as it is now; None when nobody wrote to it yet."""
+    from deltalake import DeltaTable
+    from deltalake.exceptions import DeltaError, TableNotFoundError
+
+    uri = lake.table(name)
+    try:
+        return DeltaTable(_delta_uri(uri), storage_options=_options(uri))
+    except TableNotFoundError:
+        return None
+    except (OSError, DeltaError) as error:
+        raise storage_error(error, uri) from error
+
+
+def create_table(lake: Lake, schema: Table) -> DeltaTable:
+    """An empty table, made on its own so that racing first writers append to the same one."""
+    from deltalake import DeltaTable
+    from deltalake.exceptions import DeltaError
+
+    uri = lake.table(schema.name)
+    try:
+        return DeltaTable.create(
+            _delta_uri(uri),
+            schema=schema.arrow,
+            mode="ignore",
+            partition_by=list(schema.partition_by) or None,
+            description=schema.description,
+            configuration=PROPERTIES,
+            storage_options=_options(uri),
+        )
+    except (OSError, DeltaError) as error:
+        existing = open_table(lake, schema.name)
+        if existing is None:
+            raise storage_error(error, uri, code="STORE-WRITE") from error
+        return existing
+
+
+def load_version(delta: DeltaTable, name: str, version: int, uri: str) -> None:
+    """Move an open table to one of its versions.
+
+    Raises:
+        StorageError: TABLE-VERSION when there is no such version.
+    """
+    from deltalake.exceptions import DeltaError
+
+    newest = int(delta.version())
+    try:
+        delta.load_as_version(version)
+    except (OSError, DeltaError, ValueError, OverflowError) as error:
+        raise no_version(name, version, f"the latest is {newest}", uri) from error
+
+
+def active_files(delta: DeltaTable) -> list[dict[str, Any]]:
+    """Files of this version, none opened: path, size_bytes, num_records, partition.COLUMN, …"""
+    found: list[dict[str, Any]] = pa.table(delta.get_add_actions(flatten=True)).to_pylist()
+    return found
+
+
+def no_version(name: str, version: int, why: str, uri: str) -> StorageError:
+    """The error for a version that is not there, or no longer whole."""
+    return StorageError(
+        f"table {name} has no version {version}; {why}.", code="TABLE-VERSION", where=uri,
+        hint="A date always works: rows are never deleted.",
+    )  # fmt: skip
+
+
+def storage_error(error: Exception, uri: str, code: str = "STORE-UNREACHABLE") -> StorageError:
+    """What the table library raised, as ours; its own text may hold an address with secrets."""
+    text = str(error).lower()
+    if any(word in text for word in ("403", "forbidden", "accessdenied", "access denied")):
+        code = "STORE-DENIED"
+    return StorageError(
+        f"the table cannot be reached ({type(error).__name__}).", code=code, where=uri,
+        hint="Check the address, the endpoint and the credentials (`sgcd doctor`).",
+    )  # fmt: skip
+
+
+def _options(uri: str) -> dict[str, str] | None:
+    return Store().delta_options() if is_s3(uri) else None
+
+
+def _delta_uri(uri: str) -> str:
+    """The address as deltalake takes it: it percent-decodes plain paths, so they are encoded.
+
+    Raises:
+        StorageError: STORE-ADDRESS for a local folder with `%` in its name: deltalake's log reader
+            decodes twice and would look elsewhere.
+    """
+    if is_s3(uri):
+        return uri
+    path = Path(local_path(uri)).absolute()
+    if "%" in str(path):
+        raise StorageError(
+            "a lake cannot lie in a folder with % in its name.", code="STORE-ADDRESS", where=uri,
+            hint="Choose another folder.",
+        )  # fmt: skip
+    return path.as_uri()

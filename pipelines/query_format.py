@@ -1,0 +1,87 @@
+"""The result of a query as text, or as a file other programs read."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from datetime import date
+from typing import Any
+
+import pyarrow as pa
+
+from sgcd_core.errors import UsageError
+
+FORMATS = ("table", "csv", "parquet", "json")
+
+
+def format_result(table: pa.Table, format: str = "table") -> bytes:
+    """The result as text or as a Parquet file.
+
+    Raises:
+        UsageError: There is no such format.
+    """
+    if format == "table":
+        return _text(table).encode()
+    out = io.BytesIO()
+    if format == "csv":
+        # As objects: a column of whole numbers with one missing would get decimals.
+        table.to_pandas(integer_object_nulls=True).to_csv(out, index=False)
+    elif format == "json":
+        text = json.dumps(plain_rows(table), default=str, ensure_ascii=False, indent=1)
+        out.write(text.encode() + b"\n")
+    elif format == "parquet":
+        import pyarrow.parquet as pq
+
+        pq.write_table(table, out)
+    else:
+        raise UsageError(f"no format {format!r}; there are {', '.join(FORMATS)}.")
+    return out.getvalue()
+
+
+def format_of(path: str | None, default: str = "table") -> str:
+    """The format a file name stands for: its ending, where that is a format."""
+    ending = (path or "").rpartition(".")[2].lower()
+    return ending if ending in FORMATS else default
+
+
+def plain_rows(table: pa.Table) -> list[Any]:
+    """The rows as JSON has them: times in ISO 8601, NaN and infinity as missing."""
+    return [_plain(row) for row in table.to_pylist()]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value.isoformat() if isinstance(value, date) else value
+
+
+def _text(table: pa.Table) -> str:
+    """Aligned columns for a terminal, numbers to the right."""
+    rows = [[_cell(value) for value in row.values()] for row in table.to_pylist()]
+    names = table.column_names
+    widths = [max([len(n), *(len(r[i]) for r in rows)]) for i, n in enumerate(names)]
+    right = [pa.types.is_integer(t) or pa.types.is_floating(t) for t in table.schema.types]
+
+    def line(cells: list[str]) -> str:
+        padded = [
+            c.rjust(w) if r else c.ljust(w) for c, w, r in zip(cells, widths, right, strict=True)
+        ]
+        return "  ".join(padded).rstrip()
+
+    count = "1 row" if len(rows) == 1 else f"{len(rows)} rows"
+    rule = ["─" * w for w in widths]
+    return "\n".join([line(names), line(rule), *(line(r) for r in rows), f"({count})"]) + "\n"
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    # A terminal must not be driven by what a cell holds.
+    return "".join(c if c.isprintable() else "�" for c in str(value))
