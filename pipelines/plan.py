@@ -14,7 +14,10 @@ from pipelines.catalog import Catalog
 from sgcd_core.errors import InputError
 
 #: Failures that say nothing about the scan: planned again without being asked.
-TRANSIENT_CODES = frozenset({"STORE-UNREACHABLE", "STORE-DENIED", "STORE-WRITE", "CLUSTER"})
+TRANSIENT_CODES = frozenset({
+    "STORE-UNREACHABLE", "STORE-DENIED", "STORE-EXPIRED", "STORE-DIGEST", "STORE-WRITE",
+    "SCAN-CHANGED", "CLUSTER",
+})  # fmt: skip
 
 
 @dataclass(frozen=True)
