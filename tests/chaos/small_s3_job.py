@@ -19,7 +19,7 @@ from pipelines.harmonize import Job, harmonize_scan
 from pipelines.lake import Lake
 from pipelines.manifest import index_sources, latest_by_uri
 from pipelines.plan import TRANSIENT_CODES, plan
-from ray_jobs.harmonize import Committer
+from ray_jobs.commit import Committer
 from sgcd_core.config import load_config
 from sgcd_core.errors import StorageError
 from sgcd_core.global_stage import GlobalStage
@@ -90,10 +90,10 @@ def run(lake_uri: str, source: str) -> list[dict[str, Any]]:
         lake=lake, model=MODEL, version=VERSION, target=None, config=CONFIG, code_version="test",
         batch_id=sha256_hex(os.urandom(8))[:16],
     )  # fmt: skip
-    named = stems(catalog.rows("scans").to_pylist())
+    named = {row["scan_id"]: row["stem"] for row in stems(catalog.rows("scans")).to_pylist()}
     rows = []
     with Committer(catalog, job) as commit:
-        for scan in plan(catalog, MODEL, VERSION).todo:
+        for scan in plan(catalog, MODEL, VERSION).todo.to_pylist():
             rows.append(harmonize_scan(scan, job, harmonizer, named[scan["scan_id"]]))
             commit.add(rows[-1])
             if len(rows) % 2 == 0:
