@@ -80,7 +80,7 @@ def need_of(
     volumes = 5.0 * voxels * batch * roles  # float32 image, uint8 mask
     return Need(
         workers=count, gpus=float(gpus), memory=WORKER_BYTES + maps,
-        feeding={"train": 0.25, "tune": 0.25, "harmonize": 0.5}.get(command, 0.0),
+        feeding={"train": 0.25, "tune": 0.25}.get(command, 0.0),
         object_store=max(MIN_OBJECT_STORE, SETS_AHEAD * volumes),
     )  # fmt: skip
 

@@ -128,7 +128,7 @@ def _for_model(args: Any, lake: Lake, catalog: Catalog) -> tuple[SgcdConfig, lis
 
     name, version = resolve(lake, args.model)
     config = over_model(args, load_modelpack(lake.model(name, version), Store()).config)
-    return config, plan(catalog, name, version).todo
+    return config, plan(catalog, name, version).todo.to_pylist()
 
 
 def settings_words(args: Any) -> str:
