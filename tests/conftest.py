@@ -19,6 +19,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+from toy_lake import Place, make_toy_lake
 
 from pipelines.lake import Lake
 
@@ -153,6 +154,12 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
 def tmp_lake(tmp_path: Path) -> Lake:
     """A new, empty lake in a temporary folder."""
     return Lake.open(str(tmp_path / "lake"), create=True)
+
+
+@pytest.fixture(scope="session")
+def toy_lake(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    """A lake after every step of the way; whoever changes it works on a copy."""
+    return make_toy_lake(tmp_path_factory.mktemp("path"))
 
 
 @pytest.fixture(scope="session")
