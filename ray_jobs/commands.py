@@ -84,8 +84,11 @@ def index(args: Any) -> Outcome:
     text += f", {len(bad)} cannot be used" if bad else ""
     if sites:
         text += f"; sites: {', '.join(f'{site} {n}' for site, n in sorted(sites.items()))}"
+    usable = [row["site"] for row in found.rows if row["status"] == "ok"]
+    usable += [known[uri]["site"] for uri in found.unchanged if known[uri]["status"] == "ok"]
     data = {
         "new": len(found.rows), "unchanged": len(found.unchanged), "sites": dict(sites),
+        "source_sites": sorted(set(usable)),
         "failed": [{k: row[k] for k in ("scan_id", "uri", "code", "message")} for row in bad],
         "notes": found.notes,
     }  # fmt: skip

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import sys
 import time
 from typing import Any
 
 from ray_jobs.context import quoted
 from ray_jobs.outcome import Outcome
 from ray_jobs.session import session
+from ray_jobs.steps import step
 
 
 def run(args: Any) -> Outcome:
@@ -18,24 +18,25 @@ def run(args: Any) -> Outcome:
     cohort, lake = os.path.join(args.out, "cohort"), os.path.join(args.out, "lake")
     words = ["--lake", lake]
     with session():  # one Ray for all steps; each would start its own otherwise
-        _step(
-            args, "cohort", cohort, "--subjects", str(args.subjects), "--sites", str(args.sites),
-            "--traveling", str(args.traveling), "--mm", str(args.mm), "--seed", str(args.seed),
+        step(
+            args.json, "cohort", cohort, "--subjects", str(args.subjects),
+            "--sites", str(args.sites), "--traveling", str(args.traveling),
+            "--mm", str(args.mm), "--seed", str(args.seed),
         )  # fmt: skip
-        _step(args, "index", cohort, *words)
-        _step(args, "prepare", *words)
-        _step(args, "train", *words, "--set", f"global_stage.steps={args.train_steps}")
-        suggested = _step(args, "suggest-target", *words)
+        step(args.json, "index", cohort, *words)
+        step(args.json, "prepare", *words)
+        step(args.json, "train", *words, "--set", f"global_stage.steps={args.train_steps}")
+        suggested = step(args.json, "suggest-target", *words)
         target = str(suggested.data["target"])
-        _step(
-            args, "tune", *words, "--target", target,
+        step(
+            args.json, "tune", *words, "--target", target,
             "--set", f"target_stage.steps={args.tune_steps}",
             "--set", f"target_stage.encoder={args.encoder}",
         )  # fmt: skip
         model = ["--model", f"target-{target}"]
-        harmonized = _step(args, "harmonize", *words, *model)
-        evaluated = _step(args, "evaluate", *words, *model)
-        reported = _step(args, "report", *words, *model)
+        harmonized = step(args.json, "harmonize", *words, *model)
+        evaluated = step(args.json, "evaluate", *words, *model)
+        reported = step(args.json, "report", *words, *model)
     seconds = time.monotonic() - started
     lines = ["", f"Traveling subjects, against their own scan at {target}:", ""]
     lines += [*evaluated.data.get("table", []), "", *evaluated.data.get("verdict", [])]
@@ -49,15 +50,3 @@ def run(args: Any) -> Outcome:
     follow = f'sgcd query "{ask}" --lake {quoted(lake)}'
     code = max(harmonized.exit_code, evaluated.exit_code)
     return Outcome(text, next=follow, exit_code=code, lines=lines, data=data)
-
-
-def _step(demo: Any, *words: str) -> Outcome:
-    """Print the command, run it as `sgcd` would, print its end."""
-    from ray_jobs.cli import execute, print_outcome
-
-    stream = sys.stderr if demo.json else sys.stdout
-    print(f"\n$ sgcd {' '.join(quoted(word) for word in words)}", file=stream, flush=True)
-    args, outcome = execute(words)
-    if not demo.json:
-        print_outcome(args, outcome)
-    return outcome

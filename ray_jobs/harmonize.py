@@ -19,6 +19,7 @@ from pipelines.ledger import end_attempts, model_key
 from ray_jobs.context import code_version, open_lake, quoted, tracked
 from ray_jobs.models import alias_of, meta_of, pinned, resolve
 from ray_jobs.outcome import DONE, WITH_FAILURES, Outcome, failure_line
+from ray_jobs.preflight import need_of
 from ray_jobs.session import cpu_count, session
 from ray_jobs.settings import over_model
 from ray_jobs.site_looks import site_looks
@@ -84,6 +85,7 @@ def run(args: Any) -> Outcome:
     lesions = 0
     started = time.monotonic()
     tags = {"model": model, "version": version, "batch_id": job.batch_id, "asked": args.model}
+    need = need_of("harmonize", config, args.workers, args.gpus)
     with tracked(lake, "harmonize", config, **tags) as (summary, tracker):
         if alias := alias_of(args.model):
             tracker.compare_alias(model, alias, version)
@@ -98,7 +100,7 @@ def run(args: Any) -> Outcome:
             links = write_description(root, job.key, job.code_version, scans, used)
             job = dataclasses.replace(job, links=links)
             with (
-                session(args.ray_address, cpus=1.5, gpus=1 if args.gpus else 0) as ray,
+                session(args.ray_address, need, lake) as ray,
                 Progress("harmonize", len(work)) as progress,
                 commit,
             ):

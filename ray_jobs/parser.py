@@ -26,6 +26,8 @@ COMMANDS = {
     "query": "ray_jobs.tables:query",
     "optimize": "ray_jobs.tables:optimize",
     "export": "ray_jobs.tables:export",
+    "new-site": "ray_jobs.new_site:run",
+    "submit": "ray_jobs.submit:run",
     "status": "ray_jobs.status:run",
     "doctor": "ray_jobs.doctor:run",
 }
@@ -51,7 +53,8 @@ out of reach, 70 internal, 75 stopped (run again to resume), 78 bad configuratio
 """
 
 
-def _version() -> str:
+def program_version() -> str:
+    """Version of the installed package."""
     from importlib.metadata import PackageNotFoundError, version
 
     try:
@@ -62,7 +65,7 @@ def _version() -> str:
 
 class _Version(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: Any, **__: Any) -> None:
-        print(f"sgcd {_version()}")
+        print(f"sgcd {program_version()}")
         parser.exit()
 
 
@@ -89,6 +92,8 @@ def build_parser() -> argparse.ArgumentParser:
     _evaluate(sub)
     _report(sub)
     _cite(sub)
+    _new_site(sub)
+    _submit(sub)
     _query(sub)
     _optimize(sub)
     _export(sub)
@@ -209,6 +214,10 @@ def _prepare(sub: Any) -> None:
         "sgcd prepare --lake LAKE --preset tiny", settings=True, ray=True,
     )  # fmt: skip
     p.add_argument("--sites", nargs="+", metavar="SITE", help="only these")
+    p.add_argument(
+        "--model", metavar="NAME[@VERSION]",
+        help="with the settings of this model, and only what it has still to harmonize",
+    )  # fmt: skip
     p.add_argument("--force", action="store_true", help="also what is already prepared")
 
 
@@ -321,6 +330,61 @@ def _cite(sub: Any) -> None:
     _model(p)
 
 
+def _new_site(sub: Any) -> None:
+    p = _command(
+        sub, "new-site", "The scheduled job: index, harmonize, evaluate and report what is new.",
+        "sgcd new-site s3://bucket/incoming/siteX --lake s3://bucket/lake", settings=True, ray=True,
+    )  # fmt: skip
+    p.add_argument("sources", nargs="+", metavar="SOURCE")
+    p.add_argument("--site-from", default="auto", metavar="HOW", help="as for index")
+    p.add_argument(
+        "--model", metavar="NAME[@VERSION]",
+        help="harmonize with this; default: the only target model there is",
+    )  # fmt: skip
+    p.add_argument(
+        "--target", metavar="SITE",
+        help="learn this site's look first (stage 2), then bring every scan to it",
+    )  # fmt: skip
+    p.add_argument("--sequences", nargs="+", metavar="T1w", help="only these")
+    p.add_argument(
+        "--min-scans", type=_positive, default=4, metavar="N",
+        help="training scans of each sequence that a target needs (default: %(default)s)",
+    )  # fmt: skip
+    p.add_argument(
+        "--wait", type=float, default=360.0, metavar="MINUTES",
+        help="for another such job on this lake and model (default: %(default)g)",
+    )  # fmt: skip
+    p.add_argument("--gpus", action="store_true", help="one GPU for each worker")
+
+
+def _submit(sub: Any) -> None:
+    p = _command(
+        sub, "submit", "Run a command as a job on a Ray cluster, follow it, end as it ends.",
+        "sgcd submit --address http://head:8265 harmonize --lake s3://bucket/lake --model target-A",
+        lake=False,
+    )  # fmt: skip
+    p.add_argument(
+        "--address", metavar="URL",
+        help="of the dashboard; default: RAY_API_SERVER_ADDRESS, RAY_ADDRESS or a Ray found here",
+    )  # fmt: skip
+    p.add_argument("--no-wait", action="store_true", help="submit and leave")
+    p.add_argument(
+        "--id", metavar="NAME",
+        help="of the job, such as nightly; while it runs it is joined, not started again",
+    )  # fmt: skip
+    p.add_argument(
+        "--env", action="append", default=[], metavar="NAME[=VALUE]",
+        help="a variable for the job, may be repeated; nothing secret",
+    )  # fmt: skip
+    p.add_argument(
+        "--working-dir", metavar="DIR",
+        help="run the code of this checkout; default: what is installed on the cluster",
+    )  # fmt: skip
+    p.add_argument("--dry-run", action="store_true", help="say what would be submitted")
+    p.add_argument("job", metavar="COMMAND", help="any command of this program")
+    p.add_argument("words", nargs=argparse.REMAINDER, metavar="…", help="and its arguments")
+
+
 def _query(sub: Any) -> None:
     p = _command(
         sub, "query", "Ask the tables of a lake in SQL; reads only.",
@@ -376,6 +440,11 @@ def _doctor(sub: Any) -> None:
         "sgcd doctor --lake s3://bucket/lake", lake=False,
     )  # fmt: skip
     p.add_argument("--lake", metavar="LAKE", help="also test this lake's store")
+    p.add_argument(
+        "--ray-address",
+        metavar="ADDRESS",
+        help="also test the nodes of this cluster (or RAY_ADDRESS)",
+    )
 
 
 def _model(parser: argparse.ArgumentParser) -> None:

@@ -10,6 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from pipelines.lake import Lake
+from pipelines.lake_check import require_lake
+from ray_jobs.preflight import Need, require_nodes, require_room
 from sgcd_core.errors import StorageError
 
 log = logging.getLogger(__name__)
@@ -55,24 +58,36 @@ def _environment(address: str | None) -> None:
 
 
 @contextmanager
-def session(address: str | None = None, *, cpus: float = 1.0, gpus: float = 0.0) -> Iterator[Any]:
-    """A connected `ray` module, with room for `cpus` and `gpus` at the same time.
+def session(
+    address: str | None = None,
+    need: Need | None = None,
+    lake: Lake | None = None,
+    *,
+    ask_nodes: bool = True,
+) -> Iterator[Any]:
+    """A connected `ray` module, with room for `need` and access to `lake`.
 
     An open session is used as it is. Otherwise connects to `address` or RAY_ADDRESS, or starts
     Ray on this machine; what was opened here is closed at the end.
 
     Raises:
-        StorageError: CLUSTER when the cluster does not answer or is too small.
+        StorageError: CLUSTER when the cluster does not answer, is too small or has a node with
+            another program; STORE-… when the lake cannot be worked on from here or from a node.
     """
+    if lake is not None:
+        require_lake(lake.uri)
     _environment(address)
     import ray
 
     mine = not ray.is_initialized()
+    address = address or os.environ.get("RAY_ADDRESS")
     if mine:
-        _connect(ray, address or os.environ.get("RAY_ADDRESS"))
+        _connect(ray, address)
     try:
-        _preflight(ray, cpus, gpus)
-        _data_settings(ray)
+        require_room(ray, need or Need())
+        if ask_nodes and mine and address:
+            require_nodes(ray, None if lake is None else lake.uri)
+        data_settings(ray)
         yield ray
     finally:
         if mine:
@@ -90,6 +105,8 @@ def _connect(ray: Any, address: str | None) -> None:
         common["address"] = address
     else:
         common |= {
+            # A Ray of its own, whatever else runs on this machine.
+            "address": "local",
             # One worker and the tasks that feed it need two places, whatever the machine.
             "num_cpus": max(2, cpu_count()),
             "object_store_memory": OBJECT_STORE_BYTES,
@@ -121,18 +138,7 @@ def _restore(handler: Any) -> None:
         signal.signal(signal.SIGTERM, handler)
 
 
-def _preflight(ray: Any, cpus: float, gpus: float) -> None:
-    """Refuse work that would wait for ever for a place."""
-    have = ray.cluster_resources()
-    for name, need in (("CPU", cpus), ("GPU", gpus)):
-        if need > have.get(name, 0.0):
-            raise StorageError(
-                f"needs {need:g} {name}s at once, the cluster has {have.get(name, 0.0):g}.",
-                code="CLUSTER", hint="Ask for fewer --workers, or add nodes.",
-            )  # fmt: skip
-
-
-def _data_settings(ray: Any) -> None:
+def data_settings(ray: Any) -> None:
     """Ray Data: quiet, and an error instead of a hang."""
     context = ray.data.DataContext.get_current()  # configures Ray Data's own loggers, too
     if not log.isEnabledFor(logging.DEBUG):

@@ -6,15 +6,18 @@ import logging
 import time
 from typing import Any
 
+from pipelines.lake import Lake
+from pipelines.lease import lease
 from ray_jobs.checkpoint import Checkpoints
 from ray_jobs.context import code_version, open_lake, quoted, track_training, tracked
 from ray_jobs.loop import fit, schedule_steps
 from ray_jobs.models import find_trained, next_version
 from ray_jobs.outcome import Outcome
+from ray_jobs.preflight import need_of
 from ray_jobs.session import session
 from ray_jobs.settings import from_args
 from ray_jobs.volume_stream import survey
-from ray_jobs.watch import last_means
+from ray_jobs.watch import data_wait, last_means
 from sgcd_core.config import SgcdConfig
 
 log = logging.getLogger(__name__)
@@ -26,11 +29,18 @@ LATER = {"target_stage", "global_sampler", "target_sampler", "transport", "guard
 
 def run(args: Any) -> Outcome:
     """Train, or say that this very model exists already."""
+    lake = open_lake(args.lake)
+    if args.dry_run:
+        return _train(args, lake)
+    with lease(lake, f"model-{NAME}"):  # two would write the same version
+        return _train(args, lake)
+
+
+def _train(args: Any, lake: Lake) -> Outcome:
     from pipelines.catalog import Catalog
     from pipelines.training_data import data_digest, described, training_rows
     from sgcd_core.global_stage import planned_steps
 
-    lake = open_lake(args.lake)
     config = from_args(args, lake)
     rows = training_rows(
         Catalog(lake), config.prepare.digest(), sequences=config.sequences,
@@ -71,7 +81,7 @@ def run(args: Any) -> Outcome:
     workers = args.workers or 1
     with (
         tracked(lake, "train", config, model=NAME, data_digest=meta["data_digest"]) as run_,
-        session(args.ray_address, cpus=workers + 0.25, gpus=workers if args.gpus else 0) as ray,
+        session(args.ray_address, need_of("train", config, workers, args.gpus), lake) as ray,
     ):
         measured = survey(ray, rows, lake.uri, config)
         history = fit(
@@ -83,15 +93,17 @@ def run(args: Any) -> Outcome:
                 "common": measured.common(len(config.sequences)),
             },
         )  # fmt: skip
-        last = last_means(history)
+        last, waited = last_means(history), data_wait(history)
         summary, tracker = run_
         track_training(tracker, lake, NAME, version, history)
-        summary.update(model=NAME, version=version, steps=steps, **last)
+        summary.update(model=NAME, version=version, steps=steps, data_wait=waited, **last)
     checkpoints.clear()
     seconds = time.monotonic() - started
     losses = ", ".join(f"{name} {value:.4g}" for name, value in last.items())
     text = f"trained {NAME} version {version}: {plan}, {seconds:.0f} s ({losses})"
-    return Outcome(text, next=follow, data=data | {"version": version, "losses": last})
+    text += "" if waited is None else f"; {waited:.1%} of a step waits for data"
+    data |= {"version": version, "losses": last, "data_wait": waited}
+    return Outcome(text, next=follow, data=data)
 
 
 def starting_point(asked: str | None, config: SgcdConfig) -> str:
@@ -123,8 +135,10 @@ def stage_digest(config: SgcdConfig, later: set[str] = LATER) -> str:
     import json
 
     values = config.model_dump(mode="json", exclude=later)
-    # How often to save is no part of what is learned.
+    # How often to save and how much to hold at once are no part of what is learned.
     values["global_stage"].pop("checkpoint_every", None)
+    for stage in ("global_stage", "target_stage"):
+        values.get(stage, {}).pop("accumulate", None)
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -136,21 +150,24 @@ def train_worker(setup: dict[str, Any]) -> None:
     from ray_jobs.worker import Worker
     from sgcd_core.box import load_box
     from sgcd_core.global_stage import GlobalStage
+    from sgcd_core.modelpack import ModelPack
     from sgcd_core.style.outlier import OutlierModel
 
     worker = Worker(setup)
     # Build on the device, go on from the checkpoint, let Ray Train average the gradients.
     box = load_box(worker.config) if setup["init"] == "box" else None
     stage = GlobalStage(worker.config, worker.total, worker.device, box)
-    start, state = worker.checkpoints.load()
-    if state is not None:
-        stage.load_state_dict(state)
+    start = worker.resume(stage.load_state_dict)
     stage.wrap(worker.prepare_network)
     # One optimizer step per step of the schedule.
     every = worker.config.global_stage.checkpoint_every
     for step, columns in worker.steps(start):
         losses = stage.step(to_batch(columns, "scan"))
         worker.after_step(step, losses, stage.state_dict, every)
-    # What the training scans look like goes into the model, to know a stranger by.
-    outliers = OutlierModel.fit(*setup["features"])
-    worker.finish(lambda meta: stage.pack(outliers, torch.from_numpy(setup["common"]), meta))
+
+    def pack(meta: dict[str, Any]) -> ModelPack:
+        # What the training scans look like goes into the model, to know a stranger by.
+        outliers = OutlierModel.fit(*setup["features"])
+        return stage.pack(outliers, torch.from_numpy(setup["common"]), meta)
+
+    worker.finish(pack)

@@ -5,16 +5,19 @@ from __future__ import annotations
 import time
 from typing import Any
 
+from pipelines.lake import Lake
+from pipelines.lease import lease
 from ray_jobs.checkpoint import Checkpoints
 from ray_jobs.context import code_version, open_lake, quoted, track_training, tracked
 from ray_jobs.loop import fit, schedule_steps
 from ray_jobs.models import find_trained, next_version, resolve
 from ray_jobs.outcome import Outcome
+from ray_jobs.preflight import need_of
 from ray_jobs.session import session
 from ray_jobs.settings import over_model
 from ray_jobs.train_global import stage_digest
 from ray_jobs.volume_stream import survey
-from ray_jobs.watch import last_means
+from ray_jobs.watch import data_wait, last_means
 
 #: Settings Stage 2 does not read. It does read the samplers: it back-propagates through them.
 LATER = {"transport", "guard", "preset"}
@@ -24,6 +27,14 @@ FROM_STAGE1 = ("init", "box", "steps", "scans", "data_digest", "losses", "code_v
 
 def run(args: Any) -> Outcome:
     """Tune, or say that this very model exists already."""
+    lake = open_lake(args.lake)
+    if args.dry_run:
+        return _tune(args, lake)
+    with lease(lake, f"model-target-{args.target}"):  # two would write the same version
+        return _tune(args, lake)
+
+
+def _tune(args: Any, lake: Lake) -> Outcome:
     from pipelines.catalog import Catalog
     from pipelines.training_data import (
         check_sequences,
@@ -39,7 +50,6 @@ def run(args: Any) -> Outcome:
     from sgcd_core.modelpack import load_modelpack
     from sgcd_core.style.encoder import check_encoder
 
-    lake = open_lake(args.lake)
     catalog = Catalog(lake)
     check_sites([args.target], catalog.rows("scans").to_pylist(), lake.uri)
     parent, parent_version = resolve(lake, args.model)
@@ -100,22 +110,23 @@ def run(args: Any) -> Outcome:
     }  # fmt: skip
     with (
         tracked(lake, "tune", config, model=name, data_digest=meta["data_digest"]) as run_,
-        session(args.ray_address, cpus=workers + 0.25, gpus=workers if args.gpus else 0) as ray,
+        session(args.ray_address, need_of("tune", config, workers, args.gpus), lake) as ray,
     ):
         looks = survey(ray, rows, lake.uri, config).looks
         history = fit(
             ray, tune_worker, schedule, lake, config, checkpoints, looks=looks, label="tune",
             total=steps, workers=workers, gpus=args.gpus, extra=extra | {"looks": looks},
         )  # fmt: skip
-        last = last_means(history)
+        last, waited = last_means(history), data_wait(history)
         summary, tracker = run_
         track_training(tracker, lake, name, version, history)
-        summary.update(model=name, version=version, steps=steps, **last)
+        summary.update(model=name, version=version, steps=steps, data_wait=waited, **last)
     checkpoints.clear()
     seconds = time.monotonic() - started
     losses = ", ".join(f"{loss} {value:.4g}" for loss, value in last.items())
     text = f"tuned {name} version {version}: {plan}, {seconds:.0f} s ({losses})"
-    data |= {"version": version, "losses": last}
+    text += "" if waited is None else f"; {waited:.1%} of a step waits for data"
+    data |= {"version": version, "losses": last, "data_wait": waited}
     return Outcome(text, next=follow, data=data)
 
 
@@ -141,10 +152,8 @@ def tune_worker(setup: dict[str, Any]) -> None:
         if (setup["target"], index) in setup["looks"]:
             looks[index] = torch.from_numpy(setup["looks"][setup["target"], index][1])
     stage = TargetStage(pack, config, setup["target"], encoder, looks, worker.device)
-    start, state = worker.checkpoints.load()
-    if state is not None:
-        stage.load_state_dict(state)
-    else:
+    start = worker.resume(stage.load_state_dict)
+    if not stage.directions:
         # The target's mean style direction, once, one scan at a time.
         def scans() -> Any:
             for n, (scan_id, sequence) in enumerate(setup["target_scans"]):

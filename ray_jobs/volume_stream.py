@@ -16,11 +16,14 @@ import numpy as np
 
 from ray_jobs.context import open_lake, quoted, recorded
 from ray_jobs.outcome import DONE, WITH_FAILURES, Outcome, failure_line
+from ray_jobs.preflight import need_of
 from ray_jobs.session import cpu_count, session
 from ray_jobs.settings import from_args, preparation_line, remember
 from sgcd_core.config import PrepareConfig, SgcdConfig
 
 if TYPE_CHECKING:
+    from pipelines.catalog import Catalog
+    from pipelines.lake import Lake
     from sgcd_core.batch import Batch
 
 Row = dict[str, Any]
@@ -50,15 +53,21 @@ def prepare(args: Any) -> Outcome:
     from sgcd_core.errors import InputError
 
     lake = open_lake(args.lake)
-    config = from_args(args, lake)
-    recipe = config.prepare.digest()
-    scans = Catalog(lake).rows("scans").to_pylist()
+    catalog = Catalog(lake)
+    scans = catalog.rows("scans").to_pylist()
     if not scans:
         raise InputError(
             "no scan was indexed yet.", code="LAKE-EMPTY", where=lake.uri,
             hint="Index some with `sgcd index SOURCE --lake LAKE`.",
         )  # fmt: skip
     check_sites(args.sites or (), scans, lake.uri)
+    if args.model:
+        config, scans = _for_model(args, lake, catalog)
+        follow = f"sgcd harmonize --lake {quoted(args.lake)} --model {quoted(args.model)}"
+    else:
+        config = from_args(args, lake)
+        follow = f"sgcd train --lake {quoted(args.lake)}{settings_words(args)}"
+    recipe = config.prepare.digest()
     usable = [
         scan
         for scan in scans
@@ -69,19 +78,20 @@ def prepare(args: Any) -> Outcome:
     ready = set() if args.force else prepared_ids(lake, recipe)
     todo = [scan for scan in usable if scan["scan_id"] not in ready]
     skipped = len(usable) - len(todo)
-    follow = f"sgcd train --lake {quoted(args.lake)}{settings_words(args)}"
     data: Row = {"recipe": recipe, "to_do": len(todo), "already_prepared": skipped}
     if args.dry_run:
         return Outcome(f"would prepare {len(todo)} scans, {skipped} are prepared", data=data)
-    remember(lake, config)
-    kept = preparation_line(config)
+    kept: list[str] = []
+    if not args.model:  # what a model was built with is its own affair
+        remember(lake, config)
+        kept = preparation_line(config)
     if not todo:
         text = f"all {skipped} scans are prepared; nothing to do"
         return Outcome(text, next=follow, lines=kept, data=data)
     failed: list[Row] = []
     with (
         recorded(lake, "prepare", config.digest()) as summary,
-        session(args.ray_address, cpus=1) as ray,
+        session(args.ray_address, need_of("prepare", config, args.workers), lake) as ray,
         Progress("prepare", len(todo)) as progress,
     ):
         workers = args.workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
@@ -106,6 +116,19 @@ def prepare(args: Any) -> Outcome:
     }
     code = WITH_FAILURES if failed else DONE
     return Outcome(text, next=follow, exit_code=code, lines=lines, data=data)
+
+
+def _for_model(args: Any, lake: Lake, catalog: Catalog) -> tuple[SgcdConfig, list[Row]]:
+    """A model's own settings, and the scans it has still to harmonize."""
+    from pipelines.plan import plan
+    from ray_jobs.models import resolve
+    from ray_jobs.settings import over_model
+    from sgcd_core.io.store import Store
+    from sgcd_core.modelpack import load_modelpack
+
+    name, version = resolve(lake, args.model)
+    config = over_model(args, load_modelpack(lake.model(name, version), Store()).config)
+    return config, plan(catalog, name, version).todo
 
 
 def settings_words(args: Any) -> str:

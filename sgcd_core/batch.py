@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import TypedDict
 
 import numpy as np
@@ -82,3 +83,20 @@ def to_device(batch: Batch, device: torch.device | str) -> Batch:
         look=batch["look"],
         source=batch["source"],
     )
+
+
+def split_batch(batch: Batch, parts: int) -> list[Batch]:
+    """The batch in up to `parts` parts, in its order, as alike in size as can be."""
+    count = min(parts, len(batch["seed"]))
+    bounds = [len(batch["seed"]) * i // count for i in range(count + 1)]
+    return [
+        Batch(
+            image=batch["image"][start:end],
+            mask=batch["mask"][start:end],
+            sequence=batch["sequence"][start:end],
+            seed=batch["seed"][start:end],
+            look=batch["look"][start:end],
+            source=batch["source"][start:end],
+        )
+        for start, end in pairwise(bounds)
+    ]

@@ -165,6 +165,11 @@ class GlobalConfig(Settings):
     steps: int = Field(300, ge=1, description="optimizer steps, unless epochs is given")
     epochs: int | None = Field(None, ge=1, description="overrides steps")
     batch_size: int = Field(2, ge=1, description="volumes per step, over all workers")
+    accumulate: int = Field(
+        1, ge=1,
+        description="parts in which a worker takes its share of a step, gradients added up: "
+        "less memory, the same result",
+    )  # fmt: skip
     learning_rate: float = Field(1e-3, gt=0)
     box_rate: float = Field(
         0.02, gt=0, le=1, description="part of learning_rate when starting from the box"
@@ -203,7 +208,12 @@ class TargetConfig(Settings):
 
     steps: int = Field(120, ge=1, description="optimizer steps, unless epochs is given")
     epochs: int | None = Field(None, ge=1, description="overrides steps")
-    batch_size: int = Field(1, ge=1)
+    batch_size: int = Field(1, ge=1, description="volumes of each role per step, over all workers")
+    accumulate: int = Field(
+        1, ge=1,
+        description="parts in which a worker takes its share of a step, gradients added up: "
+        "less memory, the same result",
+    )  # fmt: skip
     learning_rate: float = Field(
         3e-5, gt=0, description="a short tuning must not undo what the box has learned"
     )
@@ -223,6 +233,12 @@ class TargetConfig(Settings):
     last_k: int = Field(1, ge=1, description="generative steps that are trained (stepwise)")
     precision: Precision = "auto"
     clip_norm: float = Field(1.0, gt=0)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.accumulate > 1 and self.backprop == "stepwise" and self.last_k > 1:
+            raise ValueError("accumulate above 1 needs last_k=1 or backprop=chain")
+        return self
 
 
 class TransportConfig(Settings):

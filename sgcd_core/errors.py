@@ -50,6 +50,7 @@ CODES: dict[str, str] = {
     "STORE-WRITE": "Writing to the store failed.",
     "LAKE-MISSING": "There is no lake at this address.",
     "LAKE-EMPTY": "The lake holds no scan that fits the request.",
+    "LAKE-BUSY": "Another job does the same work on this lake at the moment.",
     "TABLE-SCHEMA": "A table of the catalog has an unexpected schema.",
     "TABLE-VERSION": "The table has no such version, or its files were removed since.",
     # queries
@@ -66,9 +67,12 @@ CODES: dict[str, str] = {
     "MODEL-ALIAS": "An alias of a model cannot be moved, or not be relied on.",
     "MODEL-GRID": "The scans were prepared on another grid than the model's.",
     "TARGET-UNKNOWN": "The lake has no such site.",
+    "TARGET-FEW": "The target site has too few scans to learn its look from.",
     "TARGET-SEQUENCE": "The target site has no scan of a sequence that is to be harmonized.",
     "ENCODER-WEIGHTS": "The style encoder's weights are not at hand.",
     "TRAIN-DIVERGED": "The loss is not finite.",
+    "TRAIN-RANKS": "The workers of a training hold different states.",
+    "CHECKPOINT-DIGEST": "A training checkpoint differs from its recorded digest.",
     # programs of others
     "SEGMENTER-FAILED": "The external segmentation program failed, or wrote no usable labels.",
     # configuration and use
@@ -143,6 +147,13 @@ class StorageError(SgcdError):
 
     exit_code = 69
     default_code = "STORE-UNREACHABLE"
+
+
+class BusyError(SgcdError):
+    """Another job does this work now; the same command later goes on. Exit code 75."""
+
+    exit_code = 75
+    default_code = "LAKE-BUSY"
 
 
 class ModelError(SgcdError):

@@ -7,13 +7,16 @@ that docs/method.md lists.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from sgcd_core.batch import Batch, to_device
+from sgcd_core.batch import Batch, split_batch, to_device
 from sgcd_core.box import Box, load_composition
 from sgcd_core.config import GlobalConfig, SgcdConfig
 from sgcd_core.diffusion.network import ConditionalDenoiser, LookEmbedding, build_network
@@ -99,6 +102,8 @@ class GlobalStage:
     def step(self, batch: Batch, condition: Condition | None = None) -> dict[str, float]:
         """One optimizer step on `batch`, whose condition is taken here unless given.
 
+        The batch is taken in `accumulate` parts; with a condition given, at once.
+
         Returns:
             `loss` and its parts `noise` (L_N), `gradient` (L_G), `record` (L_E), and
             `learning_rate`, all of this worker's share of the batch.
@@ -111,27 +116,50 @@ class GlobalStage:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         batch = to_device(batch, self.device)
+        parts = split_batch(batch, 1 if condition is not None else stage.accumulate)
         self.network.train()
-        losses, statistics, weight = self._losses(batch, condition)
-        losses["record"] = self.record.compare_and_update(statistics, batch["sequence"], weight)
-        loss = (
-            stage.weight_noise * losses["noise"]
-            + stage.weight_gradient * losses["gradient"]
-            + stage.weight_record * losses["record"]
-        )
-        if not torch.isfinite(loss):
-            raise ModelError(
-                f"the loss is {float(loss.detach())} at step {self.done}.",
-                code="TRAIN-DIVERGED",
-                hint="Lower global_stage.learning_rate, or set global_stage.precision=fp32.",
-            )
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        update_first = self.config.record.order == "update_then_compare"
+        if update_first and len(parts) > 1:
+            # The record needs all of the batch before the first part is compared with it.
+            with torch.no_grad():
+                self._update_record([self._losses(part)[1:] for part in parts], batch)
+        found: list[tuple[Tensor, Tensor]] = []
+        values = dict.fromkeys(("loss", "noise", "gradient", "record"), 0.0)
+        for number, part in enumerate(parts):
+            share = len(part["seed"]) / len(batch["seed"])
+            with averaging(self.network, number == len(parts) - 1):
+                losses, statistics, weight = self._losses(part, condition)
+                found.append((statistics, weight))
+                if len(parts) == 1 and update_first:
+                    self._update_record(found, batch)
+                losses["record"] = self.record.loss(statistics, part["sequence"], weight)
+                losses["loss"] = (
+                    stage.weight_noise * losses["noise"]
+                    + stage.weight_gradient * losses["gradient"]
+                    + stage.weight_record * losses["record"]
+                )
+                if not torch.isfinite(losses["loss"]):
+                    raise ModelError(
+                        f"the loss is {float(losses['loss'].detach())} at step {self.done}.",
+                        code="TRAIN-DIVERGED",
+                        hint="Lower global_stage.learning_rate, or set "
+                        "global_stage.precision=fp32.",
+                    )
+                (share * losses["loss"]).backward()  # type: ignore[no-untyped-call]
+            for name, value in losses.items():
+                values[name] += share * float(value.detach())
+        if not update_first:
+            self._update_record(found, batch)
         nn.utils.clip_grad_norm_(self.network.parameters(), stage.clip_norm)
         self.optimizer.step()
         self.done += 1
-        values = {name: float(value.detach()) for name, value in losses.items()}
-        return {"loss": float(loss.detach()), **values, "learning_rate": rate}
+        return {**values, "learning_rate": rate}
+
+    def _update_record(self, parts: list[tuple[Tensor, Tensor]], batch: Batch) -> None:
+        """Eq. 7 with (statistics, weight) of all parts of a batch."""
+        statistics, weights = zip(*parts, strict=True)
+        self.record.update(torch.cat(statistics), batch["sequence"], torch.cat(weights))
 
     @torch.no_grad()
     def error(self, batch: Batch, condition: Condition | None = None) -> float:
@@ -290,6 +318,30 @@ def loss_sigma(config: SgcdConfig) -> float:
     if config.network.prediction in ("epsilon", "v"):
         return 0.0
     return config.global_stage.loss_mm / FWHM / config.prepare.mm
+
+
+@contextmanager
+def averaging(network: nn.Module, on: bool) -> Iterator[None]:
+    """Whether DDP averages gradients over the workers in the backward passes of this block."""
+    if on or not isinstance(network, DistributedDataParallel):
+        yield
+    else:
+        with network.no_sync():
+            yield
+
+
+@torch.no_grad()
+def average_gradients(network: nn.Module) -> None:
+    """Mean over the workers of the gradients as they stand; a network without DDP keeps them."""
+    if not isinstance(network, DistributedDataParallel):
+        return
+    gradients = [p.grad for p in network.parameters() if p.grad is not None]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(flat)
+    sizes = [gradient.numel() for gradient in gradients]
+    parts = torch.split(flat / dist.get_world_size(), sizes)
+    for gradient, mean in zip(gradients, parts, strict=True):
+        gradient.copy_(mean.view_as(gradient))
 
 
 def unwrapped(network: nn.Module) -> nn.Module:

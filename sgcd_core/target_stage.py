@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from sgcd_core.batch import Batch, to_device
+from sgcd_core.batch import Batch, split_batch, to_device
 from sgcd_core.config import SgcdConfig
 from sgcd_core.diffusion.ddim import ddim_step
 from sgcd_core.diffusion.network import ConditionalDenoiser, build_network
@@ -24,6 +24,8 @@ from sgcd_core.diffusion.sampler import reverse_grid, starting_image
 from sgcd_core.diffusion.schedule import Schedule
 from sgcd_core.errors import InputError, ModelError
 from sgcd_core.global_stage import (
+    average_gradients,
+    averaging,
     conditioned,
     draw,
     loss_region,
@@ -81,6 +83,7 @@ class TargetStage:
         )
         self.directions: dict[int, Tensor] = {}
         self.done = 0
+        self._share = 1.0  # of a step's batch that the part at hand is
 
     def wrap(self, wrapper: Callable[[nn.Module], nn.Module]) -> None:
         """Replace the tuned network by `wrapper(network)`, for example DDP."""
@@ -127,6 +130,25 @@ class TargetStage:
                 )
         self.network.train()
         self.optimizer.zero_grad(set_to_none=True)
+        values: dict[str, float] = {}
+        pairs = zip(
+            split_batch(source, stage.accumulate), split_batch(target, stage.accumulate),
+            strict=True,
+        )  # fmt: skip
+        # Several backward passes make one step, and some of them compute parts of the network
+        # again: DDP's own averaging, one for each pass, does not know of that.
+        with averaging(self.network, False):
+            for one, own in pairs:
+                share = len(one["seed"]) / len(source["seed"])
+                for name, value in self._part(one, own, share).items():
+                    values[name] = values.get(name, 0.0) + share * value
+        self._optimize()
+        self.done += 1
+        return {"loss": sum(values.values()), **values}
+
+    def _part(self, source: Batch, target: Batch, share: float) -> dict[str, float]:
+        """Losses of a part of a step, their gradients times `share` added to the network's."""
+        stage, self._share = self.config.target_stage, share
         losses: dict[str, float] = {}
         if stage.target_denoising > 0:
             loss = self._denoising(target)
@@ -141,9 +163,7 @@ class TargetStage:
             if stage.weight_reconstruction > 0:
                 own = self._direction(target["image"], self._aligned(target), _plans(self, target))
                 losses |= self._styled(target, own, "reconstruction", stage.weight_reconstruction)
-        self._optimize()
-        self.done += 1
-        return {"loss": sum(losses.values()), **losses}
+        return losses
 
     def _denoising(self, batch: Batch) -> Tensor:
         """Plain denoising of target scans under the style-free condition."""
@@ -259,9 +279,10 @@ class TargetStage:
                 code="TRAIN-DIVERGED",
                 hint="Lower target_stage.learning_rate, or set target_stage.precision=fp32.",
             )
-        loss.backward()  # type: ignore[no-untyped-call]
+        (self._share * loss).backward()  # type: ignore[no-untyped-call]
 
     def _optimize(self) -> None:
+        average_gradients(self.network)
         nn.utils.clip_grad_norm_(self.network.parameters(), self.config.target_stage.clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)

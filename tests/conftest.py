@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import nibabel as nib
 import numpy as np
@@ -22,6 +23,9 @@ import pytest
 from toy_lake import Place, make_toy_lake
 
 from pipelines.lake import Lake
+
+if TYPE_CHECKING:
+    from head_node import RayCluster
 
 # Before torch is imported: threads that spin while they wait make a shared machine crawl.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -148,6 +152,14 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
         patch.undo()
         process.kill()  # nothing in it is worth a slow shutdown
         process.wait(20)
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[RayCluster]:
+    """A cluster of one node with two CPUs, token authentication on, on ports of its own."""
+    from head_node import start_head
+
+    yield from start_head()
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import errno
 import os
 import secrets
 from collections.abc import Iterator
+from datetime import UTC, datetime
 
 from sgcd_core.errors import InputError, SgcdError, StorageError
 
@@ -65,6 +66,14 @@ def info(uri: str, path: str) -> tuple[int, str]:
     except (OSError, ValueError) as error:
         raise _problem(uri, error) from error
     return stat.st_size, _etag(stat)
+
+
+def modified(uri: str, path: str) -> datetime:
+    """When a file was written, by the clock of its file system."""
+    try:
+        return datetime.fromtimestamp(os.stat(path).st_mtime, UTC)
+    except (OSError, ValueError) as error:
+        raise _problem(uri, error) from error
 
 
 def write(uri: str, path: str, data: bytes, if_absent: bool) -> str:

@@ -10,6 +10,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
+from datetime import datetime
 from typing import Any, TypeVar
 
 from sgcd_core.errors import InputError, SgcdError, StorageError
@@ -193,6 +194,14 @@ def info(uri: str) -> tuple[int, str]:
         raise InputError("names a bucket, not an object.", code="SCAN-MISSING", where=uri)
     response = _call(uri, lambda c: c.head_object(Bucket=bucket, Key=key))
     return int(response["ContentLength"]), _etag(response)
+
+
+def modified(uri: str) -> datetime:
+    """When an object was written, by the service's clock."""
+    bucket, key = split(uri)
+    response = _call(uri, lambda c: c.head_object(Bucket=bucket, Key=key))
+    moment: datetime = response["LastModified"]
+    return moment
 
 
 def write(uri: str, data: bytes, if_absent: bool) -> str:

@@ -10,6 +10,7 @@ import hashlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import datetime
 from urllib.parse import unquote
 
 from sgcd_core.errors import InputError, StorageError
@@ -140,6 +141,20 @@ class Store:
 
         path = local_path(uri)
         return ObjectInfo(path, *local.info(uri, path))
+
+    def modified(self, uri: str) -> datetime:
+        """When the object was written, by the store's own clock; S3 tells whole seconds.
+
+        Raises:
+            InputError, StorageError: As for `info`.
+        """
+        if is_s3(uri):
+            from sgcd_core.io import s3
+
+            return s3.modified(uri)
+        from sgcd_core.io import local
+
+        return local.modified(uri, local_path(uri))
 
     def exists(self, uri: str) -> bool:
         """Whether an object (not a folder) is there; see `has_any` for folders."""

@@ -88,18 +88,6 @@ class Record:
             self.values[index] = keep * self.values[index] + (1 - keep) * new
             self.updates[index] += 1
 
-    def compare_and_update(self, statistics: Tensor, sequence: Tensor, weight: Tensor) -> Tensor:
-        """L_E and the update, in the order of the settings.
-
-        Updating first, as Algorithm 1 prints, shrinks the loss by the decay.
-        """
-        if self.config.order == "update_then_compare":
-            self.update(statistics, sequence, weight)
-            return self.loss(statistics, sequence, weight)
-        loss = self.loss(statistics, sequence, weight)
-        self.update(statistics, sequence, weight)
-        return loss
-
     def state_dict(self) -> dict[str, Tensor]:
         """Tensors that restore this record."""
         return {"values": self.values.clone(), "updates": self.updates.clone()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import pwd
@@ -85,7 +86,7 @@ def database() -> Iterator[str]:
                         "PostgreSQL did not start:\n" + (folder / "log").read_text()[-2000:]
                     )
                 time.sleep(0.2)
-        yield f"postgresql://mlflow:{PASSWORD}@127.0.0.1:{port}/postgres"
+        yield f"postgresql+psycopg2://mlflow:{PASSWORD}@127.0.0.1:{port}/postgres"
     finally:
         if process is not None:
             process.terminate()  # smart shutdown waits for clients, immediate does not
@@ -131,7 +132,8 @@ def server(
         yield address
     finally:
         patch.undo()
-        os.killpg(process.pid, 15)  # its own session: the server and its workers
+        with contextlib.suppress(ProcessLookupError):  # it ended by itself
+            os.killpg(process.pid, 15)  # its own session: the server and its workers
         try:
             process.wait(20)
         except subprocess.TimeoutExpired:

@@ -1,0 +1,252 @@
+"""ray-cluster.yaml by Ray's own schema; the manifests by that of Kubernetes, as far as it goes.
+
+The schema of KubeRay's own kinds is in no package: their fields are compared with the list below,
+read off its API reference (v1.6), and the pod templates in them with the schema of Pod.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import kubernetes_validate
+import pytest
+import ray
+import yaml
+
+from ray_jobs.parser import build_parser
+
+ROOT = Path(__file__).resolve().parents[2]
+KUBERAY = ROOT / "infra" / "kuberay"
+KUBERNETES = "1.31"
+#: Fields of KubeRay's API v1 that may be used, by kind.
+FIELDS = {
+    "RayCluster": {
+        "authOptions", "autoscalerOptions", "enableInTreeAutoscaling", "gcsFaultToleranceOptions",
+        "headGroupSpec", "headServiceAnnotations", "managedBy", "rayVersion", "suspend",
+        "workerGroupSpecs",
+    },
+    "RayJob": {
+        "activeDeadlineSeconds", "backoffLimit", "clusterSelector", "deletionStrategy",
+        "entrypoint", "entrypointNumCpus", "entrypointNumGpus", "entrypointResources", "jobId",
+        "managedBy", "metadata", "rayClusterSpec", "runtimeEnvYAML", "shutdownAfterJobFinishes",
+        "submissionMode", "submitterConfig", "submitterPodTemplate", "suspend",
+        "ttlSecondsAfterFinished",
+    },
+    "autoscalerOptions": {
+        "env", "envFrom", "idleTimeoutSeconds", "image", "imagePullPolicy", "resources",
+        "securityContext", "upscalingMode", "version", "volumeMounts",
+    },
+    "headGroupSpec": {"enableIngress", "headService", "rayStartParams", "serviceType", "template"},
+    "workerGroupSpec": {
+        "groupName", "idleTimeoutSeconds", "maxReplicas", "minReplicas", "numOfHosts",
+        "rayStartParams", "replicas", "scaleStrategy", "suspend", "template",
+    },
+}  # fmt: skip
+
+
+def documents() -> Iterator[dict[str, Any]]:
+    for path in sorted(KUBERAY.glob("*.yaml")):
+        yield from yaml.safe_load_all(path.read_text(encoding="utf-8"))
+
+
+def of_kind(kind: str) -> dict[str, Any]:
+    (found,) = (item for item in documents() if item["kind"] == kind)
+    return found
+
+
+def cluster_specs() -> list[dict[str, Any]]:
+    return [of_kind("RayCluster")["spec"], of_kind("RayJob")["spec"]["rayClusterSpec"]]
+
+
+def groups(spec: dict[str, Any]) -> list[dict[str, Any]]:
+    return [spec["headGroupSpec"], *spec["workerGroupSpecs"]]
+
+
+def pod_templates() -> list[dict[str, Any]]:
+    found = [group["template"] for spec in cluster_specs() for group in groups(spec)]
+    return [*found, of_kind("CronJob")["spec"]["jobTemplate"]["spec"]["template"]]
+
+
+def test_ray_cluster_is_valid_by_rays_own_schema() -> None:
+    from ray.autoscaler._private.util import fillout_defaults, validate_config
+
+    config = yaml.safe_load((ROOT / "ray-cluster.yaml").read_text(encoding="utf-8"))
+    schema = json.loads((Path(ray.__file__).parent / "autoscaler" / "ray-schema.json").read_text())
+    jsonschema.validate(config, schema)
+    validate_config(fillout_defaults(copy.deepcopy(config)))
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(config | {"head_typ": "head"}, schema)
+
+
+def test_ray_cluster_has_a_cpu_head_spot_gpus_and_the_token() -> None:
+    config = yaml.safe_load((ROOT / "ray-cluster.yaml").read_text(encoding="utf-8"))
+    head = config["available_node_types"][config["head_node_type"]]
+    (spot,) = (n for name, n in config["available_node_types"].items() if name != "head")
+    assert head["max_workers"] == 0 and "InstanceMarketOptions" not in head["node_config"]
+    assert spot["node_config"]["InstanceMarketOptions"]["MarketType"] == "spot"
+    assert spot["min_workers"] == 0 < spot["max_workers"] <= config["max_workers"]
+    options = " ".join(config["docker"]["run_options"])
+    assert "RAY_AUTH_MODE=token" in options and "~/.ray/auth_token" in config["file_mounts"]
+    (growth,) = json.loads(options.partition("SGCD_CLUSTER_MAX='")[2].partition("'")[0])
+    assert growth["nodes"] == spot["max_workers"]
+    assert {name: growth[name] for name in ("CPU", "GPU")} == spot["resources"]
+    starts = config["head_start_ray_commands"] + config["worker_start_ray_commands"]
+    assert "--dashboard-host=127.0.0.1" in " ".join(starts)
+
+
+def test_core_kinds_are_valid_by_kubernetes_schema() -> None:
+    core = [item for item in documents() if not item["apiVersion"].startswith("ray.io/")]
+    kinds = {item["kind"] for item in core}
+    assert kinds == {"Namespace", "ServiceAccount", "ConfigMap", "NetworkPolicy", "CronJob"}
+    for item in core:
+        kubernetes_validate.validate(item, KUBERNETES, strict=True)
+    wrong = copy.deepcopy(of_kind("CronJob"))
+    wrong["spec"]["concurencyPolicy"] = "Forbid"
+    with pytest.raises(kubernetes_validate.ValidationError):
+        kubernetes_validate.validate(wrong, KUBERNETES, strict=True)
+
+
+def test_pod_templates_of_rays_kinds_are_valid_pods() -> None:
+    found = pod_templates()
+    assert len(found) == 7
+    for number, template in enumerate(found):
+        pod = {
+            "apiVersion": "v1", "kind": "Pod",
+            "metadata": {"name": f"pod-{number}", **template.get("metadata", {})},
+            "spec": template["spec"],
+        }  # fmt: skip
+        kubernetes_validate.validate(pod, KUBERNETES, strict=True)
+
+
+def test_rays_kinds_use_fields_that_kuberay_has() -> None:
+    assert set(of_kind("RayJob")["spec"]) <= FIELDS["RayJob"]
+    for spec in cluster_specs():
+        assert set(spec) <= FIELDS["RayCluster"]
+        assert set(spec["autoscalerOptions"]) <= FIELDS["autoscalerOptions"]
+        assert set(spec["headGroupSpec"]) <= FIELDS["headGroupSpec"]
+        assert spec["authOptions"] == {"mode": "token"}
+        assert spec["rayVersion"] == ray.__version__
+        for group in spec["workerGroupSpecs"]:
+            assert set(group) <= FIELDS["workerGroupSpec"]
+            assert 0 <= group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
+        for group in groups(spec):  # Ray takes them as words of a command line
+            assert all(isinstance(value, str) for value in group["rayStartParams"].values())
+
+
+def test_a_job_of_its_own_has_the_cluster_that_stands() -> None:
+    first, second = cluster_specs()
+    assert first == second
+
+
+def test_nothing_runs_as_root_or_gains_rights() -> None:
+    for template in pod_templates():
+        assert template["spec"]["securityContext"]["runAsUser"] == 1000
+        for container in template["spec"]["containers"]:
+            context = container["securityContext"]
+            assert context["runAsNonRoot"] and not context["allowPrivilegeEscalation"]
+            assert context["capabilities"] == {"drop": ["ALL"]}
+            assert "memory" in container["resources"]["limits"]
+            assert not any("SECRET" in e["name"] for e in container.get("env", []) if "value" in e)
+
+
+def test_how_far_the_cluster_may_grow_is_said_as_it_is() -> None:
+    """SGCD_CLUSTER_MAX, which the preflight believes; Ray leaves 30 % of memory to its store."""
+    said = json.loads(of_kind("ConfigMap")["data"]["SGCD_CLUSTER_MAX"])
+    workers = of_kind("RayCluster")["spec"]["workerGroupSpecs"]
+    assert len(said) == len(workers)
+    for growth, group in zip(said, workers, strict=True):
+        limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
+        assert growth["nodes"] == group["maxReplicas"]
+        assert growth["CPU"] == int(limits["cpu"])
+        assert growth.get("GPU", 0) == int(limits.get("nvidia.com/gpu", 0))
+        assert growth["memory"] <= 0.7 * int(limits["memory"].removesuffix("Gi")) * 2**30
+
+
+def test_the_commands_in_the_manifests_are_commands() -> None:
+    entry = of_kind("RayJob")["spec"]["entrypoint"].split()
+    assert entry[0] == "sgcd" and build_parser().parse_args(entry[1:]).command == "harmonize"
+    job = of_kind("CronJob")["spec"]["jobTemplate"]["spec"]
+    (container,) = job["template"]["spec"]["containers"]
+    args = build_parser().parse_args(container["args"])
+    assert (args.command, args.job, args.id) == ("submit", "new-site", "nightly")
+    assert build_parser().parse_args([args.job, *args.words]).gpus
+    assert of_kind("CronJob")["spec"]["concurrencyPolicy"] == "Forbid"
+    rule = job["podFailurePolicy"]["rules"][0]
+    # Storage out of reach (69), our own fault (70) and stopped (75) are tried again.
+    assert rule["onExitCodes"]["values"] == [1, 2, 65, 78] and rule["action"] == "FailJob"
+    names = {e["name"]: e for e in container["env"]}
+    assert names["RAY_AUTH_TOKEN"]["valueFrom"]["secretKeyRef"]["key"] == "auth_token"
+
+
+def test_the_images_entry_point_runs_commands_and_the_programs_that_ray_needs(
+    tmp_path: Path,
+) -> None:
+    script = ROOT / "infra" / "docker" / "entrypoint.sh"
+    for name in ("sgcd", "ray", "mlflow"):
+        fake = tmp_path / name
+        fake.write_text(f'#!/bin/sh\necho {name} "$@"\n')
+        fake.chmod(0o755)
+    path = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+
+    def run(*words: str) -> str:
+        done = subprocess.run([str(script), *words], env=path, capture_output=True, text=True)
+        return done.stdout.strip()
+
+    assert os.access(script, os.X_OK)
+    assert run() == "sgcd" and run("--help") == "sgcd --help"
+    assert run("harmonize", "--lake", "a b") == "sgcd harmonize --lake a b"
+    assert run("ray", "start") == "ray start"
+    assert run("bash", "-c", "echo it runs") == "it runs"
+
+
+def test_the_image_is_pinned_and_not_root() -> None:
+    lines = (ROOT / "infra" / "docker" / "Dockerfile").read_text().splitlines()
+    bases = [line.split()[1] for line in lines if line.startswith("FROM")]
+    assert bases and all(":" in base and not base.endswith(":latest") for base in bases)
+    users = [line for line in lines if line.startswith("USER")]
+    assert users == ["USER 1000:1000"] and lines.index(users[0]) > lines.index(
+        next(line for line in lines if "useradd" in line or line.startswith("COPY --from"))
+    )
+    assert "-c constraints.txt" in "\n".join(lines)
+    for line in lines:  # what is copied is not kept from the build by .dockerignore
+        if line.startswith("COPY ") and "--from" not in line:
+            allowed = (ROOT / ".dockerignore").read_text().splitlines()
+            for source in [w for w in line.split()[1:-1] if not w.startswith("--")]:
+                assert f"!{source}" in allowed and (ROOT / source).exists(), source
+
+
+def test_mlflow_is_started_with_options_it_has() -> None:
+    from mlflow.cli import server
+
+    compose = yaml.safe_load((ROOT / "infra" / "mlflow" / "compose.yaml").read_text())
+    service = compose["services"]["mlflow"]
+    words = service["command"][0].partition("exec mlflow server ")[2].split()
+    known = {option for parameter in server.params for option in parameter.opts}
+    used = {word for word in words if word.startswith("--")}
+    assert used and used <= known
+    assert {"--artifacts-destination", "--app-name", "--serve-artifacts"} <= used
+    assert set(service["secrets"]) == set(compose["secrets"])
+    assert all(port.startswith("127.0.0.1:") for port in service["ports"])
+    assert service["depends_on"]["postgres"]["condition"] == "service_healthy"
+    text = (ROOT / "infra" / "mlflow" / "Dockerfile").read_text()
+    assert "constraints.txt" in text and "USER 1000:1000" in text
+    ignored = (ROOT / "infra" / "mlflow" / ".gitignore").read_text().split()
+    for secret in compose["secrets"].values():
+        assert f"/{secret['file'].removeprefix('./')}" in ignored
+
+
+def test_shellcheck_has_nothing_to_say() -> None:
+    tool = shutil.which("shellcheck")
+    if tool is None:
+        pytest.skip("shellcheck is not installed")
+    script = ROOT / "infra" / "docker" / "entrypoint.sh"
+    done = subprocess.run([tool, str(script)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout

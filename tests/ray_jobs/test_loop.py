@@ -1,0 +1,147 @@
+"""When a training is tried again and when given up, and what each rank is given. No Ray runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import ray
+
+from pipelines.lake import Lake
+from ray_jobs import loop
+from ray_jobs.checkpoint import Checkpoints
+from sgcd_core.config import SgcdConfig
+from sgcd_core.errors import ConfigError, InputError, ModelError, SgcdError, StorageError
+
+TOTAL = 6
+SCHEDULE = [{"step": n // 4, "scans": {"scan": (f"scan{n}", 0, n, "A")}} for n in range(4 * TOTAL)]
+
+
+class Watch:
+    """Stands for the real one: no actor, no losses."""
+
+    noted: SgcdError | None = None
+
+    def __init__(self, label: str, total: int, start: int) -> None:
+        self.board, self.history = None, [{"step": float(start)}]
+
+    def error(self) -> SgcdError | None:
+        return self.noted
+
+    def __enter__(self) -> Watch:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+class Fit:
+    """`loop.fit` whose runs of Ray Train end as told."""
+
+    def __init__(self, folder: Path, patch: pytest.MonkeyPatch) -> None:
+        self.checkpoints = Checkpoints(str(folder))
+        self.runs: list[tuple[int, Exception | None]] = []
+        self.left: list[tuple[int, Exception | None]] = []
+        patch.setattr(loop, "Watch", Watch)
+        patch.setattr(loop, "_run", self._run)
+
+    def _run(self, *_: Any) -> Exception | None:
+        """Save a checkpoint at the next step told, end with the error told."""
+        step, error = self.left.pop(0)
+        self.runs.append((step, error))
+        if step > self.checkpoints.step():
+            self.checkpoints.save(step, {"done": step})
+        return error
+
+    def go(self, *ends: tuple[int, Exception | None], workers: int = 2) -> list[dict[str, float]]:
+        self.left = list(ends)
+        return loop.fit(
+            ray, lambda setup: None, SCHEDULE, Lake("lake"), SgcdConfig(), self.checkpoints,
+            looks={}, label="train", total=TOTAL, workers=workers, gpus=False, extra={},
+        )  # fmt: skip
+
+
+@pytest.fixture
+def fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fit:
+    return Fit(tmp_path, monkeypatch)
+
+
+def test_lost_workers_are_replaced_as_long_as_training_gets_further(fit: Fit) -> None:
+    lost = RuntimeError("the worker died")
+    fit.go((2, lost), (4, lost), (4, None))
+    assert [step for step, _ in fit.runs] == [2, 4, 4]
+
+
+def test_a_training_that_gets_no_further_is_given_up(fit: Fit) -> None:
+    lost = RuntimeError("the worker died")
+    with pytest.raises(RuntimeError, match="the worker died"):
+        fit.go((2, lost), (2, lost), (4, None))
+    assert len(fit.runs) == 2
+
+
+def test_an_error_that_no_try_can_mend_ends_it_with_its_cause(fit: Fit) -> None:
+    error = RuntimeError("wrapped by Ray")
+    error.__cause__ = ModelError("the loss is nan.", code="TRAIN-DIVERGED")
+    with pytest.raises(ModelError, match="TRAIN-DIVERGED"):
+        fit.go((2, error), (4, None))
+
+
+def test_the_cause_is_known_though_ray_lost_it(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Watch, "noted", InputError("is damaged.", code="SCAN-CORRUPT"))
+    with pytest.raises(InputError, match="SCAN-CORRUPT"):
+        fit.go((2, RuntimeError("wrapped by Ray")), (4, None))
+
+
+def test_a_store_that_was_away_is_tried_again(fit: Fit) -> None:
+    fit.go((2, StorageError("does not answer.")), (2, None))
+    assert len(fit.runs) == 2
+
+
+def test_a_batch_that_workers_cannot_share_alike_is_refused(fit: Fit) -> None:
+    with pytest.raises(ConfigError, match="3 workers"):
+        fit.go(workers=3)
+
+
+def test_ranks_share_every_step_and_begin_at_the_newest_checkpoint(
+    fit: Fit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "training_stream", lambda ray, rows, *more: rows)
+    monkeypatch.setattr(loop, "data_settings", lambda ray: None)
+
+    def share(rank: int, workers: int) -> list[Any]:
+        return loop.share_of(
+            ray, SCHEDULE, rank, workers, 4, "lake", SgcdConfig(), {}, fit.checkpoints
+        )
+
+    assert share(0, 1) == SCHEDULE
+    fit.checkpoints.save(3, {})
+    one, two = share(0, 2), share(1, 2)
+    assert [row["step"] for row in one] == [3, 3, 4, 4, 5, 5]
+    seen = {row["scans"]["scan"][0] for row in one + two}
+    assert seen == {row["scans"]["scan"][0] for row in SCHEDULE if row["step"] >= 3}
+
+
+def test_a_worker_is_not_started_again_after_an_error_it_cannot_mend(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    notes: list[SgcdError | None] = []
+    board = SimpleNamespace(
+        error=SimpleNamespace(remote=lambda: notes[-1] if notes else None),
+        fail=SimpleNamespace(remote=notes.append),
+    )
+    monkeypatch.setattr(ray, "get", lambda answer: answer)
+    starts: list[str] = []
+
+    def diverges(setup: dict[str, Any]) -> None:
+        starts.append("once")
+        raise ModelError("the loss is nan.", code="TRAIN-DIVERGED")
+
+    for _ in range(2):
+        with pytest.raises(ModelError, match="TRAIN-DIVERGED"):
+            loop._guarded(diverges, {"board": board})
+    assert starts == ["once"]
+    notes[:] = [StorageError("does not answer.")]
+    loop._guarded(lambda setup: starts.append("again"), {"board": board})
+    assert starts == ["once", "again"]

@@ -1,0 +1,162 @@
+"""Commands as jobs of a cluster: logs and exit codes come back, nothing secret goes there."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from head_node import RayCluster
+from ray.job_submission import JobStatus
+
+from pipelines.lake import Lake
+from ray_jobs import cli
+from ray_jobs.submit import _named, tail
+from sgcd_core.errors import StorageError
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["harmonise", "--lake", "s3://b/l"], "no command that can be submitted"),
+        (["submit", "status"], "no command that can be submitted"),
+        (["harmonize", "--lake", "s3://b/l"], "required: --model"),
+        (["status", "--lake", "s3://b/l", "--speed", "9"], "unrecognized arguments: --speed 9"),
+        (["status", "--lake", "lake"], "some machine of the cluster"),
+        (["status", "--help"], "asks for help only"),
+    ],
+)
+def test_what_the_cluster_would_refuse_is_refused_here(
+    words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["submit", *words]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_dry_run_shows_the_job(capsys: pytest.CaptureFixture[str]) -> None:
+    job = ["query", "SELECT 'a b'", "--lake", "s3://b/l"]
+    assert cli.main(["submit", "--json", "--dry-run", "--env", "AWS_REGION=eu-west-1", *job]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["entrypoint"] == """sgcd query 'SELECT '"'"'a b'"'"'' --lake s3://b/l"""
+    assert document["runtime_env"]["env_vars"]["AWS_REGION"] == "eu-west-1"
+
+
+@pytest.mark.parametrize(
+    "name", ["AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "DB_PASSWORD", "RAY_AUTH_TOKEN"]
+)
+def test_secrets_are_not_sent(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["submit", "--dry-run", "--env", f"{name}=hush", "status", "--lake", "s3://b/l"]
+    assert cli.main(words) == 2
+    out = capsys.readouterr()
+    assert "could read it" in out.err and "hush" not in out.err + out.out
+
+
+def test_a_cluster_that_is_not_there_is_69(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--address", "http://127.0.0.1:9", "status", "--lake", "s3://b/l"]
+    assert cli.main(["submit", *words]) == 69
+    assert "[CLUSTER] http://127.0.0.1:9" in capsys.readouterr().err
+
+
+class FakeClient:
+    """Jobs with their states; a log whose connection breaks as often as told."""
+
+    def __init__(self, *, log: str = "", breaks: int = 0, **jobs: JobStatus) -> None:
+        self.log, self.breaks, self.jobs = log, breaks, jobs
+
+    def list_jobs(self) -> list[SimpleNamespace]:
+        return [
+            SimpleNamespace(submission_id=name.replace("_", "-"), status=status)
+            for name, status in self.jobs.items()
+        ]
+
+    def get_job_status(self, name: str) -> JobStatus:
+        return JobStatus.SUCCEEDED
+
+    async def tail_job_logs(self, name: str) -> AsyncIterator[str]:
+        for place in range(0, len(self.log), 5):
+            if self.breaks and place > 10:
+                self.breaks -= 1
+                raise RuntimeError("WebSocket connection closed unexpectedly")
+            yield self.log[place : place + 5]
+
+
+def test_a_name_is_joined_while_it_runs_and_numbered_after() -> None:
+    ended_, runs = JobStatus.FAILED, JobStatus.RUNNING
+    assert _named(FakeClient(), "nightly") == ("nightly", False)
+    assert _named(FakeClient(nightly=runs, other=runs), "nightly") == ("nightly", True)
+    assert _named(FakeClient(nightly=ended_, nightly_9=ended_), "nightly") == ("nightly-10", False)
+    assert _named(FakeClient(nightly=ended_, nightly_2=runs), "nightly") == ("nightly-2", True)
+    assert _named(FakeClient(nightly_new=runs), "nightly") == ("nightly", False)
+
+
+def test_a_log_whose_connection_breaks_is_shown_once(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ray_jobs.submit.PAUSE_SECONDS", 0.0)
+    log = "".join(f"line {n}\n" for n in range(9))
+    tail(FakeClient(log=log, breaks=3), "job")
+    assert capsys.readouterr().out == log
+    with pytest.raises(StorageError, match="CLUSTER"):
+        tail(FakeClient(log=log, breaks=99), "job")
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_log_and_exit_code_come_back(ray_cluster: RayCluster, tmp_lake: Lake) -> None:
+    done = ray_cluster.sgcd("submit", "status", "--lake", tmp_lake.uri)
+    none = ray_cluster.sgcd("submit", "--json", "status", "--lake", f"{tmp_lake.uri}/none")
+    out, err = done.communicate(timeout=120)
+    assert done.returncode == 0, err[-2000:]
+    assert "0 scans (0 usable)" in out and "succeeded with exit code 0" in out
+    out, err = none.communicate(timeout=120)
+    document = json.loads(out)  # with --json the log goes to stderr
+    assert none.returncode == document["exit_code"] == 69 and document["status"] == "FAILED"
+    assert "[LAKE-MISSING]" in err
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_without_the_token_nothing_is_taken(ray_cluster: RayCluster, tmp_lake: Lake) -> None:
+    assert ray_cluster.get("/api/jobs/", token=False) == 401
+    done = ray_cluster.sgcd("submit", "status", "--lake", tmp_lake.uri, RAY_AUTH_TOKEN="b" * 32)
+    _, err = done.communicate(timeout=60)
+    assert done.returncode == 69 and "refuses this token" in err and "RAY_AUTH_TOKEN" in err
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_job_that_runs_is_joined_not_doubled(ray_cluster: RayCluster, tmp_lake: Lake) -> None:
+    """The name of a scheduled job; a stopped one ends as stopped, with time to commit."""
+    from ray.job_submission import JobSubmissionClient
+
+    blocked = str(Path(tmp_lake.uri))
+    lock = Path(tmp_lake.scratch("leases/new-site-global/00000001.json"))
+    lock.parent.mkdir(parents=True)
+    lock.write_text('{"holder": "a test", "released": false}')
+    model = Path(tmp_lake.model("global", 1))
+    model.mkdir(parents=True)
+    (model / "pack.json").write_text('{"meta": {}}')
+    job = ["new-site", "/none", "--model", "global", "--lake", blocked]
+    first = ray_cluster.sgcd("submit", "--id", "nightly", "--no-wait", *job)
+    out, err = first.communicate(timeout=60)
+    assert first.returncode == 0 and "submitted job nightly" in out, err[-2000:]
+    second = ray_cluster.sgcd("submit", "--id", "nightly", *job)
+    assert second.stdout is not None
+    line = second.stdout.readline()  # the log of the job that was there
+    assert "waiting for a test" in line
+    patch = pytest.MonkeyPatch()
+    patch.setenv("RAY_AUTH_MODE", "token")
+    headers = {"Authorization": f"Bearer {ray_cluster.environment['RAY_AUTH_TOKEN']}"}
+    try:
+        client = JobSubmissionClient(ray_cluster.dashboard, headers=headers)
+        assert [j.submission_id for j in client.list_jobs()].count("nightly") == 1
+        client.stop_job("nightly")
+    finally:
+        patch.undo()
+    out, err = second.communicate(timeout=90)
+    assert second.returncode == 75 and "stopped" in out, err[-2000:]
+    third = ray_cluster.sgcd("submit", "--id", "nightly", "--no-wait", "status", "--lake", blocked)
+    out, err = third.communicate(timeout=60)
+    assert third.returncode == 0 and "submitted job nightly-2" in out, err[-2000:]
