@@ -19,6 +19,7 @@ DOOR = (
     "pipelines.query:QueryLimits",
     "pipelines.prepare:load_prepared",
     "sgcd_core.io.nifti:read_nifti",
+    "sgcd_core.io.nifti:to_ras",
     "sgcd_core.config:load_config",
     "sgcd_core.modelpack:load_modelpack",
     "sgcd_core.harmonizer:Harmonizer",

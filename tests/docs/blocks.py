@@ -16,7 +16,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("**/*.md")])
 
-_FENCE = re.compile(r"^(?P<fence>```+|~~~+)(?P<info>[^\n`]*)\n(?P<body>.*?)^(?P=fence)\s*$", re.M | re.S)
+_FENCE = re.compile(
+    r"^(?P<fence>```+|~~~+)(?P<info>[^\n`]*)\n(?P<body>.*?)^(?P=fence)\s*$", re.M | re.S
+)
 _MARK = re.compile(r"<!--\s*(not run|not an example|measured:begin):?\s+(\S.*?)-->\s*\Z", re.S)
 _SHELL = {"", "bash", "sh", "shell", "console"}
 
@@ -52,7 +54,7 @@ class Block:
             if commands and all(is_command(words) for words in commands):
                 return "shell"
             listed = [line for line in self.body.splitlines() if line[:1].strip()]
-            return "folder" if all(re.match(r"[\w.-]+/?  +\w", one) for one in listed) else "unknown"
+            return "folder" if all(re.match(r"[\w./-]+  +\w", one) for one in listed) else "unknown"
         known = {"python", "sql", "yaml", "json"}
         return self.language if self.language in known else "unknown"
 
