@@ -1,4 +1,4 @@
-"""The notebooks in examples/ run from top to bottom on the small lake and are kept without outputs."""
+"""The notebooks in examples/ run from top to bottom on the small lake, and are kept bare."""
 
 from __future__ import annotations
 

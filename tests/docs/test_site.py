@@ -1,4 +1,4 @@
-"""The site is built without a warning, no link in it is broken, and no page loads from elsewhere."""
+"""The site is built without a warning, no link is broken, and no page loads from elsewhere."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The built site. Its builder gets no way out, so that building needs no network."""
     out = tmp_path_factory.mktemp("site")
     done = subprocess.run(
-        [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html", DOCS, out / "html",
-         "-d", out / "doctrees"],
+        [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html",
+         "-d", out / "doctrees", DOCS, out / "html"],
         capture_output=True, text=True, check=False, env=_offline(),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -59,7 +59,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _offline() -> dict[str, str]:
     nowhere = "http://127.0.0.1:9"  # discard: whoever asks gets no answer
-    proxies = {name: nowhere for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")}
+    proxies = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), nowhere)
     kept = {k: v for k, v in os.environ.items() if k in ("PATH", "PYTHONPATH", "HOME", "TMPDIR")}
     return kept | proxies
 
