@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import pyarrow as pa
+
 from pipelines.bids_links import Links
 from pipelines.schemas import RESULTS
 from sgcd_core.io.store import join
@@ -70,29 +72,35 @@ class Names:
 _ENTITY = re.compile(r"_(?P<key>task|acq|ce|rec|dir|run|echo|part|chunk)-(?P<value>[A-Za-z0-9]+)")
 
 
-def stems(scans: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+def stems(scans: pa.Table) -> pa.Table:
     """Output name of every scan: its own BIDS entities, made unique where two would collide.
 
     Args:
         scans: All rows of `scans` of the lake, so that a name depends on no request.
 
     Returns:
-        scan_id → folder, entities and suffix. Two scans of one name (two data sets with a
-        subject 01) are told apart by `acq-` and the beginning of the scan_id.
+        `scan_id` and `stem`: folder, entities and suffix. Two scans of one name (two data sets
+        with a subject 01) are told apart by `acq-` and the beginning of the scan_id.
     """
-    out: dict[str, str] = {}
+    columns = ["scan_id", "indexed_at", "uri", "subject", "session", "sequence"]
+    in_order = scans.select(columns).sort_by(
+        [("indexed_at", "ascending"), ("scan_id", "ascending")]
+    )
+    ids, names = [], []
     taken: set[str] = set()
-    for scan in sorted(scans, key=lambda s: (str(s["indexed_at"]), s["scan_id"])):
-        entities = _ENTITY.findall(str(scan["uri"]).rpartition("/")[2])
-        stem = _stem(scan, entities)
-        if stem in taken:
-            short = scan["scan_id"][:8]
-            rest = [(k, v) for k, v in entities if k != "acq"]
-            acq = "".join(v for k, v in entities if k == "acq")
-            stem = _stem(scan, [("acq", acq + short), *rest])
-        taken.add(stem)
-        out[scan["scan_id"]] = stem
-    return out
+    for batch in in_order.to_batches(max_chunksize=10_000):
+        for scan in batch.to_pylist():
+            entities = _ENTITY.findall(str(scan["uri"]).rpartition("/")[2])
+            stem = _stem(scan, entities)
+            if stem in taken:
+                short = scan["scan_id"][:8]
+                rest = [(k, v) for k, v in entities if k != "acq"]
+                acq = "".join(v for k, v in entities if k == "acq")
+                stem = _stem(scan, [("acq", acq + short), *rest])
+            taken.add(stem)
+            ids.append(scan["scan_id"])
+            names.append(stem)
+    return pa.table({"scan_id": pa.array(ids, pa.string()), "stem": pa.array(names, pa.string())})
 
 
 def _stem(scan: Mapping[str, Any], entities: Sequence[tuple[str, str]]) -> str:

@@ -6,13 +6,14 @@ an object that is not there.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -25,17 +26,33 @@ from pipelines.derivative import (
     uncertainty_sidecar_bytes,
 )
 from pipelines.lake import Lake
-from pipelines.ledger import MAX_ATTEMPTS, begin_attempt, model_key, worker_name
+from pipelines.ledger import MAX_ATTEMPTS, Attempt, attempt, model_key, worker_name
+from pipelines.turns import Turns
 from sgcd_core.config import SgcdConfig
 from sgcd_core.errors import InputError, SgcdError
 from sgcd_core.io.store import Store, sha256_hex
 
 if TYPE_CHECKING:
-    from sgcd_core.harmonizer import Harmonizer
+    from sgcd_core.harmonizer import Harmonized
 
 log = logging.getLogger(__name__)
 
 Row = dict[str, Any]
+
+#: Seconds a scan may take, preparation included; far above what any preset needs.
+SCAN_DEADLINE = 3600.0
+
+
+class Model(Protocol):
+    """What is asked of a `Harmonizer`."""
+
+    def harmonize(self, image: Any, mask: Any, **options: Any) -> Harmonized:
+        """See `Harmonizer.harmonize`."""
+        ...
+
+    def outlier_score(self, image: Any, mask: Any, sequence: str) -> float:
+        """See `Harmonizer.outlier_score`."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -53,6 +70,7 @@ class Job:
         samples: Seeds per scan; above 1 an uncertainty map is written.
         learned: Sequences the model was trained for, of those in the settings; None: all.
         lesions: Where lesion masks lie, see `lesions.candidates`.
+        deadline: Seconds a scan may take.
         links: What names the data sets that the scans lie in.
     """
 
@@ -66,6 +84,7 @@ class Job:
     samples: int = 1
     learned: tuple[str, ...] | None = None
     lesions: str | None = None
+    deadline: float = SCAN_DEADLINE
     links: Links = field(default_factory=Links)
 
     @property
@@ -73,8 +92,19 @@ class Job:
         """Name and version as one word."""
         return model_key(self.model, self.version)
 
+    @property
+    def made_by(self) -> str:
+        """Digest of all that the outputs of a scan depend on beside the scan."""
+        parts = (
+            self.lake.derivatives(self.key), self.target, self.config.digest(), self.code_version,
+            self.samples, self.learned, self.lesions,
+        )  # fmt: skip
+        return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
-def harmonize_scan(scan: Mapping[str, Any], job: Job, harmonizer: Harmonizer, stem: str) -> Row:
+
+def harmonize_scan(
+    scan: Mapping[str, Any], job: Job, harmonizer: Model, stem: str, turns: Turns | None = None
+) -> Row:
     """The `results` row of one scan. Never raises: a scan that fails is a row that says why.
 
     Args:
@@ -82,22 +112,40 @@ def harmonize_scan(scan: Mapping[str, Any], job: Job, harmonizer: Harmonizer, st
         job: What is the same for all.
         harmonizer: The loaded model.
         stem: Path of the output below the derivative's root, without suffix: see `derivative`.
+        turns: Shared by all scans that are in flight in this process.
     """
+    turns = turns or Turns()
     row = blank_row(scan, job)
-    try:
-        tries = begin_attempt(job.lake, job.key, scan["scan_id"])
-        if tries > MAX_ATTEMPTS:
-            return quarantined(row)
-        _harmonize(scan, job, harmonizer, Names(job.lake.derivatives(job.key), stem), row)
-    except SgcdError as error:
-        row |= {"status": "failed", "code": error.code, "message": error.sentence}
-    except Exception as error:
-        # One of the two places where any failure becomes a row: a scan must not stop the others.
-        log.warning("event=scan_failed scan=%s error=%s", scan["scan_id"], type(error).__name__)
-        log.debug("event=scan_failed scan=%s", scan["scan_id"], exc_info=True)
-        text = f"an unexpected {type(error).__name__}; run again with --debug to see where."
-        row |= {"status": "failed", "code": "SCAN-FAILED", "message": text}
+    for last in (False, True):
+        try:
+            return _one_try(scan, job, harmonizer, stem, turns)
+        except SgcdError as error:
+            row |= {"status": "failed", "code": error.code, "message": error.sentence}
+            break
+        except Exception as error:
+            # One of the two places where any failure becomes a row: a scan must not stop the
+            # others. What nobody foresaw may be a whim (memory that others held, a store that
+            # hiccuped), so the scan is tried once more, alone in its worker.
+            name = type(error).__name__
+            log.warning("event=scan_failed scan=%s error=%s last=%s", scan["scan_id"], name, last)
+            log.debug("event=scan_failed scan=%s", scan["scan_id"], exc_info=True)
+            text = f"an unexpected {name}, twice; run again with --debug to see where."
+            row |= {"status": "failed", "code": "SCAN-FAILED", "message": text}
     row["finished_at"] = datetime.now(UTC)
+    return row
+
+
+def _one_try(scan: Mapping[str, Any], job: Job, harmonizer: Model, stem: str, turns: Turns) -> Row:
+    """The row of one counted try; raises where it cannot go on."""
+    row = blank_row(scan, job)
+    with attempt(job.lake, job.key, scan["scan_id"], job.batch_id, turns) as this:
+        settled = _settled(this, job, row) if this.number > 1 else None
+        if settled is not None:
+            return settled
+        _harmonize(scan, job, harmonizer, Names(job.lake.derivatives(job.key), stem), row)
+        row["finished_at"] = datetime.now(UTC)
+        if row["status"] in ("ok", "flagged"):
+            this.keep(row, job.made_by)
     return row
 
 
@@ -113,14 +161,24 @@ def blank_row(scan: Mapping[str, Any], job: Job) -> Row:
     }  # fmt: skip
 
 
-def quarantined(row: Row) -> Row:
-    """The row of a scan that ended its worker too often."""
-    text = f"harmonizing it ended its worker {MAX_ATTEMPTS} times."
-    return row | {"status": "quarantined", "code": "SCAN-QUARANTINED", "message": text}
+def _settled(this: Attempt, job: Job, row: Row) -> Row | None:
+    """The row of a scan whose earlier tries leave nothing to try, else None."""
+    kept = this.kept(job.made_by)
+    if kept is not None:
+        return kept | {"batch_id": job.batch_id}
+    if this.was_late(job.deadline):
+        raise InputError(
+            f"it took longer than {job.deadline:g} s.", code="SCAN-DEADLINE",
+            hint="Look at the scan, or allow more with --scan-deadline and --retry-failed.",
+        )  # fmt: skip
+    if this.number > MAX_ATTEMPTS:
+        text = f"harmonizing it ended its worker {MAX_ATTEMPTS} times."
+        return row | {"status": "quarantined", "code": "SCAN-QUARANTINED", "message": text}
+    return None
 
 
 def _harmonize(
-    scan: Mapping[str, Any], job: Job, harmonizer: Harmonizer, names: Names, row: Row
+    scan: Mapping[str, Any], job: Job, harmonizer: Model, names: Names, row: Row
 ) -> None:
     """Fill `row` with what happened; raises where it cannot go on."""
     from pipelines.lesions import find_lesion, load_lesion
@@ -164,12 +222,12 @@ def _harmonize(
             lesion = lesion_on_model_grid(marked, files.geometry)
             require_surroundings(lesion, mask, where=lesion_uri)
     grid = np.array(files.geometry.model_affine)
-    with _clock(row, "seconds_model"):
-        result = harmonizer.harmonize(
-            files.image, mask, sequence=sequence, scan_id=scan_id, seed=config.seed,
-            samples=job.samples, site_look=scan.get("site_look"),
-        )  # fmt: skip
-        row["outlier_score"] = float(harmonizer.outlier_score(files.image, mask, sequence))
+    result = harmonizer.harmonize(
+        files.image, mask, sequence=sequence, scan_id=scan_id, seed=config.seed,
+        samples=job.samples, site_look=scan.get("site_look"),
+    )  # fmt: skip
+    row["seconds_model"] = result.seconds  # without waiting for another scan to leave the model
+    row["outlier_score"] = float(harmonizer.outlier_score(files.image, mask, sequence))
     image, spread = result.image, result.uncertainty
     if lesion is not None:
         image = recolour_lesion(files.image, image, mask, lesion, config.transport)

@@ -2,7 +2,8 @@
 
 A restarted worker knows nothing of its predecessor; the count therefore lies in the store, one
 small object per try, written only if absent. Delta would need the driver to commit, and the
-driver does not see a worker die.
+driver does not see a worker die. A try that ended holds its row, so that a driver that dies before
+it commits costs no scan.
 """
 
 from __future__ import annotations
@@ -10,13 +11,20 @@ from __future__ import annotations
 import json
 import os
 import socket
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import Any
 
 from pipelines.lake import Lake
+from pipelines.turns import Turns
 from sgcd_core.io.store import Store, join
 
 #: After this many tries that never ended, a scan is `quarantined` (SCAN-QUARANTINED).
 MAX_ATTEMPTS = 3
+_LATE = "late.json"
+_ROW = "row"
 
 
 def model_key(model: str, version: int) -> str:
@@ -29,43 +37,134 @@ def worker_name() -> str:
     return f"{socket.gethostname()}:{os.getpid()}"
 
 
-def begin_attempt(lake: Lake, model_key: str, scan_id: str, *, store: Store | None = None) -> int:
+@dataclass(frozen=True)
+class Attempt:
+    """One counted try of one scan.
+
+    Attributes:
+        lake: Where it is counted.
+        model_key: See `model_key`.
+        scan_id: The scan.
+        number: 1 for the first; above `MAX_ATTEMPTS` the scan must not be touched.
+    """
+
+    lake: Lake
+    model_key: str
+    scan_id: str
+    number: int
+
+    def keep(self, row: Mapping[str, Any], made_by: str) -> None:
+        """Leave the row of a finished scan for whoever commits it, with what it was made by."""
+        body = json.dumps({"made_by": made_by, _ROW: dict(row)}, default=str).encode()
+        Store().write_bytes(_uri(self.lake, self.model_key, self.scan_id, self.number), body)
+
+    def kept(self, made_by: str) -> dict[str, Any] | None:
+        """The row of an earlier try that ended but was not committed, if `made_by` is the same."""
+        store = Store()
+        for number in range(1, min(self.number, MAX_ATTEMPTS + 1)):
+            uri = _uri(self.lake, self.model_key, self.scan_id, number)
+            found = json.loads(store.read_bytes(uri, max_bytes=1_000_000))
+            if found.get("made_by") == made_by:
+                row: dict[str, Any] = found[_ROW]
+                return row | {"finished_at": datetime.fromisoformat(row["finished_at"])}
+        return None
+
+    def was_late(self, deadline: float) -> bool:
+        """Whether an earlier try took longer than `deadline` seconds."""
+        store, uri = Store(), join(_folder(self.lake, self.model_key, self.scan_id), _LATE)
+        if not store.exists(uri):
+            return False
+        seconds: float = json.loads(store.read_bytes(uri, max_bytes=10_000))["seconds"]
+        return seconds >= deadline
+
+
+@contextmanager
+def attempt(lake: Lake, model_key: str, scan_id: str, run: str, turns: Turns) -> Iterator[Attempt]:
+    """Count one try of a scan in the run `run`, and hold its turn in this worker.
+
+    Scans that were in flight beside one that killed their worker count a try, too. From its second
+    try on a scan therefore runs alone: the tries after the first are its own.
+    """
+    with turns.together(scan_id):
+        if _count(lake, model_key, scan_id, 1, run):
+            yield Attempt(lake, model_key, scan_id, 1)
+            return
+    with turns.alone(scan_id):
+        yield Attempt(lake, model_key, scan_id, begin_attempt(lake, model_key, scan_id, run))
+
+
+def begin_attempt(lake: Lake, model_key: str, scan_id: str, run: str = "") -> int:
     """Count one try of a scan; call before anything else is done with it.
+
+    Args:
+        lake: Where it is counted.
+        model_key: What it is tried with.
+        scan_id: The scan.
+        run: Who tries, for `forgive_attempts`.
 
     Returns:
         1 for the first try since the last `end_attempts`. Above `MAX_ATTEMPTS` the caller must
         not touch the scan but report it `quarantined`.
     """
-    store = store or Store()
-    body = json.dumps(
-        {"worker": worker_name(), "started_at": datetime.now(UTC).isoformat()}
-    ).encode()
     number = 1
-    while True:
-        try:
-            store.write_bytes(_uri(lake, model_key, scan_id, number), body, if_absent=True)
-            return number
-        except FileExistsError:
-            # Beyond the limit nothing is gained by counting on.
-            if number > MAX_ATTEMPTS:
-                return number
-            number += 1
+    # Beyond the limit nothing is gained by counting on.
+    while not _count(lake, model_key, scan_id, number, run) and number <= MAX_ATTEMPTS:
+        number += 1
+    return number
 
 
-def count_attempts(lake: Lake, model_key: str, scan_id: str, *, store: Store | None = None) -> int:
+def note_late(lake: Lake, model_key: str, scan_id: str, seconds: float) -> None:
+    """Write down that a try of this scan took longer than `seconds`."""
+    uri = join(_folder(lake, model_key, scan_id), _LATE)
+    Store().write_bytes(uri, json.dumps({"seconds": seconds}).encode())
+
+
+def count_attempts(lake: Lake, model_key: str, scan_id: str) -> int:
     """Tries since the last `end_attempts`."""
-    store = store or Store()
-    return sum(1 for _ in store.list(_folder(lake, model_key, scan_id)))
+    found = Store().list(_folder(lake, model_key, scan_id))
+    return sum(not item.uri.endswith(_LATE) for item in found)
 
 
-def end_attempts(lake: Lake, model_key: str, scan_id: str, *, store: Store | None = None) -> None:
+def end_attempts(lake: Lake, model_key: str, scan_id: str) -> None:
     """Forget the tries of a scan whose row is committed (ok, flagged or failed).
 
     Not for a quarantined scan, unless the user asks to try it again.
     """
-    store = store or Store()
+    store = Store()
     for item in list(store.list(_folder(lake, model_key, scan_id))):
         store.delete(item.uri)
+
+
+def forget_attempts(lake: Lake, model_key: str, scan_ids: Collection[str]) -> None:
+    """`end_attempts` for many scans with one listing: the user wants them tried anew."""
+    store, root = Store(), join(lake.scratch("attempts"), model_key) + "/"
+    for item in list(store.list(root)):
+        if item.uri.rsplit("/", 2)[1] in scan_ids:
+            store.delete(item.uri)
+
+
+def forgive_attempts(lake: Lake, model_key: str, run: str) -> None:
+    """Take back the tries that the end of the run `run` cut short: no scan is to blame for them."""
+    store, root = Store(), join(lake.scratch("attempts"), model_key) + "/"
+    last: dict[str, str] = {}
+    for item in store.list(root):
+        if not item.uri.endswith(_LATE):
+            last[item.uri.rpartition("/")[0]] = item.uri  # sorted, and one digit each
+    for uri in last.values():
+        if json.loads(store.read_bytes(uri, max_bytes=1_000_000)).get("run") == run:
+            store.delete(uri)
+
+
+def _count(lake: Lake, model_key: str, scan_id: str, number: int, run: str) -> bool:
+    """Whether this try is the one that took `number`."""
+    now = datetime.now(UTC).isoformat()
+    body = {"worker": worker_name(), "started_at": now, "run": run}
+    uri = _uri(lake, model_key, scan_id, number)
+    try:
+        Store().write_bytes(uri, json.dumps(body).encode(), if_absent=True)
+    except FileExistsError:
+        return False
+    return True
 
 
 def _folder(lake: Lake, model_key: str, scan_id: str) -> str:

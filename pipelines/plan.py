@@ -7,51 +7,52 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipelines.catalog import Catalog
 from sgcd_core.errors import InputError
 
 #: Failures that say nothing about the scan: planned again without being asked.
-TRANSIENT_CODES = frozenset({"STORE-UNREACHABLE", "STORE-DENIED", "STORE-WRITE", "CLUSTER"})
-
-
-@dataclass(frozen=True)
-class Skip:
-    """A scan that is left alone, and why."""
-
-    scan_id: str
-    uri: str
-    site: str | None
-    sequence: str | None
-    reason: str
-    code: str | None = None
-    message: str | None = None
+TRANSIENT_CODES = ("STORE-UNREACHABLE", "STORE-DENIED", "STORE-WRITE", "CLUSTER")
+FAILED_AT_INDEX = "failed at index"
+_ORDER = ("site", "sequence", "subject", "session", "scan_id")
+_COLUMNS = (
+    "scan_id", "dataset", "subject", "session", "site", "sequence", "split", "uri", "status",
+    "code", "message", "indexed_at",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Rows of `scans` to work on, and all others with the reason.
+    """Which scans to work on, and why not the others. Arrow throughout: a lake may be large.
 
     Attributes:
-        todo: Rows of `scans`, ordered by site, sequence, subject, session, scan_id.
-        skipped: Every other row of `scans`.
+        scans: Every row of `scans`, with the columns that say where, whose and how it is.
+        todo: Rows of `scans` to work on, ordered by site, sequence, subject, session, scan_id.
+        skipped: Every other row of `scans` in the same order, with `reason`, and in `code` and
+            `message` what the index or the earlier result says.
     """
 
-    todo: list[dict[str, Any]] = field(default_factory=list)
-    skipped: list[Skip] = field(default_factory=list)
+    scans: pa.Table
+    todo: pa.Table
+    skipped: pa.Table
 
     def reasons(self) -> dict[str, int]:
         """How many scans are skipped for each reason, the commonest first."""
-        return dict(Counter(skip.reason for skip in self.skipped).most_common())
+        counts = self.skipped["reason"].value_counts().to_pylist()
+        found: Counter[str] = Counter({item["values"]: item["counts"] for item in counts})
+        return dict(found.most_common())
 
     def sentence(self) -> str:
         """One line for a person."""
-        text = f"{len(self.todo)} to do"
-        if self.skipped:
+        text = f"{self.todo.num_rows} to do"
+        if self.skipped.num_rows:
             reasons = ", ".join(f"{n} {reason}" for reason, n in self.reasons().items())
-            text += f", {len(self.skipped)} skipped ({reasons})"
+            text += f", {self.skipped.num_rows} skipped ({reasons})"
         return text
 
 
@@ -91,87 +92,97 @@ def plan(
         InputError: LAKE-EMPTY when nothing was indexed; TARGET-UNKNOWN for a site that no scan
             is from.
     """
-    scans: list[dict[str, Any]] = catalog.rows("scans").to_pylist()
+    scans = catalog.rows("scans").select(_COLUMNS)
     where = catalog.lake.uri
-    if not scans:
+    if not scans.num_rows:
         raise InputError(
             "no scan was indexed yet.", code="LAKE-EMPTY", where=where,
             hint="Index some with `sgcd index SOURCE --lake LAKE`.",
         )  # fmt: skip
-    known = sorted({s["site"] for s in scans if s["site"] is not None})
+    known = sorted(site for site in scans["site"].unique().to_pylist() if site is not None)
     for site in sites or ():
         if site not in known:
             raise InputError(
                 f"the lake has no site {site!r}; it has {', '.join(known) or 'none'}.",
                 code="TARGET-UNKNOWN", where=where,
             )  # fmt: skip
-    results = {
-        row["scan_id"]: row
-        for row in catalog.rows(
-            "results", where={"model": model, "model_version": version}
-        ).to_pylist()
-    }
-    done = Plan()
-    for scan in sorted(scans, key=_order):
-        skip: _Reason | None = None
-        if only is not None and scan["scan_id"] not in only:
-            skip = "not asked for", None, None
-        skip = skip or _at_index(scan, sites, sequences, split, target)
-        if skip is None and not force:
-            skip = _by_result(results.get(scan["scan_id"]), only_new, retry_failed)
-        if skip is None:
-            done.todo.append(scan)
-        else:
-            reason, code, message = skip
-            done.skipped.append(
-                Skip(
-                    scan["scan_id"], scan["uri"], scan["site"], scan["sequence"],
-                    reason, code, message,
-                )
-            )  # fmt: skip
-    return done
+    keys = pa.table({name: pc.fill_null(scans[name], "") for name in _ORDER})
+    scans = scans.take(pc.sort_indices(keys, [(name, "ascending") for name in _ORDER]))
+    rules = []
+    if only is not None:
+        asked = pc.is_in(scans["scan_id"], pa.array(sorted(only), pa.string()))
+        rules.append(_Rule(pc.invert(asked), "not asked for"))
+    rules += _at_index(scans, sites, sequences, split, target)
+    if not force:
+        results = catalog.rows("results", where={"model": model, "model_version": version})
+        rules += _by_result(scans, results, only_new, retry_failed)
+    none = pa.nulls(scans.num_rows, pa.string())
+    reason, code, message = none, none, none
+    for rule in reversed(rules):  # so that of several the first counts
+        here = pc.fill_null(rule.mask, False)
+        reason = pc.if_else(here, rule.reason, reason)
+        code = pc.if_else(here, rule.code, code)
+        message = pc.if_else(here, rule.message, message)
+    todo = pc.is_null(reason)
+    told = scans.drop_columns(["code", "message"])
+    for name, values in (("reason", reason), ("code", code), ("message", message)):
+        told = told.append_column(name, values)
+    return Plan(scans=scans, todo=scans.filter(todo), skipped=told.filter(pc.invert(todo)))
 
 
-_Reason = tuple[str, str | None, str | None]
+_NOTHING = pa.scalar(None, pa.string())
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """Scans to leave alone where `mask` holds; code and message are one for all or a column."""
+
+    mask: Any
+    reason: str
+    code: Any = _NOTHING
+    message: Any = _NOTHING
 
 
 def _at_index(
-    scan: dict[str, Any],
+    scans: pa.Table,
     sites: Collection[str] | None,
     sequences: Collection[str] | None,
     split: str | None,
     target: str | None,
-) -> _Reason | None:
+) -> list[_Rule]:
     """Why the scan itself is out of the question, if it is."""
-    if scan["status"] != "ok":
-        return "failed at index", scan["code"], scan["message"]
-    if sites is not None and scan["site"] not in sites:
-        return "other site", None, None
-    if sequences is not None and scan["sequence"] not in sequences:
-        return "other sequence", "SCAN-SEQUENCE", None
-    if split is not None and scan["split"] != split:
-        return "other split", None, None
-    if scan["site"] is None:
-        return "no site", "SCAN-NO-SITE", None
-    if target is not None and scan["site"] == target:
-        return "at the target site", None, None
-    return None
+
+    def none_of(name: str, wanted: Collection[str]) -> Any:
+        return pc.invert(pc.is_in(scans[name], pa.array(sorted(wanted), pa.string())))
+
+    rules = [
+        _Rule(pc.not_equal(scans["status"], "ok"), FAILED_AT_INDEX, scans["code"], scans["message"])
+    ]
+    if sites is not None:
+        rules.append(_Rule(none_of("site", sites), "other site"))
+    if sequences is not None:
+        rules.append(_Rule(none_of("sequence", sequences), "other sequence", "SCAN-SEQUENCE"))
+    if split is not None:
+        rules.append(_Rule(none_of("split", [split]), "other split"))
+    rules.append(_Rule(pc.is_null(scans["site"]), "no site", "SCAN-NO-SITE"))
+    if target is not None:
+        rules.append(_Rule(pc.equal(scans["site"], target), "at the target site"))
+    return rules
 
 
-def _by_result(result: dict[str, Any] | None, only_new: bool, retry_failed: bool) -> _Reason | None:
+def _by_result(
+    scans: pa.Table, results: pa.Table, only_new: bool, retry_failed: bool
+) -> list[_Rule]:
     """Why an earlier result settles the scan, if it does."""
-    if result is None:
-        return None
-    status, code, message = result["status"], result["code"], result["message"]
-    if status in ("ok", "flagged"):
-        return "done", code, message
-    if status == "quarantined":
-        return "quarantined", code, message
-    if not only_new and (retry_failed or code in TRANSIENT_CODES):
-        return None
-    return "failed before", code, message
-
-
-def _order(scan: dict[str, Any]) -> tuple[str, ...]:
-    names = ("site", "sequence", "subject", "session", "scan_id")
-    return tuple(scan[name] or "" for name in names)
+    # Where each scan's result lies; taking at a missing index gives a missing value.
+    mine = results.take(pc.index_in(scans["scan_id"], results["scan_id"].combine_chunks()))
+    status, code, message = mine["status"], mine["code"], mine["message"]
+    failed = pc.equal(status, "failed")
+    if not only_new:
+        again = pa.scalar(True) if retry_failed else pc.is_in(code, pa.array(TRANSIENT_CODES))
+        failed = pc.and_(failed, pc.invert(pc.fill_null(again, False)))
+    return [
+        _Rule(pc.is_in(status, pa.array(["ok", "flagged"])), "done", code, message),
+        _Rule(pc.equal(status, "quarantined"), "quarantined", code, message),
+        _Rule(failed, "failed before", code, message),
+    ]

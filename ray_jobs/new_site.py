@@ -210,8 +210,8 @@ class NewSite:
             self.catalog, name, version, sites=where[1:] or None, sequences=sequences
         ).todo  # fmt: skip
         words = [*self.words, "--model", self.model, *where, *self.ray]
-        with self._session(bool(todo)):
-            if todo:
+        with self._session(todo.num_rows > 0):
+            if todo.num_rows:
                 self._step("prepare", *words)
             done = self._step(
                 "harmonize", *words, *self.sequences, *self.of_model, *self.gpus
@@ -273,7 +273,7 @@ def _dry_run(args: Any, lake: Lake, model: str) -> Outcome:
     name, version = resolve(lake, model)
     wanted = None if args.target else set(new.data["source_sites"])
     waiting = [
-        scan for scan in plan(Catalog(lake), name, version).todo
+        scan for scan in plan(Catalog(lake), name, version).todo.to_pylist()
         if wanted is None or scan["site"] in wanted
     ]  # fmt: skip
     text = (

@@ -143,6 +143,20 @@ def _positive(text: str) -> int:
     return value
 
 
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError("must be above 0")
+    return value
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError("must be a part such as 0.25, or 1")
+    return value
+
+
 def _tasks(text: str) -> tuple[int, ...]:
     parts = text.split(",")
     if not all(part.strip() in ("1", "2", "3") for part in parts):
@@ -278,7 +292,10 @@ def _harmonize(sub: Any) -> None:
     p.add_argument("--sites", nargs="+", metavar="SITE", help="only these")
     p.add_argument("--sequences", nargs="+", metavar="T1w", help="only these")
     p.add_argument("--only-new", action="store_true", help="only scans never tried")
-    p.add_argument("--force", action="store_true", help="also what is already done")
+    p.add_argument(
+        "--retry-failed", action="store_true", help="also scans that failed, whatever the reason"
+    )
+    p.add_argument("--force", action="store_true", help="also what is done or set aside")
     p.add_argument("--samples", type=_positive, default=1, help="seeds, for an uncertainty map")
     p.add_argument(
         "--lesions", metavar="PATTERN",
@@ -287,7 +304,16 @@ def _harmonize(sub: Any) -> None:
         "{session}, {sequence}, {entities} and {stem}; masks named *_label-lesion_mask or _roi "
         "beside a scan are found without; none: use no mask",
     )  # fmt: skip
-    p.add_argument("--gpus", action="store_true", help="one GPU for each worker")
+    p.add_argument(
+        "--scan-deadline", type=_seconds, default=3600.0, metavar="SECONDS",
+        help="a scan that takes longer is failed (default: 3600)",
+    )  # fmt: skip
+    p.add_argument("--gpus", action="store_true", help="a GPU for each worker")
+    p.add_argument(
+        "--gpu-fraction", type=_share, default=1.0, metavar="PART",
+        help="with --gpus: part of a GPU for each worker, such as 0.25 where a model leaves most "
+        "of a GPU idle (default: 1)",
+    )  # fmt: skip
 
 
 def _evaluate(sub: Any) -> None:

@@ -59,9 +59,12 @@ class Need:
 
 
 def need_of(
-    command: str, config: SgcdConfig, workers: int | None = None, gpus: bool = False
+    command: str, config: SgcdConfig, workers: int | None = None, gpus: float = 0.0
 ) -> Need:
-    """What `prepare`, `harmonize`, `train` or `tune` needs with these settings, at the least."""
+    """What `prepare`, `harmonize`, `train` or `tune` needs with these settings, at the least.
+
+    `gpus` is what each worker takes of a GPU.
+    """
     batch = {
         "train": config.global_stage.batch_size, "tune": config.target_stage.batch_size
     }.get(command, 1)  # fmt: skip
@@ -76,7 +79,7 @@ def need_of(
     roles = {"train": 1, "tune": 2}.get(command, 0)
     volumes = 5.0 * voxels * batch * roles  # float32 image, uint8 mask
     return Need(
-        workers=count, gpus=1.0 if gpus else 0.0, memory=WORKER_BYTES + maps,
+        workers=count, gpus=float(gpus), memory=WORKER_BYTES + maps,
         feeding={"train": 0.25, "tune": 0.25, "harmonize": 0.5}.get(command, 0.0),
         object_store=max(MIN_OBJECT_STORE, SETS_AHEAD * volumes),
     )  # fmt: skip

@@ -14,6 +14,8 @@ from typing import Any
 from urllib.parse import quote
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from pipelines.lake import Lake
@@ -34,7 +36,7 @@ def look_uri(lake: Lake, recipe: str, site: str, sequence: str) -> str:
 
 
 def site_looks(
-    ray: Any, scans: list[Row], work: list[Row], lake: Lake, config: SgcdConfig, workers: int,
+    ray: Any, scans: pa.Table, work: pa.Table, lake: Lake, config: SgcdConfig, workers: int,
     *, again: bool = False,
 ) -> dict[tuple[str, str], Look]:  # fmt: skip
     """Looks by site and sequence of the scans in `work`; those not kept yet are measured.
@@ -51,10 +53,11 @@ def site_looks(
         again: Measure those that are kept as well.
     """
     store, recipe = Store(), config.prepare.digest()
-    wanted = sorted({
-        (row["site"], row["sequence"]) for row in work
+    groups = work.select(["site", "sequence"]).group_by(["site", "sequence"]).aggregate([])
+    wanted = sorted(
+        (row["site"], row["sequence"]) for row in groups.to_pylist()
         if row["site"] is not None and row["sequence"] in config.sequences
-    })  # fmt: skip
+    )  # fmt: skip
     found: dict[tuple[str, str], Look] = {}
     for site, sequence in wanted:
         uri = look_uri(lake, recipe, site, sequence)
@@ -84,14 +87,16 @@ def _read(store: Store, uri: str) -> Look:
     return np.asarray(body["look"], np.float32)
 
 
-def _sample(scans: list[Row], key: tuple[str, str]) -> list[Row]:
+def _sample(scans: pa.Table, key: tuple[str, str]) -> list[Row]:
     """Up to `MOST_SCANS` usable scans of a site and sequence, the same whatever the order."""
-    mine = [
-        row for row in scans
-        if row["status"] == "ok" and (row["site"], row["sequence"]) == key
-    ]  # fmt: skip
-    mine = [row for row in mine if row["split"] != "test"] or mine
-    return sorted(mine, key=lambda row: str(row["scan_id"]))[:MOST_SCANS]
+    field = pc.field
+    mine = scans.filter(
+        (field("status") == "ok") & (field("site") == key[0]) & (field("sequence") == key[1])
+    )
+    free = mine.filter((field("split") != "test") | field("split").is_null())
+    chosen = free if free.num_rows else mine
+    found: list[Row] = chosen.sort_by("scan_id").slice(0, MOST_SCANS).to_pylist()
+    return found
 
 
 def _measure(ray: Any, sample: list[Row], lake: Lake, config: SgcdConfig, workers: int) -> Any:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from pipelines.catalog import to_arrow
-from pipelines.harmonize import Job, harmonize_scan
+from pipelines.harmonize import Job, Model, harmonize_scan
 from pipelines.lake import Lake
 from pipelines.prepare import save_prepared
 from pipelines.schemas import RESULTS
@@ -80,7 +80,7 @@ class Site:
         file.write_bytes(encode_nifti(lesion, self.scan, dtype=np.uint8))
         return file
 
-    def run(self, model: Harmonizer, version: int, **more: Any) -> dict[str, Any]:
+    def run(self, model: Model, version: int, **more: Any) -> dict[str, Any]:
         job = Job(
             lake=self.lake, model="global", version=version, target=None, config=CONFIG,
             code_version="t", batch_id="b", **more,

@@ -93,7 +93,8 @@ class Dataset:
             self.scans.append(row)
         catalog = Catalog(self.lake)
         catalog.append("scans", self.scans)
-        self.scans = catalog.rows("scans").to_pylist()
+        table = catalog.rows("scans")
+        self.scans = table.to_pylist()
         pack = model_pack(folder / "train", kind="global", scans=9, steps=3, init="scratch")
         save_modelpack(self.lake.model("global", 1), pack)
         job = Job(
@@ -103,7 +104,8 @@ class Dataset:
         self.root = Path(self.lake.derivatives(job.key))
         links = write_description(str(self.root), job.key, "1.2.3", self.scans)
         self.job = Job(**{**job.__dict__, "links": links})
-        model, named = Harmonizer(pack), stems(self.scans)
+        model = Harmonizer(pack)
+        named = {row["scan_id"]: row["stem"] for row in stems(table).to_pylist()}
         rows = [harmonize_scan(s, self.job, model, named[s["scan_id"]]) for s in self.scans]
         assert {row["status"] for row in rows} <= {"ok", "flagged"}
         catalog.append("results", rows)

@@ -12,6 +12,7 @@ import torch
 from one_scan import CONFIG, NATIVE, Site, toy_model
 
 from pipelines.derivative import json_beside
+from pipelines.ledger import MAX_ATTEMPTS, begin_attempt, model_key, note_late
 from pipelines.lesions import candidates, check_pattern, find_lesion
 from pipelines.prepare import load_prepared
 from ray_jobs.harmonize import uses_noise
@@ -176,3 +177,56 @@ def test_a_sampler_without_noise_is_told_apart() -> None:
     inverted = load_config("paper", settings=["global_sampler.start=inversion"])
     assert not uses_noise(inverted, "A") and uses_noise(CONFIG, None)
     assert uses_noise(load_config("paper"), "A")
+
+
+class Moody:
+    """The model, but the first so many calls raise what nobody foresaw."""
+
+    def __init__(self, model: Harmonizer, failures: int) -> None:
+        self.model, self.left, self.calls = model, failures, 0
+
+    def harmonize(self, *args: Any, **options: Any) -> Any:
+        self.calls += 1
+        if self.left:
+            self.left -= 1
+            raise RuntimeError("a patient's name")
+        return self.model.harmonize(*args, **options)
+
+    def outlier_score(self, *args: Any) -> float:
+        return self.model.outlier_score(*args)
+
+
+def test_what_nobody_foresaw_is_tried_once_more(site: Site, model: Harmonizer) -> None:
+    assert site.run(Moody(model, 1), 1)["output_uri"]
+    row = site.run(Moody(model, 2), 2)
+    assert (row["status"], row["code"]) == ("failed", "SCAN-FAILED")
+    assert "patient" not in row["message"]
+
+
+def test_a_scan_whose_row_was_not_committed_is_not_computed_again(
+    site: Site, model: Harmonizer
+) -> None:
+    first = site.run(model, 1)
+    again = Moody(model, 0)
+    assert site.run(again, 1) == first and again.calls == 0
+    other = site.run(again, 1, samples=2)  # not what was asked for then
+    assert again.calls == 1 and other["uncertainty_uri"]
+
+
+def test_a_scan_that_was_late_is_failed_unless_more_time_is_given(
+    site: Site, model: Harmonizer
+) -> None:
+    key, scan_id = model_key("global", 1), site.row["scan_id"]
+    begin_attempt(site.lake, key, scan_id)
+    note_late(site.lake, key, scan_id, 60.0)
+    row = site.run(model, 1, deadline=60.0)
+    assert (row["status"], row["code"]) == ("failed", "SCAN-DEADLINE")
+    assert site.run(model, 1, deadline=120.0)["output_uri"]
+
+
+def test_a_scan_that_ended_its_worker_too_often_is_set_aside(site: Site, model: Harmonizer) -> None:
+    for _ in range(MAX_ATTEMPTS):
+        begin_attempt(site.lake, model_key("global", 1), site.row["scan_id"])
+    untouched = Moody(model, 0)
+    assert site.run(untouched, 1)["status"] == "quarantined"
+    assert untouched.calls == 0

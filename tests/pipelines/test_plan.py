@@ -38,11 +38,11 @@ def record(catalog: Catalog, scan_id: str, status: str, code: str | None = None)
 
 
 def ids(made: Plan) -> list[str]:
-    return [row["scan_id"] for row in made.todo]
+    return made.todo["scan_id"].to_pylist()
 
 
 def reasons(made: Plan) -> dict[str, str]:
-    return {skip.scan_id: skip.reason for skip in made.skipped}
+    return {row["scan_id"]: row["reason"] for row in made.skipped.to_pylist()}
 
 
 def test_every_scan_is_in_the_plan_once(catalog: Catalog) -> None:
@@ -53,9 +53,10 @@ def test_every_scan_is_in_the_plan_once(catalog: Catalog) -> None:
         "flair": "other sequence",
         "lost": "no site",
     }
-    assert len(made.todo) + len(made.skipped) == len(SCANS)
-    (bad,) = [s for s in made.skipped if s.scan_id == "bad"]
-    assert (bad.code, bad.message) == ("SCAN-CORRUPT", "damaged")
+    assert made.todo.num_rows + made.skipped.num_rows == len(SCANS)
+    told = {row["scan_id"]: (row["code"], row["message"]) for row in made.skipped.to_pylist()}
+    assert told["bad"] == ("SCAN-CORRUPT", "damaged")
+    assert told["flair"] == ("SCAN-SEQUENCE", None)
     assert made.sentence().startswith("4 to do, 3 skipped (1 ")
     assert "1 failed at index" in made.sentence()
 

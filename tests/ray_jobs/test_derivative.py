@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 
+import pyarrow as pa
+
 from pipelines.bids_links import Links
 from pipelines.derivative import IN_SIDECAR, Names, sidecar_bytes, stems
+from pipelines.schemas import STRING
 
 
 def scan(scan_id: str, **more: str | None) -> dict[str, str | None]:
@@ -16,9 +19,15 @@ def scan(scan_id: str, **more: str | None) -> dict[str, str | None]:
     return base | more
 
 
+def named(*scans: dict[str, str | None]) -> dict[str, str]:
+    schema = pa.schema([(name, STRING) for name in scan("a")])
+    table = stems(pa.Table.from_pylist(list(scans), schema=schema))
+    return {row["scan_id"]: row["stem"] for row in table.to_pylist()}
+
+
 def test_names_are_bids_and_keep_the_scans_entities() -> None:
     uri = "/d/sub-01/ses-2/anat/sub-01_ses-2_acq-mprage_run-1_T1w.nii.gz"
-    stem = stems([scan("a" * 32, session="2", uri=uri)])["a" * 32]
+    stem = named(scan("a" * 32, session="2", uri=uri))["a" * 32]
     names = Names("/lake/derivatives/m-v1", stem)
     folder = "/lake/derivatives/m-v1/sub-01/ses-2/anat"
     assert names.native == f"{folder}/sub-01_ses-2_acq-mprage_run-1_desc-harmonized_T1w.nii.gz"
@@ -28,7 +37,7 @@ def test_names_are_bids_and_keep_the_scans_entities() -> None:
 
 def test_two_data_sets_with_the_same_subject_do_not_overwrite_each_other() -> None:
     first, second = "a" * 32, "b" * 32
-    found = stems([scan(second, uri="/e/sub-01/anat/sub-01_T1w.nii.gz"), scan(first)])
+    found = named(scan(second, uri="/e/sub-01/anat/sub-01_T1w.nii.gz"), scan(first))
     assert len(set(found.values())) == 2
     assert found[first] == "sub-01/anat/sub-01_T1w"
 
