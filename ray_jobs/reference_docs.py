@@ -37,7 +37,8 @@ _SETTINGS = """\
 
 Order, the later wins: the defaults, a preset, what the lake's scans were prepared with,
 `--config FILE` (YAML), `--set group.key=value`. An unknown key or a value out of range is refused
-(`CONFIG-KEY`, `CONFIG-VALUE`, exit code 78). The columns `small` and `paper` show only what the preset changes.
+(`CONFIG-KEY`, `CONFIG-VALUE`, exit code 78). The columns `small` and `paper` show only what the
+preset changes.
 """
 
 _EXIT_CODES = {
