@@ -1,6 +1,7 @@
 # make setup   the environment in .venv, everything pinned (skipped when it is up to date)
 # make demo    the whole path on a small digital cohort, to a report
 # make test    every test
+# make browser a pinned headless Chromium for the tests, from the npm registry
 # make lint    ruff and mypy
 # make docs    the site, from docs/ into build/docs/
 # make bench   the benchmarks, each against a named peer
@@ -19,11 +20,14 @@ EXTRAS := strip,dino,dev,docs
 DEMO   ?= work/demo
 ARGS   ?=
 
-.PHONY: setup demo test lint format docs bench bench-quality bench-box bench-ablations bench-real box clean
+CHROMIUM := 153.0.0
+BROWSER  := .browser/chromium
+
+.PHONY: setup demo test browser lint format docs bench bench-quality bench-box bench-ablations bench-real box clean
 
 setup: $(STAMP)
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt setup.py
 	@$(PYTHON) -c 'import sys; ok = (3, 11) <= sys.version_info < (3, 13); \
 	  sys.exit(0 if ok else "Python 3.11 or 3.12 is needed: make PYTHON=python3.11 setup")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -36,8 +40,16 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/sgcd demo --out $(DEMO) $(ARGS)
 
-test: setup
+test: setup browser
 	$(BIN)/python -m pytest $(ARGS)
+
+# Other machines than x86-64 Linux: a Chromium on the PATH, or its path in SGCD_CHROMIUM.
+browser:
+	@if [ -x $(BROWSER) ] || [ "$$(uname -sm)" != "Linux x86_64" ]; then exit 0; fi; \
+	  npm install --silent --no-save --no-audit --no-fund --ignore-scripts --prefix .browser \
+	    @sparticuz/chromium@$(CHROMIUM) && cd .browser && TMPDIR=$(CURDIR)/.browser node -e \
+	    "import('@sparticuz/chromium').then(found => found.default.executablePath())" \
+	  || echo "no browser for the tests of pages: npm and Node.js are needed (make browser)"
 
 lint: setup
 	$(BIN)/ruff check .

@@ -92,7 +92,9 @@ def no_version(name: str, version: int, why: str, uri: str) -> StorageError:
 def storage_error(error: Exception, uri: str, code: str = "STORE-UNREACHABLE") -> StorageError:
     """What the table library raised, as ours; its own text may hold an address with secrets."""
     text = str(error).lower()
-    if any(word in text for word in ("403", "forbidden", "accessdenied", "access denied")):
+    if "expiredtoken" in text:
+        code = "STORE-EXPIRED"
+    elif any(word in text for word in ("403", "forbidden", "accessdenied", "access denied")):
         code = "STORE-DENIED"
     return StorageError(
         f"the table cannot be reached ({type(error).__name__}).", code=code, where=uri,
@@ -101,7 +103,7 @@ def storage_error(error: Exception, uri: str, code: str = "STORE-UNREACHABLE") -
 
 
 def _options(uri: str) -> dict[str, str] | None:
-    return Store().delta_options() if is_s3(uri) else None
+    return Store().delta_options(uri) or None
 
 
 def _delta_uri(uri: str) -> str:

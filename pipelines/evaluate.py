@@ -151,13 +151,15 @@ def load_output(result: Row, shape: tuple[int, ...]) -> NDArray[np.float32]:
 
     Raises:
         InputError: It is missing or damaged.
+        StorageError: STORE-DIGEST when it is not what the row says, else as for `read_nifti`.
         ModelError: MODEL-GRID when it has another shape than `shape`.
     """
-    data: NDArray[np.float32] = read_nifti(result["model_grid_uri"], Store()).data
+    uri, digest = result["model_grid_uri"], result.get("model_grid_sha256")
+    data: NDArray[np.float32] = read_nifti(uri, Store(), sha256=digest).data
     if data.shape != shape:
         raise ModelError(
             f"the output has shape {data.shape}, the prepared scan {shape}.", code="MODEL-GRID",
-            where=result["model_grid_uri"],
+            where=uri,
         )  # fmt: skip
     return np.clip(np.nan_to_num(data), 0, 1)
 

@@ -71,44 +71,6 @@ def three_planes(image: Image) -> Image:
     return np.concatenate(padded, axis=1).astype(np.float32)
 
 
-def slice_png(image: Image, height: int = 220) -> bytes:
-    """`three_planes` as a grey PNG about `height` pixels high; 0 is black and 1 white."""
-    from PIL import Image as Picture
-
-    planes = three_planes(image)
-    grey = Picture.fromarray((np.clip(planes, 0, 1) * 255).round().astype(np.uint8), mode="L")
-    scale = max(1, height / planes.shape[0])
-    size = (round(planes.shape[1] * scale), round(planes.shape[0] * scale))
-    out = io.BytesIO()
-    grey.resize(size, Picture.Resampling.BICUBIC).save(out, format="PNG", optimize=True)
-    return out.getvalue()
-
-
-def montage(rows: Sequence[tuple[str, Image, Image, Image | None]]) -> bytes:
-    """Before, after and the target's look, one scan a row.
-
-    Args:
-        rows: Label, raw prepared scan, harmonized scan, and the same subject's scan at the target
-            site or None; float32, (X, Y, Z), RAS+, [0, 1].
-    """
-    columns = ("before", "after", "same person at the target site")
-    width = 3 if any(row[3] is not None for row in rows) else 2
-    figure = _figure(3.6 * width, 1.75 * max(1, len(rows)) + 0.3)
-    grid = figure.subplots(max(1, len(rows)), width, squeeze=False)
-    for axes, (label, *images) in zip(grid, rows, strict=False):
-        for axis, image, title in zip(axes, images, columns, strict=False):
-            axis.set_axis_off()
-            if image is not None:
-                axis.imshow(three_planes(image), cmap="gray", vmin=0, vmax=1)
-            if axis in grid[0]:
-                axis.set_title(title, fontsize=9, color=INK)
-        axes[0].text(
-            -0.02, 0.5, label, rotation=90, va="center", ha="right", fontsize=8, color=INK,
-            transform=axes[0].transAxes,
-        )  # fmt: skip
-    return _png(figure)
-
-
 def contact_sheet(rows: Sequence[tuple[str, Image, Image]]) -> bytes:
     """Input, output and their difference, one scan a row, three planes each.
 

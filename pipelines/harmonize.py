@@ -182,9 +182,9 @@ def _harmonize(
 ) -> None:
     """Fill `row` with what happened; raises where it cannot go on."""
     from pipelines.lesions import find_lesion, load_lesion
-    from pipelines.prepare import load_native_mask, load_prepared, prepare_one
+    from pipelines.prepare import load_native_mask, load_prepared, prepare_one, read_indexed
     from pipelines.training_data import COMPLETE
-    from sgcd_core.io.nifti import encode_nifti, read_nifti
+    from sgcd_core.io.nifti import encode_nifti
     from sgcd_core.io.store import join
     from sgcd_core.volume.guard import flags, guard_scores
     from sgcd_core.volume.lesion import fill_smoothly, lesion_on_model_grid, require_surroundings
@@ -207,9 +207,7 @@ def _harmonize(
             row |= {"status": "failed", "code": done["code"], "message": done["message"]}
             return
     with _clock(row, "seconds_read"):
-        native = read_nifti(
-            scan["uri"], store, max_inflated=config.prepare.max_inflated_bytes
-        )  # fmt: skip
+        native = read_indexed(scan, store, config.prepare.max_inflated_bytes)
         files = load_prepared(lake, recipe, scan_id)
         native_mask = load_native_mask(lake, recipe, scan_id)
         lesion_uri = find_lesion(scan, job.lesions, store)
@@ -249,7 +247,8 @@ def _harmonize(
             native, native_mask, files.geometry, image, mask, config.transport, lesion
         )
         data = encode_nifti(out, native)
-        store.write_bytes(names.model_grid, encode_nifti(image, grid))
+        on_grid = encode_nifti(image, grid)
+        store.write_bytes(names.model_grid, on_grid)
         if spread is not None:
             on_scan = carry_uncertainty(spread, mask, native_mask, files.geometry)
             store.write_bytes(names.uncertainty_model_grid, encode_nifti(spread, grid))
@@ -258,7 +257,8 @@ def _harmonize(
         store.write_bytes(names.native, data)
         row |= {
             "output_uri": names.native, "output_sha256": sha256_hex(data),
-            "model_grid_uri": names.model_grid, "sidecar_uri": names.sidecar,
+            "model_grid_uri": names.model_grid, "model_grid_sha256": sha256_hex(on_grid),
+            "sidecar_uri": names.sidecar,
         }  # fmt: skip
     links, where = job.links, config.prepare.registration
     if spread is not None:

@@ -17,7 +17,10 @@ from pipelines.catalog import Catalog
 from sgcd_core.errors import InputError
 
 #: Failures that say nothing about the scan: planned again without being asked.
-TRANSIENT_CODES = ("STORE-UNREACHABLE", "STORE-DENIED", "STORE-WRITE", "CLUSTER")
+TRANSIENT_CODES = (
+    "STORE-UNREACHABLE", "STORE-DENIED", "STORE-EXPIRED", "STORE-DIGEST", "STORE-WRITE",
+    "SCAN-CHANGED", "SCAN-STRIP-ENDED", "CLUSTER",
+)  # fmt: skip
 FAILED_AT_INDEX = "failed at index"
 _ORDER = ("site", "sequence", "subject", "session", "scan_id")
 _COLUMNS = (

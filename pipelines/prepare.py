@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 import traceback
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,9 +15,9 @@ from numpy.typing import NDArray
 
 from pipelines.lake import Lake
 from sgcd_core.config import PrepareConfig
-from sgcd_core.errors import SgcdError
+from sgcd_core.errors import InputError, SgcdError, StorageError
 from sgcd_core.io.nifti import NiftiScan, encode_nifti, read_nifti
-from sgcd_core.io.store import Store, join
+from sgcd_core.io.store import Store, join, sha256_hex
 from sgcd_core.volume.geometry import Geometry
 from sgcd_core.volume.prepare import Prepared, prepare_scan
 
@@ -101,38 +103,64 @@ def load_prepared(lake: Lake, recipe: str, scan_id: str) -> PreparedFiles:
         StorageError: The store is out of reach or the geometry is damaged.
     """
     store, folder = Store(), lake.prepared(recipe, scan_id)
-    where = join(folder, GEOMETRY)
-    geometry = Geometry.from_json(store.read_bytes(where), where=where)
+    geometry, digests = _geometry(store, join(folder, GEOMETRY))
     return PreparedFiles(
-        image=read_nifti(join(folder, IMAGE), store).data,
-        mask=read_nifti(join(folder, MASK), store).data > 0,
+        image=read_nifti(join(folder, IMAGE), store, sha256=digests.get(IMAGE)).data,
+        mask=read_nifti(join(folder, MASK), store, sha256=digests.get(MASK)).data > 0,
         geometry=geometry,
     )
 
 
 def load_native_mask(lake: Lake, recipe: str, scan_id: str) -> Array:
     """The brain on the scan's stored grid, bool; errors as for `load_prepared`."""
-    mask: Array = read_nifti(join(lake.prepared(recipe, scan_id), NATIVE_MASK), Store()).data > 0
+    store, folder = Store(), lake.prepared(recipe, scan_id)
+    digest = _geometry(store, join(folder, GEOMETRY))[1].get(NATIVE_MASK)
+    mask: Array = read_nifti(join(folder, NATIVE_MASK), store, sha256=digest).data > 0
     return mask
 
 
+def read_indexed(row: Mapping[str, Any], store: Store, max_inflated: int) -> NiftiScan:
+    """The scan of a row of `scans`, whose bytes are those that were indexed.
+
+    Raises:
+        InputError: SCAN-CHANGED when they are others, else as for `read_nifti`.
+        StorageError: As for `Store.read_bytes`.
+    """
+    uri = str(row["uri"])
+    try:
+        return read_nifti(uri, store, max_inflated=max_inflated, sha256=str(row["scan_id"]))
+    except StorageError as error:
+        if error.code != "STORE-DIGEST":
+            raise
+        raise InputError(
+            "its bytes are not those that were indexed.", code="SCAN-CHANGED", where=uri,
+            hint="If the file was replaced, run `sgcd index` again.",
+        ) from error  # fmt: skip
+
+
 def save_prepared(folder: str, scan: NiftiScan, prepared: Prepared, store: Store) -> None:
-    """Write a prepared scan; geometry.json goes last, so its presence means: complete."""
+    """Write a prepared scan; geometry.json goes last, so its presence means: complete.
+
+    It also holds the SHA-256 of the volumes, which is compared whenever they are read.
+    """
     grid = np.array(prepared.geometry.model_affine)
     files = {
         IMAGE: encode_nifti(prepared.image, grid),
         MASK: encode_nifti(prepared.mask, grid, dtype=np.uint8),
         NATIVE_MASK: encode_nifti(prepared.native_mask, scan, dtype=np.uint8),
-        GEOMETRY: prepared.geometry.to_json(),
     }
     for name, data in files.items():
         store.write_bytes(join(folder, name), data)
+    body = json.loads(prepared.geometry.to_json())
+    body["sha256"] = {name: sha256_hex(data) for name, data in files.items()}
+    text = json.dumps(body, indent=1, sort_keys=True) + "\n"
+    store.write_bytes(join(folder, GEOMETRY), text.encode())
 
 
 def _prepare(row: dict[str, Any], folder: str, config: PrepareConfig) -> dict[str, Any]:
     store, uri = Store(), str(row["uri"])
     clock = time.perf_counter()
-    scan = read_nifti(uri, store, max_inflated=config.max_inflated_bytes)
+    scan = read_indexed(row, store, config.max_inflated_bytes)
     seconds = {"read": round(time.perf_counter() - clock, 3)}
     prepared = prepare_scan(scan, config, sequence=str(row["sequence"]), where=uri)
     clock = time.perf_counter()
@@ -145,13 +173,22 @@ def _prepare(row: dict[str, Any], folder: str, config: PrepareConfig) -> dict[st
     }
 
 
+def _geometry(store: Store, where: str) -> tuple[Geometry, dict[str, str]]:
+    """A scan's geometry, and the SHA-256 of its volumes by file name ({} where none was kept)."""
+    data = store.read_bytes(where)
+    geometry = Geometry.from_json(data, where=where)
+    return geometry, json.loads(data).get("sha256", {})
+
+
 def _finished(folder: str) -> Geometry | None:
     """The geometry of a scan that is already prepared, None when it is absent or damaged."""
     store, where = Store(), join(folder, GEOMETRY)
     if not store.exists(where):
         return None
     try:
-        return Geometry.from_json(store.read_bytes(where), where=where)
-    except SgcdError:
+        return _geometry(store, where)[0]
+    except SgcdError as error:
+        if error.code not in ("TABLE-SCHEMA", "STORE-DIGEST"):  # out of reach is not damaged
+            raise
         log.warning("event=geometry_damaged uri=%s action=prepare_again", where)
         return None

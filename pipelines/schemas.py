@@ -145,6 +145,7 @@ RESULTS = Table(
         Column("output_uri", STRING, "harmonized volume on the scan's own grid"),
         Column("output_sha256", STRING, "digest of that file"),
         Column("model_grid_uri", STRING, "harmonized volume on the model grid, [0, 1]"),
+        Column("model_grid_sha256", STRING, "digest of that file"),
         Column("sidecar_uri", STRING, "JSON beside the output"),
         Column("gradient_correlation", FLOAT, "edges before and after, masked", unit="1"),
         Column("volume_drift", FLOAT, "largest relative change of a tissue volume", unit="1"),

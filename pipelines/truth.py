@@ -47,21 +47,51 @@ def load_truth(
         InputError: The truth is not prepared or cannot be read.
         StorageError: The store is out of reach.
     """
-    recipe, scan_id = config.digest(), truth["scan_id"]
-    files = load_prepared(lake, recipe, scan_id)
+    files, turn, grid = _aligned(lake, config, truth, own)
+    if displacement(turn, grid, files.mask > 0) < CLOSE_ENOUGH_MM:
+        return np.asarray(files.image, np.float32), files.mask > 0
+    return _resampled(lake, config, truth, files, turn, grid, config.shape)
+
+
+def load_truth_on_scan(
+    lake: Lake, config: PrepareConfig, truth: Row, own: PreparedFiles
+) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """As `load_truth`, on the voxels of the scan as it is stored."""
+    files, turn, _ = _aligned(lake, config, truth, own)
+    geometry = own.geometry
+    grid = np.array(geometry.world_to_template) @ np.array(geometry.native_affine)
+    return _resampled(lake, config, truth, files, turn, grid, geometry.native_shape)
+
+
+def _aligned(
+    lake: Lake, config: PrepareConfig, truth: Row, own: PreparedFiles
+) -> tuple[PreparedFiles, NDArray[Any], NDArray[Any]]:
+    """The prepared truth, the turn that lays it on the scan (mm → mm), and the model grid."""
+    files = load_prepared(lake, config.digest(), truth["scan_id"])
     grid = np.array(files.geometry.model_affine)
     turn = align_rigid(
         files.image, files.mask > 0, own.image, own.mask > 0, grid, str(truth["sequence"])
     )
-    if displacement(turn, grid, files.mask > 0) < CLOSE_ENOUGH_MM:
-        return np.asarray(files.image, np.float32), files.mask > 0
+    return files, turn, grid
+
+
+def _resampled(
+    lake: Lake,
+    config: PrepareConfig,
+    truth: Row,
+    files: PreparedFiles,
+    turn: NDArray[Any],
+    grid: NDArray[Any],
+    shape: tuple[int, int, int],
+) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """The truth, resampled once from its own voxels; `grid` leads to template mm."""
     native = read_nifti(truth["uri"], Store(), max_inflated=config.max_inflated_bytes)
-    inside = load_native_mask(lake, recipe, scan_id)
+    inside = load_native_mask(lake, config.digest(), truth["scan_id"])
     data: NDArray[Any] = np.asarray(native.data, np.float32)
     if config.bias_correction == "n4":
         data = data / bias_field(data, inside, native.affine)
     placed = turn @ np.array(files.geometry.world_to_template) @ native.affine
-    image, mask = resample_masked(data, inside, placed, grid, config.shape)
+    image, mask = resample_masked(data, inside, placed, grid, shape)
     scaled = np.clip(files.geometry.scale(image), 0, 1) * mask
     return scaled.astype(np.float32), mask
 

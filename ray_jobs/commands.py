@@ -7,7 +7,7 @@ from typing import Any
 
 from ray_jobs.context import absolute, open_lake, quoted, recorded
 from ray_jobs.outcome import DONE, WITH_FAILURES, Outcome, failure_line, table
-from sgcd_core.errors import InputError, StorageError
+from sgcd_core.errors import InputError, ModelError, StorageError
 
 
 def check(args: Any) -> Outcome:
@@ -125,14 +125,45 @@ def suggest(args: Any) -> Outcome:
 
 
 def report(args: Any) -> Outcome:
-    """`sgcd report`: one self-contained page."""
+    """`sgcd report`: a page about the cohort and one per scan, whatever became of the run."""
+    from pipelines.progress import Progress
     from pipelines.report import write_report
+    from pipelines.report.source import newest_model
     from ray_jobs.models import resolve
+    from ray_jobs.session import cpu_count
 
     lake = open_lake(args.lake)
-    name, version = resolve(lake, args.model)
-    uri = write_report(lake, name, version, out=args.out and absolute(args.out))
-    return Outcome(f"report: {uri}", data={"report": uri})
+    lines, code = [], DONE
+    try:
+        found = resolve(lake, args.model) if args.model else newest_model(lake)
+    except ModelError as error:  # training failed, say: the page then tells what there is
+        found, lines, code = None, [str(error)], error.exit_code
+    name, version = found or (None, None)
+    with Progress("report", None, unit="page") as progress:
+        written = write_report(
+            lake, name, version, out=args.out and absolute(args.out), pages=args.pages,
+            workers=args.workers or cpu_count(), progress=progress.reach,
+        )  # fmt: skip
+    counts = f"{written.scans} scans, {written.pages} pages, {written.new} of them new"
+    follow = "" if args.out else f"sgcd serve --lake {quoted(args.lake)}"
+    data = {"report": written.uri, "pages": written.pages, "new": written.new}
+    text = f"report: {written.uri} ({counts})"
+    return Outcome(text, next=follow, exit_code=code, lines=lines, data=data)
+
+
+def serve(args: Any) -> Outcome:
+    """`sgcd serve`: reports and a 3D viewer until Ctrl-C."""
+    from pipelines.viewer.server import LOOPBACK, Server
+
+    with Server(open_lake(args.lake), args.host, args.port) as server:
+        if args.host not in LOOPBACK:
+            print(f"note: whoever reaches {args.host} with the token sees the scans.", flush=True)
+        print(f"open {server.address}", flush=True)
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            return Outcome("stopped serving")
+    return Outcome("")
 
 
 def cite(args: Any) -> Outcome:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from ray_jobs.context import quoted
 from ray_jobs.outcome import Outcome
 from ray_jobs.session import session
 from ray_jobs.steps import step
+from sgcd_core.errors import SgcdError
 
 
 def run(args: Any) -> Outcome:
@@ -24,19 +27,20 @@ def run(args: Any) -> Outcome:
             "--mm", str(args.mm), "--seed", str(args.seed),
         )  # fmt: skip
         step(args.json, "index", cohort, *words)
-        step(args.json, "prepare", *words)
-        step(args.json, "train", *words, "--set", f"global_stage.steps={args.train_steps}")
-        suggested = step(args.json, "suggest-target", *words)
-        target = str(suggested.data["target"])
-        step(
-            args.json, "tune", *words, "--target", target,
-            "--set", f"target_stage.steps={args.tune_steps}",
-            "--set", f"target_stage.encoder={args.encoder}",
-        )  # fmt: skip
-        model = ["--model", f"target-{target}"]
-        harmonized = step(args.json, "harmonize", *words, *model)
-        evaluated = step(args.json, "evaluate", *words, *model)
-        reported = step(args.json, "report", *words, *model)
+        with _reported_if_it_fails(args.json, words):
+            step(args.json, "prepare", *words)
+            step(args.json, "train", *words, "--set", f"global_stage.steps={args.train_steps}")
+            suggested = step(args.json, "suggest-target", *words)
+            target = str(suggested.data["target"])
+            step(
+                args.json, "tune", *words, "--target", target,
+                "--set", f"target_stage.steps={args.tune_steps}",
+                "--set", f"target_stage.encoder={args.encoder}",
+            )  # fmt: skip
+            model = ["--model", f"target-{target}"]
+            harmonized = step(args.json, "harmonize", *words, *model)
+            evaluated = step(args.json, "evaluate", *words, *model)
+            reported = step(args.json, "report", *words, *model)
     seconds = time.monotonic() - started
     lines = ["", f"Traveling subjects, against their own scan at {target}:", ""]
     lines += [*evaluated.data.get("table", []), "", *evaluated.data.get("verdict", [])]
@@ -50,3 +54,14 @@ def run(args: Any) -> Outcome:
     follow = f'sgcd query "{ask}" --lake {quoted(lake)}'
     code = max(harmonized.exit_code, evaluated.exit_code)
     return Outcome(text, next=follow, exit_code=code, lines=lines, data=data)
+
+
+@contextmanager
+def _reported_if_it_fails(json: bool, words: list[str]) -> Iterator[None]:
+    """A report of what there is, and of what went wrong, when a step cannot go on."""
+    try:
+        yield
+    except SgcdError:
+        with suppress(SgcdError):  # what stopped the step is what the user must hear of
+            step(json, "report", *words)
+        raise

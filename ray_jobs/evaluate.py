@@ -78,7 +78,7 @@ def run(args: Any) -> Outcome:
         )
         for part in parts:
             if part.found is not None and tracker.run_id is not None:
-                drawn = run_figures(lake, part.found, config.prepare.digest())
+                drawn = run_figures(lake, part.found)
                 for figure, png in drawn.items():
                     tracker.log_figure(figure, png)
         skipped = {scan: code for part in parts for scan, code in part.skipped.items()}

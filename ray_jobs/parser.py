@@ -22,6 +22,7 @@ COMMANDS = {
     "harmonize": "ray_jobs.harmonize:run",
     "evaluate": "ray_jobs.evaluate:run",
     "report": "ray_jobs.commands:report",
+    "serve": "ray_jobs.commands:serve",
     "cite": "ray_jobs.commands:cite",
     "query": "ray_jobs.tables:query",
     "optimize": "ray_jobs.tables:optimize",
@@ -91,6 +92,7 @@ def build_parser() -> argparse.ArgumentParser:
     _harmonize(sub)
     _evaluate(sub)
     _report(sub)
+    _serve(sub)
     _cite(sub)
     _new_site(sub)
     _submit(sub)
@@ -341,11 +343,25 @@ def _evaluate(sub: Any) -> None:
 
 def _report(sub: Any) -> None:
     p = _command(
-        sub, "report", "One self-contained HTML page about a model and its results.",
+        sub, "report", "Self-contained HTML: a page about the cohort and a page per scan.",
         "sgcd report --lake LAKE --model target-SITE",
     )  # fmt: skip
-    _model(p)
-    p.add_argument("--out", metavar="FILE", help="default: LAKE/reports/…")
+    _model(p, required=False)
+    p.add_argument("--out", metavar="FOLDER", help="default: LAKE/reports/MODEL-vVERSION")
+    p.add_argument(
+        "--pages", choices=("all", "flagged", "none"), default="all",
+        help="scans that get a page of their own (all); what has not changed is kept",
+    )  # fmt: skip
+    p.add_argument("--workers", type=_positive, metavar="N", help="scans at once (default: CPUs)")
+
+
+def _serve(sub: Any) -> None:
+    p = _command(
+        sub, "serve", "Show the reports of a lake, and its scans in 3D, in a browser.",
+        "sgcd serve --lake LAKE --port 8765",
+    )  # fmt: skip
+    p.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="default: %(default)s")
+    p.add_argument("--port", type=int, default=8765, help="0: any that is free (%(default)s)")
 
 
 def _cite(sub: Any) -> None:
@@ -473,5 +489,6 @@ def _doctor(sub: Any) -> None:
     )
 
 
-def _model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, metavar="NAME[@VERSION|@ALIAS]")
+def _model(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
+    text = None if required else "default: that of the newest result"
+    parser.add_argument("--model", required=required, metavar="NAME[@VERSION|@ALIAS]", help=text)

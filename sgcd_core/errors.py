@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 CODES: dict[str, str] = {
     # scans: what `sgcd check` and the results table say
     "SCAN-MISSING": "There is no object at this address.",
+    "SCAN-CHANGED": "The object is not the one that was indexed.",
     "SCAN-UNREADABLE": "The object is not a NIfTI-1 or NIfTI-2 image.",
     "SCAN-TRUNCATED": "The image holds fewer voxels than its header says.",
     "SCAN-CORRUPT": "The compressed stream is damaged (CRC or length mismatch).",
@@ -46,6 +47,8 @@ CODES: dict[str, str] = {
     # storage
     "STORE-UNREACHABLE": "The store does not answer.",
     "STORE-DENIED": "The store refuses these credentials.",
+    "STORE-EXPIRED": "The credentials have expired and could not be renewed.",
+    "STORE-DIGEST": "An object is not what was written: its length or digest differs.",
     "STORE-ADDRESS": "The address is not a local path, file:// or s3://bucket/key.",
     "STORE-EMPTY": "No scan lies under this address.",
     "STORE-WRITE": "Writing to the store failed.",

@@ -15,7 +15,7 @@ import yaml
 from torch import Tensor
 
 from sgcd_core.config import SgcdConfig, parse_config
-from sgcd_core.errors import InputError, ModelError
+from sgcd_core.errors import InputError, ModelError, StorageError
 from sgcd_core.io.store import Store, join, sha256_hex
 from sgcd_core.model_card import model_card
 
@@ -114,17 +114,19 @@ def checked_files(uri: str, store: Store | None = None) -> dict[str, bytes]:
     files = {}
     for name, digest in body["sha256"].items():
         try:
-            files[name] = store.read_bytes(join(uri, name))
+            files[name] = store.read_bytes(join(uri, name), sha256=digest)
         except InputError as error:
             raise ModelError(
                 f"{name} is missing.", code="MODEL-DIGEST", where=uri,
                 hint="Restore the file, or train again.",
             ) from error  # fmt: skip
-        if sha256_hex(files[name]) != digest:
+        except StorageError as error:
+            if error.code != "STORE-DIGEST":
+                raise
             raise ModelError(
                 f"{name} does not match its recorded SHA-256.", code="MODEL-DIGEST", where=uri,
                 hint="The file was changed or damaged; train again or restore it.",
-            )  # fmt: skip
+            ) from error  # fmt: skip
     return files | {_PACK: data}
 
 

@@ -1,4 +1,4 @@
-"""What tests share: real scans, an S3 server on this machine, an empty lake, small scans."""
+"""What tests share: real scans, an S3 server and a browser here, an empty lake, small scans."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from pipelines.lake import Lake
 
 if TYPE_CHECKING:
     from head_node import RayCluster
+    from playwright.sync_api import Browser
 
 # Before torch is imported: threads that spin while they wait make a shared machine crawl.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -199,3 +200,33 @@ def make_scan(head_voxels: np.ndarray) -> Callable[..., bytes]:
         return gzip.compress(image.to_bytes(), 1, mtime=0)
 
     return make
+
+
+def _chromium() -> str | None:
+    """A Chromium: SGCD_CHROMIUM, that of `make browser`, or one on the PATH."""
+    made = Path(__file__).resolve().parents[1] / ".browser" / "chromium"
+    names = ("chromium", "chromium-browser", "google-chrome", "chrome-headless-shell")
+    places = [os.environ.get("SGCD_CHROMIUM"), str(made), *map(shutil.which, names)]
+    return next((place for place in places if place and os.access(place, os.X_OK)), None)
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    """Headless Chromium with WebGL in software."""
+    place = _chromium()
+    if place is None:
+        reason = "no Chromium: run `make browser`, or name one in SGCD_CHROMIUM"
+        pytest.fail(reason) if os.environ.get("CI") else pytest.skip(reason)
+    from playwright.sync_api import sync_playwright
+
+    options = [
+        "--headless=shell", "--use-gl=angle", "--use-angle=swiftshader", "--disable-sync",
+        "--enable-unsafe-swiftshader", "--ignore-gpu-blocklist", "--disable-component-update",
+        "--disable-background-networking",
+    ]  # fmt: skip
+    with sync_playwright() as playwright:
+        running = playwright.chromium.launch(
+            executable_path=place, args=options, chromium_sandbox=False
+        )
+        yield running
+        running.close()

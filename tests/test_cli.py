@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
@@ -188,3 +191,36 @@ def test_the_parser_lists_what_runs() -> None:
     actions = build_parser()._subparsers
     assert actions is not None
     assert set(actions._group_actions[0].choices or {}) == set(COMMANDS)
+
+
+def test_a_report_without_a_model_tells_what_there_is(sgcd: Run, tmp_lake: Lake) -> None:
+    code, out, _ = sgcd("report", "--lake", tmp_lake.uri)
+    assert code == 0 and "reports/no-model/index.html" in out
+    code, out, _ = sgcd("report", "--lake", tmp_lake.uri, "--model", "target-A")
+    assert code == 65 and "MODEL-MISSING" in out
+    assert "no-model/index.html" in out  # written all the same
+
+
+def test_a_report_without_a_name_is_about_the_newest_result(sgcd: Run, tmp_lake: Lake) -> None:
+    for version in (1, 2):
+        row = {"scan_id": "s1", "model": "m", "model_version": version, "status": "failed"}
+        Catalog(tmp_lake).append("results", [row])
+    code, out, _ = sgcd("report", "--lake", tmp_lake.uri, "--json")
+    assert code == 0
+    assert json.loads(out)["report"] == tmp_lake.report("m-v2/index.html")
+
+
+def test_serve_answers_until_it_is_stopped(tmp_lake: Lake) -> None:
+    command = [sys.executable, "-m", "ray_jobs.cli", "serve", "--lake", tmp_lake.uri, "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        address = process.stdout.readline().split()[-1]
+        try:
+            with urllib.request.urlopen(address.partition("?")[0], timeout=60) as answer:
+                raise AssertionError(answer.status)
+        except urllib.error.HTTPError as refused:
+            assert refused.code == 403
+        opener = urllib.request.build_opener(urllib.request.HTTPCookieProcessor())
+        assert b"There is none yet" in opener.open(address, timeout=60).read()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 0

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
+import io
 import os
 import secrets
 from collections.abc import Iterator
 from datetime import UTC, datetime
 
 from sgcd_core.errors import InputError, SgcdError, StorageError
+from sgcd_core.io.digest import DigestError
 
+CHUNK_BYTES = 1 << 20
 _TEMPORARY = ".sgcd-tmp-"
 _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
@@ -43,18 +47,35 @@ def _problem(uri: str, error: OSError | ValueError, *, writing: bool = False) ->
     return StorageError(f"reading failed: {reason}.", code="STORE-UNREACHABLE", where=uri)
 
 
-def read(uri: str, path: str, max_bytes: int | None) -> bytes:
-    """The file's bytes, at most `max_bytes`."""
+def chunks(
+    uri: str, path: str, max_bytes: int | None, sha256: str | None = None
+) -> Iterator[bytes]:
+    """The file piece by piece; see `Store.read_chunks`."""
+    at, whole = 0, hashlib.sha256()
     try:
         with open(path, "rb") as file:
-            data = file.read() if max_bytes is None else file.read(max_bytes + 1)
+            while piece := file.read(CHUNK_BYTES):
+                at += len(piece)
+                if max_bytes is not None and at > max_bytes:
+                    raise InputError(
+                        f"is longer than the limit of {max_bytes} bytes.",
+                        code="SCAN-TOO-BIG", where=uri,
+                    )  # fmt: skip
+                if sha256:
+                    whole.update(piece)
+                yield piece
     except (OSError, ValueError) as error:
         raise _problem(uri, error) from error
-    if max_bytes is not None and len(data) > max_bytes:
-        raise InputError(
-            f"is longer than the limit of {max_bytes} bytes.", code="SCAN-TOO-BIG", where=uri
-        )
-    return data
+    if sha256 and not whole.hexdigest().startswith(sha256):
+        raise DigestError("what was read is not what was written (SHA-256).", uri)
+
+
+def read(uri: str, path: str, max_bytes: int | None, sha256: str | None = None) -> bytes:
+    """The file's bytes, at most `max_bytes`."""
+    whole = io.BytesIO()
+    for piece in chunks(uri, path, max_bytes, sha256):
+        whole.write(piece)
+    return whole.getvalue()
 
 
 def info(uri: str, path: str) -> tuple[int, str]:
@@ -95,6 +116,7 @@ def write(uri: str, path: str, data: bytes, if_absent: bool) -> str:
                 _link(temporary, path)
             else:
                 os.replace(temporary, path)
+            _sync(folder)
         finally:
             with contextlib.suppress(FileNotFoundError, NotADirectoryError):
                 os.unlink(temporary)
@@ -107,6 +129,16 @@ def write(uri: str, path: str, data: bytes, if_absent: bool) -> str:
     except (OSError, ValueError) as error:
         raise _problem(uri, error, writing=True) from error
     return etag
+
+
+def _sync(folder: str) -> None:
+    """Make the new name outlive a power cut: a row must never outlive the object it names."""
+    with contextlib.suppress(OSError):  # some network file systems cannot
+        number = os.open(folder or ".", os.O_RDONLY)
+        try:
+            os.fsync(number)
+        finally:
+            os.close(number)
 
 
 def _link(temporary: str, path: str) -> None:

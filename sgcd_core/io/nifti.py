@@ -158,10 +158,14 @@ def decode_nifti(data: bytes, *, where: str, max_inflated: int = MAX_INFLATED) -
 
 
 def read_nifti(
-    uri: str, store: Store | None = None, *, max_inflated: int = MAX_INFLATED
+    uri: str,
+    store: Store | None = None,
+    *,
+    max_inflated: int = MAX_INFLATED,
+    sha256: str | None = None,
 ) -> NiftiScan:
-    """The scan at `uri`; errors as for `Store.read_bytes` and `decode_nifti`."""
-    data = (store or Store()).read_bytes(uri, max_bytes=max_inflated)
+    """The scan at `uri`; arguments and errors as for `Store.read_bytes` and `decode_nifti`."""
+    data = (store or Store()).read_bytes(uri, max_bytes=max_inflated, sha256=sha256)
     return decode_nifti(data, where=uri, max_inflated=max_inflated)
 
 

@@ -7,7 +7,6 @@ them. A file:// address is percent-decoded (RFC 8089) and leaves this module as 
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
@@ -88,35 +87,61 @@ def join(*parts: str) -> str:
 class Store:
     """Reads, writes and lists objects; holds nothing, so it is free to build, pickle and fork.
 
-    S3 settings come from the environment at the moment of use: AWS_ENDPOINT_URL_S3 or
-    AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN, AWS_REGION (or
-    a profile, or the machine's role), SGCD_S3_ANON=1 and SGCD_S3_PATH_STYLE=0|1.
+    S3 settings are taken at the moment of use from where the AWS tools have them: the environment
+    (AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_PROFILE, …), ~/.aws, or the machine's role; and from
+    SGCD_S3_ANON, SGCD_S3_PATH_STYLE, SGCD_S3_RETRY_SECONDS, SGCD_S3_TIMEOUT_SECONDS. See
+    docs/storage.md.
     """
 
-    def read_bytes(self, uri: str, *, max_bytes: int | None = None) -> bytes:
-        """The whole object; never more than `max_bytes` are held.
+    def read_bytes(
+        self, uri: str, *, max_bytes: int | None = None, sha256: str | None = None
+    ) -> bytes:
+        """The whole object, sure to be what was written; never more than `max_bytes` are held.
+
+        Args:
+            uri: Address.
+            max_bytes: Bound.
+            sha256: SHA-256 it must have, or the first digits of it.
 
         Raises:
             InputError: SCAN-MISSING, or SCAN-TOO-BIG when it is longer than `max_bytes`.
-            StorageError: STORE-UNREACHABLE, STORE-DENIED or STORE-ADDRESS.
+            StorageError: STORE-DIGEST when it is not what was written, after several reads;
+                STORE-UNREACHABLE, STORE-DENIED, STORE-EXPIRED or STORE-ADDRESS.
         """
         if is_s3(uri):
             from sgcd_core.io import s3
 
-            return s3.read(uri, max_bytes)
+            return s3.read(uri, max_bytes, sha256)
         from sgcd_core.io import local
 
-        return local.read(uri, local_path(uri), max_bytes)
+        return local.read(uri, local_path(uri), max_bytes, sha256)
+
+    def read_chunks(
+        self, uri: str, *, max_bytes: int | None = None, sha256: str | None = None
+    ) -> Iterator[bytes]:
+        """The object in pieces of at most 1 MiB, so that a large one need not fit in memory.
+
+        Length and digest are known at the end only: trust nothing before the last piece came.
+        Arguments and errors as for `read_bytes`.
+        """
+        if is_s3(uri):
+            from sgcd_core.io import s3
+
+            return s3.chunks(uri, max_bytes, sha256)
+        from sgcd_core.io import local
+
+        return local.chunks(uri, local_path(uri), max_bytes, sha256)
 
     def write_bytes(self, uri: str, data: bytes, *, if_absent: bool = False) -> str:
         """Write the object in one step: readers see the old content or the new. Returns its etag.
 
-        With `if_absent`, of any number of writers exactly one succeeds. (Over S3 a writer whose
-        answer was lost on the way may find its own object and be told it exists.)
+        With `if_absent`, of any number of writers exactly one succeeds, and it learns so even
+        where the store's answer was lost on the way.
 
         Raises:
             FileExistsError: `if_absent` and the object exists.
-            StorageError: STORE-WRITE, STORE-UNREACHABLE, STORE-DENIED or STORE-ADDRESS.
+            StorageError: STORE-WRITE, STORE-UNREACHABLE, STORE-DENIED, STORE-EXPIRED or
+                STORE-ADDRESS.
         """
         if is_s3(uri):
             from sgcd_core.io import s3
@@ -202,10 +227,19 @@ class Store:
         for uri, size, etag in found:
             yield ObjectInfo(uri, size, etag)
 
-    def delta_options(self) -> dict[str, str]:
-        """`storage_options` for deltalake that lead to the same endpoint with the same rights."""
-        if not any(name.startswith(("AWS_", "SGCD_S3_")) for name in os.environ):
+    def delta_options(self, uri: str) -> dict[str, str]:
+        """`storage_options` that lead deltalake to the same endpoint with the same credentials.
+
+        Take them anew for every table that is opened: credentials end.
+
+        Args:
+            uri: Address of the table; a local one needs none.
+
+        Raises:
+            StorageError: As for `read_bytes`.
+        """
+        if not is_s3(uri):
             return {}
         from sgcd_core.io import s3
 
-        return s3.delta_options()
+        return s3.delta_options(uri)

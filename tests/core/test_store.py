@@ -270,7 +270,7 @@ def test_delta_reaches_the_same_store(s3_server: S3Server) -> None:
     import pyarrow as pa
     from deltalake import DeltaTable, write_deltalake
 
-    uri, options = s3_server.uri("delta-table"), Store().delta_options()
+    uri, options = s3_server.uri("delta-table"), Store().delta_options(s3_server.uri())
     for _ in range(2):
         write_deltalake(uri, pa.table({"a": [1]}), mode="append", storage_options=options)
     assert DeltaTable(uri, storage_options=options).to_pyarrow_table().num_rows == 2

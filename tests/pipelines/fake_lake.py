@@ -6,6 +6,7 @@ harmonization is known. Sites: `T` is the target, `A` in training, `B` never see
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -122,15 +123,19 @@ def fake_lake(
                 scans.append(row)
                 after = np.clip(output(look, truth), 0, 1).astype(np.float32)
                 uri = join(lake.derivatives("target-T"), f"{row['scan_id']}.nii.gz")
-                Store().write_bytes(uri, encode_nifti(after, np.diag([4.0, 4.0, 4.0, 1.0])))
+                data = encode_nifti(after, np.diag([4.0, 4.0, 4.0, 1.0]))
+                Store().write_bytes(uri, data)
                 shared = ("scan_id", "dataset", "subject", "session", "site", "sequence")
                 results.append(
                     {k: row[k] for k in shared}
                     | {
                         "model": "target-T", "model_version": 1, "target": "T", "status": "ok",
-                        "model_grid_uri": uri, "output_sha256": "0" * 64, "seconds_model": 0.5,
+                        "model_grid_uri": uri, "output_sha256": sha256_hex(data),
+                        "output_uri": uri, "seconds_model": 0.5,
                     }
                 )  # fmt: skip
+    settings = config.model_dump(mode="json", include={"preset", "sequences", "prepare"})
+    Store().write_bytes(lake.prepared_with, json.dumps(settings).encode())
     catalog = Catalog(lake)
     catalog.append("scans", scans)
     catalog.append("results", results)

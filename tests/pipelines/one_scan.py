@@ -66,8 +66,8 @@ class Site:
         image, model_mask = native_on_model_grid(self.scan, self.mask, self.geometry)
         self.image, self.model_mask = image.clip(0, 1), model_mask
         self.row: dict[str, Any] = {
-            "scan_id": "a" * 32, "dataset": "bids", "subject": "01", "session": "2", "site": "A",
-            "sequence": "T1w", "uri": str(self.file),
+            "scan_id": self.scan.sha256[:32], "dataset": "bids", "subject": "01", "session": "2",
+            "site": "A", "sequence": "T1w", "uri": str(self.file),
         }  # fmt: skip
         prepared = Prepared(self.image, model_mask, self.mask, self.geometry)
         recipe = self.lake.prepared(CONFIG.prepare.digest(), self.row["scan_id"])

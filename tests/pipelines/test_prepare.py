@@ -11,8 +11,9 @@ import pipelines.prepare as pipeline
 from pipelines.lake import Lake
 from pipelines.prepare import load_native_mask, load_prepared, prepare_one
 from sgcd_core.config import PrepareConfig
-from sgcd_core.errors import InputError
+from sgcd_core.errors import InputError, StorageError
 from sgcd_core.io.nifti import encode_nifti, read_nifti
+from sgcd_core.io.store import sha256_hex
 from sgcd_core.volume.prepare import prepare_scan
 from sgcd_core.volume.template import template
 
@@ -33,7 +34,7 @@ def brain_bytes() -> bytes:
 def row(tmp_path: Path, brain_bytes: bytes) -> dict[str, str]:
     path = tmp_path / "sub-01_T1w.nii.gz"
     path.write_bytes(brain_bytes)
-    return {"scan_id": "a" * 32, "uri": str(path), "sequence": "T1w"}
+    return {"scan_id": sha256_hex(brain_bytes)[:32], "uri": str(path), "sequence": "T1w"}
 
 
 def test_what_is_read_back_is_what_was_prepared(row: dict[str, str], tmp_lake: Lake) -> None:
@@ -122,13 +123,34 @@ def test_every_bad_scan_is_a_row_with_a_code(
         if data is not None:
             path.write_bytes(data)
         sequence = "bold" if code == "SCAN-SEQUENCE" else "T1w"
-        bad = {"scan_id": f"bad{number}", "uri": str(path), "sequence": sequence}
+        scan_id = sha256_hex(data or b"")[:32]
+        bad = {"scan_id": scan_id, "uri": str(path), "sequence": sequence}
         out = prepare_one(bad, tmp_lake, CONFIG)
         expected = {code, "SCAN-CORRUPT"} if code == "SCAN-TRUNCATED" else {code}
         assert out["status"] == "failed" and out["code"] in expected, out
         assert out["scan_id"] == bad["scan_id"] and out["message"]
         with pytest.raises(InputError, match="SCAN-MISSING"):
             load_prepared(tmp_lake, RECIPE, bad["scan_id"])
+
+
+def test_a_scan_that_was_replaced_since_it_was_indexed_is_not_taken_for_it(
+    row: dict[str, str], tmp_lake: Lake
+) -> None:
+    path = Path(row["uri"])
+    path.write_bytes(path.read_bytes() + b"\0")  # zeros after a gzip stream are allowed
+    out = prepare_one(row, tmp_lake, CONFIG)
+    assert (out["status"], out["code"]) == ("failed", "SCAN-CHANGED")
+
+
+def test_a_prepared_volume_that_is_another_one_is_refused(
+    row: dict[str, str], tmp_lake: Lake
+) -> None:
+    folder = Path(prepare_one(row, tmp_lake, CONFIG)["prepared_uri"])
+    shifted = read_nifti(f"{folder}/image.nii.gz")
+    other = encode_nifti(shifted.data[::-1], shifted)  # valid, and left is right
+    (folder / "image.nii.gz").write_bytes(other)
+    with pytest.raises(StorageError, match="STORE-DIGEST"):
+        load_prepared(tmp_lake, RECIPE, row["scan_id"])
 
 
 def test_a_fault_nobody_foresaw_is_a_row_without_its_text(

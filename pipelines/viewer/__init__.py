@@ -1,0 +1,1 @@
+"""`sgcd serve`: the reports of a lake, and its scans in three dimensions, on this machine."""
