@@ -46,7 +46,7 @@ class Block:
 
     @property
     def kind(self) -> str:
-        """shell, python, sql, yaml, json, folder (a listing of a lake), or unknown."""
+        """shell, python, sql, yaml, json, ini, folder (a listing of a lake), or unknown."""
         if self.mark == "not an example":
             return "marked"
         if self.language in _SHELL:
@@ -55,7 +55,7 @@ class Block:
                 return "shell"
             listed = [line for line in self.body.splitlines() if line[:1].strip()]
             return "folder" if all(re.match(r"[\w./-]+  +\w", one) for one in listed) else "unknown"
-        known = {"python", "sql", "yaml", "json"}
+        known = {"python", "sql", "yaml", "json", "ini"}
         return self.language if self.language in known else "unknown"
 
     def commands(self) -> list[list[str]]:

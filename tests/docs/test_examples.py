@@ -13,6 +13,7 @@ import re
 import shutil
 import sys
 from collections.abc import Iterator
+from configparser import ConfigParser
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -100,9 +101,14 @@ def test_environment_variables_exist() -> None:
     assert named - set(SETTING.findall(code)) == set()
 
 
-@pytest.mark.parametrize("block", of_kind("yaml", "json"))
+@pytest.mark.parametrize("block", of_kind("yaml", "json", "ini"))
 def test_data_can_be_read_and_settings_exist(block: Block, tmp_path: Path) -> None:
-    values = yaml.safe_load(block.body) if block.kind == "yaml" else json.loads(block.body)
+    values: Any
+    if block.kind == "ini":
+        values = ConfigParser()
+        values.read_string(block.body)
+    else:
+        values = yaml.safe_load(block.body) if block.kind == "yaml" else json.loads(block.body)
     if isinstance(values, dict) and set(values) <= set(SgcdConfig.model_fields):
         (tmp_path / "file.yaml").write_text(block.body)
         load_config(file=tmp_path / "file.yaml")
