@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("**/*.md")])
 
 _FENCE = re.compile(
-    r"^(?P<fence>```+|~~~+)(?P<info>[^\n`]*)\n(?P<body>.*?)^(?P=fence)\s*$", re.M | re.S
+    r"^ *(?P<fence>```+|~~~+)(?P<info>[^\n`]*)\n(?P<body>.*?)^ *(?P=fence)\s*$", re.M | re.S
 )
 _MARK = re.compile(r"<!--\s*(not run|not an example|measured:begin):?\s+(\S.*?)-->\s*\Z", re.S)
 _SHELL = {"", "bash", "sh", "shell", "console"}
@@ -100,7 +101,7 @@ def blocks(page: Path) -> list[Block]:
         found.append(
             Block(
                 str(page.relative_to(ROOT)), text.count("\n", 0, match.start()) + 1,
-                info.split(" ")[0], match["body"],
+                info.split(" ")[0], textwrap.dedent(match["body"]),
                 "not an example" if kind == "measured:begin" else kind,
             )
         )  # fmt: skip

@@ -57,6 +57,29 @@ def test_every_block_is_checked_or_says_why_not() -> None:
     assert len(BLOCKS) > 40
 
 
+def test_no_block_is_overlooked() -> None:
+    """Each line that opens or closes a block is one of those found, those in lists too."""
+    for page in PAGES:
+        lines = [line.strip() for line in page.read_text().splitlines()]
+        fences = [line for line in lines if line.startswith(("```", "~~~"))]
+        directives = sum(line.startswith("```{") for line in fences)
+        name = str(page.relative_to(ROOT))
+        assert len(fences) == 2 * (directives + sum(b.page == name for b in BLOCKS)), name
+
+
+def test_commands_in_the_text_have_the_options_they_are_given() -> None:
+    choices = next(iter(build_parser()._subparsers._group_actions)).choices
+    wrong = []
+    for page in PAGES:
+        for text in re.findall(r"`sgcd ([a-z][^`]*)`", page.read_text()):
+            name, *words = text.split()
+            known = choices[name]._option_string_actions if name in choices else {}
+            flags = {w.partition("=")[0] for w in words if w.startswith("--")}
+            if name not in choices or (name != "submit" and not flags <= set(known)):
+                wrong.append(f"{page.name}: sgcd {text}")
+    assert wrong == []
+
+
 def words_of(block: Block) -> Iterator[list[str]]:
     """The arguments of every `sgcd` of a block, without what the shell does with the output."""
     for words in block.commands():
@@ -85,6 +108,8 @@ def test_commands_parse_and_targets_exist(block: Block) -> None:
     for words in block.commands():
         if words[0] == "make":
             assert {w for w in words[1:] if "=" not in w} <= set(MAKE), f"{block}: {words}"
+        if words[0] == "python" and words[1].endswith(".py"):
+            assert (ROOT / words[1]).is_file(), f"{block}: {words}"
 
 
 SETTING = re.compile(r"\bSGCD_[A-Z0-9_]+")
