@@ -96,7 +96,7 @@ def test_evaluation_covers_both_sites_and_both_rivals(place: Place) -> None:
     assert {r["method"] for r in rows} == {"raw", "nyul", "sgcd"}
     assert {r["metric"] for r in rows} >= {"ssim", "psnr", "pcc", "wasserstein"}
     assert {r["seen"] for r in rows if r["site"] == "siteC"} == {False}
-    page = next((place.lake / "reports").glob("*.html")).read_text()
+    page = next((place.lake / "reports").glob("*/index.html")).read_text()
     assert "siteC" in page and "http://" not in page.split("<body")[1].split("src=")[0]
 
 
