@@ -3,6 +3,7 @@
 # make test    every test
 # make browser a pinned headless Chromium for the tests, from the npm registry
 # make lint    ruff and mypy
+# make docs    the site, from docs/ into build/docs/
 # make bench   the benchmarks, each against a named peer
 # make bench-quality ANATOMY=FOLDER   how close to the truth, beside the classical methods
 # make bench-box ANATOMY=FOLDER       the same of the model in the box as it is, in one process
@@ -15,14 +16,14 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 UV     := 0.13.9
-EXTRAS := strip,dino,dev
+EXTRAS := strip,dino,dev,docs
 DEMO   ?= work/demo
 ARGS   ?=
 
 CHROMIUM := 153.0.0
 BROWSER  := .browser/chromium
 
-.PHONY: setup demo test browser lint format bench bench-quality bench-box bench-ablations bench-real box clean
+.PHONY: setup demo test browser lint format docs bench bench-quality bench-box bench-ablations bench-real box clean
 
 setup: $(STAMP)
 
@@ -58,6 +59,10 @@ lint: setup
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: setup
+	$(BIN)/sphinx-build -W --keep-going -q -b html -d build/doctrees docs build/docs
+	@echo "build/docs/index.html"
 
 bench: setup
 	@set -e; found=0; for file in benchmarks/bench_*.py; do \

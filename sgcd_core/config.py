@@ -41,7 +41,9 @@ class PrepareConfig(Settings):
     brain_extraction: Literal["auto", "deepbet", "none"] = Field(
         "auto", description="auto: keep an already extracted brain, else deepbet"
     )
-    bias_correction: Literal["n4", "none"] = "n4"
+    bias_correction: Literal["n4", "none"] = Field(
+        "n4", description="N4 bias field correction, inside the brain"
+    )
     registration: Literal["rigid", "none"] = Field(
         "rigid", description="rigid to the ICBM152 template; none: centre of mass only"
     )
@@ -91,18 +93,22 @@ class ConditionConfig(Settings):
 class ScheduleConfig(Settings):
     """Noise schedule of the diffusion (Eq. 1)."""
 
-    timesteps: int = Field(1000, ge=2)
-    beta_start: float = Field(0.0015, gt=0, lt=1)
-    beta_end: float = Field(0.0195, gt=0, lt=1)
-    kind: Literal["linear", "scaled_linear"] = "linear"
+    timesteps: int = Field(1000, ge=2, description="T")
+    beta_start: float = Field(0.0015, gt=0, lt=1, description="variance added by the first step")
+    beta_end: float = Field(0.0195, gt=0, lt=1, description="variance added by the last step")
+    kind: Literal["linear", "scaled_linear"] = Field(
+        "linear", description="linear in the variance, or in its square root (scaled_linear)"
+    )
 
 
 class NetworkConfig(Settings):
     """The 3D U-Net (MONAI DiffusionModelUNet)."""
 
-    channels: tuple[int, ...] = (32, 64, 128)
-    res_blocks: int = Field(1, ge=1)
-    attention_levels: tuple[bool, ...] = (False, False, True)
+    channels: tuple[int, ...] = Field((32, 64, 128), description="features of each level")
+    res_blocks: int = Field(1, ge=1, description="residual blocks of each level")
+    attention_levels: tuple[bool, ...] = Field(
+        (False, False, True), description="levels with self-attention, one entry for each"
+    )
     patch: int = Field(
         2, ge=1, description="voxels along each side that one cell of the U-Net's grid holds"
     )
@@ -112,8 +118,8 @@ class NetworkConfig(Settings):
     filter_radius: int = Field(
         1, ge=0, description="half-width in voxels of the filter predicted for each cell; 0: none"
     )
-    head_channels: int = Field(16, ge=1)
-    norm_groups: int = Field(8, ge=1)
+    head_channels: int = Field(16, ge=1, description="features of one attention head")
+    norm_groups: int = Field(8, ge=1, description="groups of the group normalization")
     prediction: Prediction = Field("residual", description="what the network's output means")
 
     @model_validator(mode="after")
@@ -128,7 +134,7 @@ class NetworkConfig(Settings):
 class RecordConfig(Settings):
     """The running record of each sequence's histogram, mean and deviation (Eqs. 5-8)."""
 
-    bins: int = Field(100, ge=2)
+    bins: int = Field(100, ge=2, description="bins of the soft histogram")
     bandwidth: float = Field(0.01, gt=0, description="Gaussian kernel, in units of [0, 1]")
     decay: float = Field(0.95, ge=0, lt=1, description="weight of the old record")
     order: Literal["compare_then_update", "update_then_compare"] = Field(
@@ -170,12 +176,14 @@ class GlobalConfig(Settings):
         description="parts in which a worker takes its share of a step, gradients added up: "
         "less memory, the same result",
     )  # fmt: skip
-    learning_rate: float = Field(1e-3, gt=0)
+    learning_rate: float = Field(1e-3, gt=0, description="of Adam, from fresh weights")
     box_rate: float = Field(
         0.02, gt=0, le=1, description="part of learning_rate when starting from the box"
     )
-    warmup_steps: int = Field(20, ge=0)
-    schedule: Literal["constant", "cosine"] = "cosine"
+    warmup_steps: int = Field(20, ge=0, description="in which the learning rate rises from 0")
+    schedule: Literal["constant", "cosine"] = Field(
+        "cosine", description="of the learning rate after the warm-up"
+    )
     loss: Literal["l1", "l2"] = Field("l1", description="of the network's prediction (L_N)")
     loss_mm: float = Field(
         8.0,
@@ -197,10 +205,14 @@ class GlobalConfig(Settings):
         description="denoising is trained on random windows of so many voxels; conditions "
         "are taken from whole scans all the same; none: whole scans",
     )
-    site_balance: bool = True
+    site_balance: bool = Field(
+        True, description="every site and sequence equally often; false: every scan"
+    )
     precision: Precision = Field("auto", description="auto: bf16 where the device is made for it")
-    checkpoint_every: int = Field(100, ge=1)
-    clip_norm: float = Field(1.0, gt=0)
+    checkpoint_every: int = Field(
+        100, ge=1, description="steps between two checkpoints, of both stages"
+    )
+    clip_norm: float = Field(1.0, gt=0, description="longest gradient; a longer one is shortened")
 
 
 class TargetConfig(Settings):
@@ -221,7 +233,7 @@ class TargetConfig(Settings):
         "mri-dino",
         description="statistics | mri-dino | biomedclip | clip, optionally NAME:weights-uri",
     )
-    slices_per_plane: int = Field(1, ge=1)
+    slices_per_plane: int = Field(1, ge=1, description="slices the encoder sees of each plane")
     style_every: int = Field(4, ge=1, description="steps between two evaluations of L_S and L_R")
     weight_style: float = Field(0.1, ge=0, description="L_S, Eq. 12")
     weight_reconstruction: float = Field(0.1, ge=0, description="L_R, Eq. 13")
@@ -229,10 +241,12 @@ class TargetConfig(Settings):
     target_denoising: float = Field(
         1.0, ge=0, description="weight of plain denoising of the target's own scans"
     )
-    backprop: Literal["stepwise", "chain"] = "stepwise"
+    backprop: Literal["stepwise", "chain"] = Field(
+        "stepwise", description="through each generative step by itself, or through all (chain)"
+    )
     last_k: int = Field(1, ge=1, description="generative steps that are trained (stepwise)")
-    precision: Precision = "auto"
-    clip_norm: float = Field(1.0, gt=0)
+    precision: Precision = Field("auto", description="auto: bf16 where the device is made for it")
+    clip_norm: float = Field(1.0, gt=0, description="longest gradient; a longer one is shortened")
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -251,7 +265,9 @@ class TransportConfig(Settings):
 class GuardConfig(Settings):
     """When a written result is marked `flagged`."""
 
-    min_gradient_correlation: float = Field(0.75, ge=-1, le=1)
+    min_gradient_correlation: float = Field(
+        0.75, ge=-1, le=1, description="of edges before and after; below: FLAG-ANATOMY"
+    )
     max_volume_drift: float = Field(0.25, ge=0, description="relative, largest of the tissues")
     max_outlier_score: float = Field(
         4.0, gt=0, description="distance to training scans, in typical distances"
@@ -261,9 +277,11 @@ class GuardConfig(Settings):
 class SgcdConfig(Settings):
     """All settings of a run."""
 
-    preset: Literal["tiny", "small", "paper"] = "tiny"
-    seed: int = Field(0, ge=0)
-    sequences: tuple[str, ...] = ("T1w", "T2w")
+    preset: Literal["tiny", "small", "paper"] = Field(
+        "tiny", description="settings to start from; paper: the literal reading of the paper"
+    )
+    seed: int = Field(0, ge=0, description="of all noise and of the order of scans")
+    sequences: tuple[str, ...] = Field(("T1w", "T2w"), description="BIDS suffixes to work on")
     prepare: PrepareConfig = PrepareConfig()
     condition: ConditionConfig = ConditionConfig()
     schedule: ScheduleConfig = ScheduleConfig()

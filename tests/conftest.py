@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 import nibabel as nib
 import numpy as np
 import pytest
+from toy_lake import Place, make_toy_lake
 
 from pipelines.lake import Lake
 
@@ -166,6 +167,12 @@ def ray_cluster() -> Iterator[RayCluster]:
 def tmp_lake(tmp_path: Path) -> Lake:
     """A new, empty lake in a temporary folder."""
     return Lake.open(str(tmp_path / "lake"), create=True)
+
+
+@pytest.fixture(scope="session")
+def toy_lake(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    """A lake after every step of the way; whoever changes it works on a copy."""
+    return make_toy_lake(tmp_path_factory.mktemp("path"))
 
 
 @pytest.fixture(scope="session")

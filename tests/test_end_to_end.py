@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
 from conftest import S3Server
+from toy_lake import SET, TARGET, Place, settle
 
 from pipelines.catalog import Catalog
 from pipelines.lake import Lake
@@ -20,56 +20,17 @@ from sgcd_core.io.store import Store
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray]
 
-SETTINGS = [
-    "prepare.shape=[24,24,24]", "prepare.mm=8", "prepare.bias_correction=none",
-    "prepare.registration=none", "network.channels=[8,16]",
-    "network.attention_levels=[false,true]", "network.head_channels=8", "global_stage.steps=6",
-    "global_stage.checkpoint_every=4", "target_stage.steps=2", "target_stage.encoder=statistics",
-]  # fmt: skip
-SET = [word for setting in SETTINGS for word in ("--set", setting)]
-TARGET = "siteA"
-
-
-@dataclass
-class Place:
-    cohort: Path
-    lake: Path
-
-    def sgcd(self, *words: str) -> int:
-        return cli.main([*words, "--lake", str(self.lake)])
-
-    @property
-    def catalog(self) -> Catalog:
-        return Catalog(Lake(str(self.lake)))
-
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory, s3_server: S3Server) -> Iterator[Place]:
-    """A lake after every step; one scan in the middle of the cohort is damaged.
+def place(toy_lake: Place, s3_server: S3Server) -> Iterator[Place]:
+    """The lake after every step, and an open Ray for what is run once more.
 
     The S3 server comes first, because Ray's workers get the environment Ray was started in.
     """
-    root = tmp_path_factory.mktemp("path")
-    here = Place(root / "cohort", root / "lake")
-    patch = pytest.MonkeyPatch()
-    patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    patch.delenv("RAY_ADDRESS", raising=False)
-    patch.setenv("XDG_DATA_HOME", str(root / "home"))  # MLflow's database of a lake on S3
-    words = ["--subjects", "4", "--sites", "2", "--traveling", "1", "--unseen-sites", "1"]
-    assert cli.main(["cohort", str(here.cohort), *words, "--mm", "2.6", "--workers", "1"]) == 0
-    damaged = sorted(here.cohort.glob("sub-*/**/*_T1w.nii.gz"))[3]
-    damaged.write_bytes(damaged.read_bytes()[:-5000])
-    with session():
-        assert here.sgcd("index", str(here.cohort)) == 1  # one scan cannot be used
-        assert here.sgcd("prepare", *SET) == 0
-        assert here.sgcd("train", *SET) == 0
-        assert here.sgcd("suggest-target", *SET) == 0
-        assert here.sgcd("tune", "--target", TARGET) == 0
-        assert here.sgcd("harmonize", "--model", f"target-{TARGET}") == 1
-        assert here.sgcd("evaluate", "--model", f"target-{TARGET}") == 0
-        assert here.sgcd("report", "--model", f"target-{TARGET}") == 0
-        yield here
-    patch.undo()
+    with pytest.MonkeyPatch.context() as patch:
+        settle(patch, toy_lake.lake.parent)
+        with session():
+            yield toy_lake
 
 
 def test_every_scan_has_exactly_one_result(place: Place) -> None:
@@ -135,7 +96,7 @@ def test_evaluation_covers_both_sites_and_both_rivals(place: Place) -> None:
     assert {r["method"] for r in rows} == {"raw", "nyul", "sgcd"}
     assert {r["metric"] for r in rows} >= {"ssim", "psnr", "pcc", "wasserstein"}
     assert {r["seen"] for r in rows if r["site"] == "siteC"} == {False}
-    page = next((place.lake / "reports").glob("*.html")).read_text()
+    page = next((place.lake / "reports").glob("*/index.html")).read_text()
     assert "siteC" in page and "http://" not in page.split("<body")[1].split("src=")[0]
 
 
