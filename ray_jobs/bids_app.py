@@ -103,7 +103,7 @@ def _group(args: Any, bids: str, out: str, lake: Lake) -> Outcome:
         return Outcome(f"group level: {measured.summary}", data=measured.data)
     # Participants that were done at the same time may each have written the tables of one moment.
     harmonize.describe(dataclasses.replace(lake, outputs=out), name, version)
-    page = join(out, f"{name}-v{version}.html")
+    page = join(out, "report")
     commands.report(_parse("report", *reference, "--out", page, lake=lake.uri))
     rows = Catalog(lake).rows("results", where={"model": name, "model_version": version})
     tables = []

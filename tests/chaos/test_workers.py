@@ -81,6 +81,8 @@ def quiet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """No cluster of others, and one tracking database for all cases: making one takes seconds."""
     patch = pytest.MonkeyPatch()
     patch.delenv("RAY_ADDRESS", raising=False)
+    here = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    patch.setenv("PYTHONPATH", os.pathsep.join(here))  # workers import the actor of chaos_rig
     database = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
     patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{database}")
     yield

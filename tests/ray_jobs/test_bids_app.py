@@ -137,7 +137,7 @@ def test_the_way_of_a_user(app: App, capsys: pytest.CaptureFixture[str], tmp_pat
     assert app.run("group") == 0, capsys.readouterr().err
     table = (app.out / "group_T1w.tsv").read_text().splitlines()
     assert len(table) == 1 + 4 and table[0].startswith("bids_name\tstatus")
-    assert "<html" in (app.out / "global-v4.html").read_text()[:500]
+    assert "<html" in (app.out / "report/index.html").read_text()[:500]
     check_warnings(validate(app.out))
     # Sessions and filters choose.
     filters = tmp_path / "filter.json"
