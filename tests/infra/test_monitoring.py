@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shutil
@@ -122,9 +123,10 @@ def test_a_running_head_exports_what_the_alerts_about_nodes_need(ray_cluster: Ra
     }
     assert wanted <= names()
     found: set[str] = set()
-    for _ in range(60):
-        text = urllib.request.urlopen(ray_cluster.metrics, timeout=10).read().decode()
-        found = set(re.findall(r"^# TYPE (ray_[a-z0-9_]+)", text, re.MULTILINE))
+    for _ in range(120):
+        with contextlib.suppress(OSError):  # the agent that answers starts after the head
+            text = urllib.request.urlopen(ray_cluster.metrics, timeout=10).read().decode()
+            found = set(re.findall(r"^# TYPE (ray_[a-z0-9_]+)", text, re.MULTILINE))
         if wanted <= found:
             break
         time.sleep(1)
