@@ -123,12 +123,13 @@ def _explain(error: BaseException, views: list[str]) -> UsageError:
     """What went wrong as our own error; the engine's text only where it speaks of the statement."""
     if isinstance(error, UsageError):
         return error
-    if isinstance(error, MemoryError | duckdb.OutOfMemoryException | RecursionError):
+    text = str(error)  # an error inside a stream of batches comes as Arrow's, with DuckDB's text
+    short = isinstance(error, MemoryError | duckdb.OutOfMemoryException | RecursionError)
+    if short or "Out of Memory Error" in text:
         return UsageError(
             "the query needs more memory than it may use.", code="QUERY-LIMIT",
             hint="Select fewer rows or columns, or aggregate first.",
         )  # fmt: skip
-    text = str(error)
     if isinstance(error, duckdb.PermissionException) or "disabled by configuration" in text:
         return UsageError(
             "the statement asks for something that is locked.", code="QUERY-REFUSED",
