@@ -18,9 +18,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from types import TracebackType
 from urllib.parse import urlsplit
 
+import pytest
 from botocore.auth import S3SigV4Auth
 from botocore.awsrequest import AWSRequest
 from botocore.credentials import Credentials
@@ -219,3 +221,27 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: object) -> None:
         pass
+
+
+def go_through(proxy: FaultyS3, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Send this process's stores through `proxy`, with limits that suit a test."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+    monkeypatch.setenv("SGCD_S3_TIMEOUT_SECONDS", "1")
+    monkeypatch.setenv("SGCD_S3_RETRY_SECONDS", "30")
+
+
+def write_keys(file: Path, token: str) -> None:
+    """A credentials file as AWS tools read it, with a session token."""
+    keys = "[default]\naws_access_key_id = temporary\naws_secret_access_key = s\n"
+    file.write_text(f"{keys}aws_session_token = {token}\n")
+
+
+def keys_in_a_file(folder: Path, monkeypatch: pytest.MonkeyPatch, token: str) -> Path:
+    """A credentials file with that token, and no keys in the environment; returns the file."""
+    file = folder / "credentials"
+    write_keys(file, token)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(file))
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(folder / "config"))
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    return file

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import small_s3_job as small
 from conftest import KEY, SECRET, S3Server
-from faulty_s3 import FaultyS3, Plan
+from faulty_s3 import FaultyS3, Plan, go_through, keys_in_a_file, write_keys
 
 from sgcd_core.errors import StorageError
 
@@ -42,9 +42,7 @@ def calm(s3_server: S3Server, source: str) -> dict[str, str]:
 @pytest.fixture
 def faulty(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyS3]:
     with FaultyS3(s3_server.endpoint, KEY, SECRET) as proxy:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
-        monkeypatch.setenv("SGCD_S3_TIMEOUT_SECONDS", "1")
-        monkeypatch.setenv("SGCD_S3_RETRY_SECONDS", "30")
+        go_through(proxy, monkeypatch)
         yield proxy
 
 
@@ -127,21 +125,9 @@ def at_volume(faulty: FaultyS3, count: int, action: Callable[[], object]) -> Non
     faulty.on_request = watch
 
 
-def write_keys(file: Path, token: str) -> None:
-    keys = "[default]\naws_access_key_id = temporary\naws_secret_access_key = s\n"
-    file.write_text(f"{keys}aws_session_token = {token}\n")
-
-
 @pytest.fixture
 def keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A credentials file with a session token, and no keys in the environment."""
-    file = tmp_path / "credentials"
-    write_keys(file, "old")
-    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(file))
-    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
-        monkeypatch.delenv(name, raising=False)
-    return file
+    return keys_in_a_file(tmp_path, monkeypatch, "old")
 
 
 def test_credentials_that_others_renew_in_time_cost_nothing(

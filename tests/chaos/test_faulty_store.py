@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import KEY, SECRET, S3Server
-from faulty_s3 import FaultyS3, Plan
+from faulty_s3 import FaultyS3, Plan, go_through, keys_in_a_file, write_keys
 
 from sgcd_core.errors import StorageError
 from sgcd_core.io.s3 import writing
@@ -24,9 +24,7 @@ CONTENT = bytes(range(256)) * 12_000  # 3 MB: several pieces
 @pytest.fixture
 def faulty(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyS3]:
     with FaultyS3(s3_server.endpoint, KEY, SECRET) as proxy:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
-        monkeypatch.setenv("SGCD_S3_TIMEOUT_SECONDS", "1")
-        monkeypatch.setenv("SGCD_S3_RETRY_SECONDS", "30")
+        go_through(proxy, monkeypatch)
         yield proxy
 
 
@@ -221,19 +219,9 @@ def test_an_outage_ends_with_a_code_after_the_deadline(
         assert error.value.code == "STORE-UNREACHABLE"
 
 
-CREDENTIALS = "[default]\naws_access_key_id = temporary\naws_secret_access_key = s\n"
-
-
 @pytest.fixture
 def keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A credentials file with the session token `old` instead of keys in the environment."""
-    file = tmp_path / "credentials"
-    file.write_text(f"{CREDENTIALS}aws_session_token = old\n")
-    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(file))
-    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
-        monkeypatch.delenv(name, raising=False)
-    return file
+    return keys_in_a_file(tmp_path, monkeypatch, "old")
 
 
 def test_credentials_that_end_are_an_error_of_their_own_until_others_come(
@@ -252,7 +240,7 @@ def test_credentials_that_end_are_an_error_of_their_own_until_others_come(
         with pytest.raises(StorageError) as error:
             action()
         assert error.value.code == "STORE-EXPIRED" and "same command" in str(error.value.hint)
-    keys.write_text(f"{CREDENTIALS}aws_session_token = new\n")
+    write_keys(keys, "new")
     assert Store().read_bytes(where) == CONTENT
     assert Store().delta_options(where)["AWS_SESSION_TOKEN"] == "new"
 
