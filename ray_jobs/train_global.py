@@ -17,7 +17,7 @@ from ray_jobs.preflight import need_of
 from ray_jobs.session import session
 from ray_jobs.settings import from_args
 from ray_jobs.volume_stream import survey
-from ray_jobs.watch import data_wait, last_means
+from ray_jobs.watch import data_wait, in_words, last_means
 from sgcd_core.config import SgcdConfig
 
 log = logging.getLogger(__name__)
@@ -99,9 +99,7 @@ def _train(args: Any, lake: Lake) -> Outcome:
         summary.update(model=NAME, version=version, steps=steps, data_wait=waited, **last)
     checkpoints.clear()
     seconds = time.monotonic() - started
-    losses = ", ".join(f"{name} {value:.4g}" for name, value in last.items())
-    text = f"trained {NAME} version {version}: {plan}, {seconds:.0f} s ({losses})"
-    text += "" if waited is None else f"; {waited:.1%} of a step waits for data"
+    text = f"trained {NAME} version {version}: {plan}, {seconds:.0f} s {in_words(last, waited)}"
     data |= {"version": version, "losses": last, "data_wait": waited}
     return Outcome(text, next=follow, data=data)
 

@@ -17,7 +17,7 @@ from ray_jobs.session import session
 from ray_jobs.settings import over_model
 from ray_jobs.train_global import stage_digest
 from ray_jobs.volume_stream import survey
-from ray_jobs.watch import data_wait, last_means
+from ray_jobs.watch import data_wait, in_words, last_means
 
 #: Settings Stage 2 does not read. It does read the samplers: it back-propagates through them.
 LATER = {"transport", "guard", "preset"}
@@ -123,9 +123,7 @@ def _tune(args: Any, lake: Lake) -> Outcome:
         summary.update(model=name, version=version, steps=steps, data_wait=waited, **last)
     checkpoints.clear()
     seconds = time.monotonic() - started
-    losses = ", ".join(f"{loss} {value:.4g}" for loss, value in last.items())
-    text = f"tuned {name} version {version}: {plan}, {seconds:.0f} s ({losses})"
-    text += "" if waited is None else f"; {waited:.1%} of a step waits for data"
+    text = f"tuned {name} version {version}: {plan}, {seconds:.0f} s {in_words(last, waited)}"
     data |= {"version": version, "losses": last, "data_wait": waited}
     return Outcome(text, next=follow, data=data)
 

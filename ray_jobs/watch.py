@@ -160,6 +160,13 @@ def data_wait(history: Sequence[Losses]) -> float | None:
     return sum(item.get(WAIT, 0.0) for item in history) / seconds if seconds else None
 
 
+def in_words(last: Losses, waited: float | None) -> str:
+    """How a training ended, for its last line: from `last_means` and `data_wait`."""
+    losses = ", ".join(f"{name} {value:.4g}" for name, value in last.items())
+    wait = "" if waited is None else f"; {waited:.1%} of a step waits for data"
+    return f"({losses}){wait}"
+
+
 def packed_history(history: Sequence[Losses]) -> dict[str, Any]:
     """`history` as a checkpoint keeps it: names, and float64 (steps, names), NaN where absent."""
     import torch
