@@ -92,7 +92,7 @@ def write_description(
     write_changed(store, join(root, DESCRIPTION), _json(description))
     write_changed(store, join(root, "README"), readme.encode())
     write_changed(store, join(root, "descriptions.tsv"), table.encode())
-    write_changed(store, join(root, ".bidsignore"), f"{LOGS}/\nreport/\ngroup_*.tsv\n".encode())
+    write_changed(store, join(root, ".bidsignore"), f"{LOGS}/\n/report\ngroup_*.tsv\n".encode())
     return links
 
 
