@@ -181,22 +181,28 @@ def _fit_beside(trainer: Any, watch: Watch) -> Exception | None:
         KeyboardInterrupt: After the workers kept their state; at once when it comes again.
     """
     errors: list[Exception] = []
+    # Not the thread is waited for: a `join` that an exception breaks off marks a thread that still
+    # runs as ended (CPython up to 3.12), and the workers would be ended before they kept anything.
+    ended = threading.Event()
 
     def run() -> None:
         try:
             trainer.fit()
         except Exception as error:  # handed on, whatever Ray raises
             errors.append(error)
+        finally:
+            ended.set()
 
-    thread = threading.Thread(target=run, name="ray-train", daemon=True)
-    thread.start()
+    threading.Thread(target=run, name="ray-train", daemon=True).start()
     try:
-        while thread.is_alive():
-            thread.join(0.2)
+        while not ended.wait(0.2):
+            pass
     except KeyboardInterrupt:
         print("stopping at the end of this step; again to stop at once", file=sys.stderr)
         watch.stop()
-        thread.join()
+        ended.wait()
+        for error in errors:  # the state of the last step is not kept then
+            log.warning("event=stop_failed error=%s", type(error).__name__, exc_info=error)
         raise
     return errors[0] if errors else None
 
