@@ -143,11 +143,14 @@ def at_step(patch: pytest.MonkeyPatch, step: int, action: Callable[[], Any]) -> 
     return heard
 
 
-def slow_worker(notice_after: int | None = None) -> Callable[[dict[str, Any]], None]:
+def slow_worker(
+    notice_after: int | None = None, seconds: float = 0.1
+) -> Callable[[dict[str, Any]], None]:
     """`train_worker` with steps slow enough to be broken off.
 
     Args:
         notice_after: Steps after which Ray says that a node will be taken away.
+        seconds: Added to each step.
     """
 
     def work(setup: dict[str, Any]) -> None:  # inside, so that it travels to the workers whole
@@ -161,7 +164,7 @@ def slow_worker(notice_after: int | None = None) -> Callable[[dict[str, Any]], N
         after = Worker.after_step
 
         def slowly(self: Worker, *args: Any) -> None:
-            time.sleep(0.1)
+            time.sleep(seconds)
             after(self, *args)
 
         Worker.after_step = slowly  # type: ignore[method-assign]
@@ -222,7 +225,7 @@ def test_a_notice_and_sigterm_keep_the_state_and_one_worker_goes_on_for_two(
 
     with monkeypatch.context() as patch:
         patch.setenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "1")
-        patch.setattr(train_global, "train_worker", slow_worker(notice_after=2))
+        patch.setattr(train_global, "train_worker", slow_worker(notice_after=2, seconds=0.5))
         at_step(patch, 5, look_and_stop)
         assert place.train("--workers", "2", every=1000) == 75
     stopped = place.checkpoints.step()
@@ -289,6 +292,6 @@ def test_a_training_that_diverges_is_not_tried_again(
     place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     heard = at_step(monkeypatch, STEPS, lambda: None)
-    assert place.train("--set", "global_stage.learning_rate=1e30") == 65
+    assert place.train("--set", "global_stage.learning_rate=1e36") == 65
     assert "TRAIN-DIVERGED" in capsys.readouterr().err
     assert len(heard) == len(set(heard)) < STEPS
