@@ -210,9 +210,12 @@ def _chromium() -> str | None:
     return next((place for place in places if place and os.access(place, os.X_OK)), None)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    """Headless Chromium with WebGL in software."""
+    """Headless Chromium with WebGL in software.
+
+    Not for the whole session: while Playwright runs, no other event loop can in this thread.
+    """
     place = _chromium()
     if place is None:
         reason = "no Chromium: run `make browser`, or name one in SGCD_CHROMIUM"

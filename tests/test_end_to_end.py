@@ -177,7 +177,7 @@ def test_tuning_leaves_stage_1_untouched(place: Place) -> None:
 
 def test_the_same_scans_from_s3_give_the_same_voxels(place: Place, s3_server: S3Server) -> None:
     """Index, prepare and harmonize in a bucket; a damaged scan beside is a row there as well."""
-    store, data, lake = Store(), s3_server.uri("cohort"), s3_server.uri("lake")
+    store, data, lake = Store(), s3_server.uri("path/cohort"), s3_server.uri("path/lake")
     here = {r["scan_id"]: r for r in place.catalog.rows("results").to_pylist()}
     scans = place.catalog.rows("scans").to_pylist()
     bad = next(s for s in scans if s["status"] != "ok")

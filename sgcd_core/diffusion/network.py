@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sgcd_core.config import SgcdConfig
+from sgcd_core.diffusion.monai_import import diffusion_unet
 from sgcd_core.diffusion.schedule import Schedule
 from sgcd_core.style.look import LEVELS, textures
 from sgcd_core.style.texture import TEXTURE_SIZE
@@ -173,11 +174,9 @@ def build_network(config: SgcdConfig) -> nn.Module:
     Input (B, 1 + C, X, Y, Z): noisy image, then the C condition channels, the content last; output
     (B, 1, X, Y, Z). Sequence and look enter as the class embedding.
     """
-    from monai.networks.nets import DiffusionModelUNet
-
     net = config.network
     inputs, cell = 1 + condition_channels(config), net.patch**3
-    network = DiffusionModelUNet(
+    network = diffusion_unet()(
         spatial_dims=3,
         in_channels=inputs * cell,
         out_channels=cell + net.curve_knots + filter_taps(net.filter_radius),
@@ -189,7 +188,7 @@ def build_network(config: SgcdConfig) -> nn.Module:
         num_class_embeds=len(config.sequences),
         use_flash_attention=True,
     )
-    size = network.class_embedding.weight.shape[1]  # type: ignore[union-attr]
+    size = network.class_embedding.weight.shape[1]
     network.class_embedding = LookEmbedding(
         len(config.sequences), int(size), config.condition.look_label
     )

@@ -1,6 +1,8 @@
 """The network around the U-Net: filters, labels, precision."""
 
 import itertools
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -84,3 +86,16 @@ def test_bfloat16_is_used_where_it_was_asked_for_or_is_fast():
     assert kinds["fp32"] == torch.float32
     assert kinds["bf16"] == torch.bfloat16
     assert kinds["auto"] == (torch.bfloat16 if fast_bfloat16("cpu") else torch.float32)
+
+
+def test_the_network_is_built_without_what_monai_merely_may_use():
+    code = """
+import sys
+from sgcd_core.config import load_config
+from sgcd_core.diffusion.network import build_network
+build_network(load_config("tiny"))
+print(*sorted({"mlflow", "torchvision", "pandas", "torch._dynamo"} & set(sys.modules)))
+import pandas, mlflow  # hidden from MONAI alone
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.strip()) == (0, ""), done.stderr
