@@ -32,6 +32,7 @@ from sgcd_core.diffusion.network import build_network
 from sgcd_core.errors import SgcdError
 from sgcd_core.global_stage import GlobalStage
 from sgcd_core.harmonizer import Harmonizer
+from sgcd_core.inversions import Inversions
 from sgcd_core.metrics import measure_all
 from sgcd_core.modelpack import ModelPack, has_modelpack, load_modelpack, save_modelpack
 from sgcd_core.style.encoder import load_encoder
@@ -184,7 +185,8 @@ def tune(work: Work, ablation: Ablation) -> None:
     for index in range(len(config.sequences)):
         looks[index] = torch.from_numpy(cohort.survey.looks[work.target, index][1])
     started = time.perf_counter()
-    stage = TargetStage(parent, config, work.target, encoder, looks)
+    kept = Inversions(f"{folder}-inversions")
+    stage = TargetStage(parent, config, work.target, encoder, looks, inversions=kept)
     own = [scan for scan in cohort.training if scan.site == work.target]
     others = [scan for scan in cohort.training if scan.site != work.target]
     once = [

@@ -46,7 +46,7 @@ def _tune(args: Any, lake: Lake) -> Outcome:
     )
     from sgcd_core.errors import ModelError
     from sgcd_core.global_stage import planned_steps
-    from sgcd_core.io.store import Store
+    from sgcd_core.io.store import Store, join
     from sgcd_core.modelpack import load_modelpack
     from sgcd_core.style.encoder import check_encoder
 
@@ -106,6 +106,8 @@ def _tune(args: Any, lake: Lake) -> Outcome:
     extra = {
         "meta": meta | {"version": version}, "target": args.target,
         "parent": lake.model(parent, parent_version),
+        # what the frozen network makes of a scan: gone with the checkpoints when all is done
+        "inversions": join(checkpoints.folder, f"inversions-{meta['parent_weights'][:16]}"),
         "target_scans": [(row["scan_id"], index[row["sequence"]]) for row in own],
     }  # fmt: skip
     with (
@@ -134,6 +136,7 @@ def tune_worker(setup: dict[str, Any]) -> None:
 
     from ray_jobs.volume_stream import load_packed, packed, to_batch
     from ray_jobs.worker import Worker
+    from sgcd_core.inversions import Inversions
     from sgcd_core.io.store import Store
     from sgcd_core.modelpack import load_modelpack
     from sgcd_core.style.encoder import load_encoder
@@ -149,7 +152,10 @@ def tune_worker(setup: dict[str, Any]) -> None:
     for index in range(len(config.sequences)):
         if (setup["target"], index) in setup["looks"]:
             looks[index] = torch.from_numpy(setup["looks"][setup["target"], index][1])
-    stage = TargetStage(pack, config, setup["target"], encoder, looks, worker.device)
+    stage = TargetStage(
+        pack, config, setup["target"], encoder, looks, worker.device,
+        Inversions(setup["inversions"]),
+    )  # fmt: skip
     start = worker.resume(stage.load_state_dict)
     if not stage.directions:
         # The target's mean style direction, once, one scan at a time.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -20,7 +21,7 @@ from sgcd_core.batch import Batch, split_batch, to_device
 from sgcd_core.config import SgcdConfig
 from sgcd_core.diffusion.ddim import ddim_step
 from sgcd_core.diffusion.network import ConditionalDenoiser, build_network
-from sgcd_core.diffusion.sampler import reverse_grid, starting_image
+from sgcd_core.diffusion.sampler import noise_for, noised, reverse_grid, starting_image
 from sgcd_core.diffusion.schedule import Schedule
 from sgcd_core.errors import InputError, ModelError
 from sgcd_core.global_stage import (
@@ -34,6 +35,7 @@ from sgcd_core.global_stage import (
     unwrapped,
 )
 from sgcd_core.harmonizer import global_image, sampling_denoiser
+from sgcd_core.inversions import Inversions, content_key
 from sgcd_core.losses import (
     gradient_loss,
     prediction_loss,
@@ -43,6 +45,7 @@ from sgcd_core.losses import (
 from sgcd_core.modelpack import ModelPack
 from sgcd_core.style.composition import composition_from_state
 from sgcd_core.style.encoder import StyleEncoder, embed_batch
+from sgcd_core.style.look import OWN_PART, blend, measure_look
 from sgcd_core.style.slices import SlicePlan, plan_slices
 from sgcd_core.volume.condition import LookMatcher, from_network, to_network
 
@@ -58,13 +61,15 @@ class TargetStage:
         looks: (S, LOOK_SIZE), the target's look of each sequence; rows of a sequence it lacks
             are not read.
         device: Where the networks live.
+        inversions: Keeps what the frozen network makes of a scan, I' and its inverted latent.
     """
 
     def __init__(
         self, pack: ModelPack, config: SgcdConfig, target: str, encoder: StyleEncoder,
-        looks: Tensor, device: torch.device | str = "cpu",
+        looks: Tensor, device: torch.device | str = "cpu", inversions: Inversions | None = None,
     ) -> None:  # fmt: skip
         torch.manual_seed(config.seed)
+        self.inversions = inversions or Inversions()
         self.config, self.target, self.parent = config, target, pack
         self.device = torch.device(device)
         self.schedule = Schedule(pack.state["alpha_bars"])
@@ -99,7 +104,8 @@ class TargetStage:
         counts: dict[int, int] = {}
         for raw in batches:
             batch = to_device(raw, self.device)
-            directions = self._direction(batch["image"], self._aligned(batch), _plans(self, batch))
+            aligned, _ = self._inverted(batch)
+            directions = self._direction(batch["image"], aligned, _plans(self, batch))
             for index, row in zip(batch["sequence"].tolist(), directions, strict=True):
                 sums[index] = sums.get(index, torch.zeros_like(row)) + row
                 counts[index] = counts.get(index, 0) + 1
@@ -161,8 +167,8 @@ class TargetStage:
                 wanted = torch.stack([self.directions[i] for i in source["sequence"].tolist()])
                 losses |= self._styled(source, wanted, "style", stage.weight_style)
             if stage.weight_reconstruction > 0:
-                own = self._direction(target["image"], self._aligned(target), _plans(self, target))
-                losses |= self._styled(target, own, "reconstruction", stage.weight_reconstruction)
+                weight = stage.weight_reconstruction
+                losses |= self._styled(target, None, "reconstruction", weight)
         return losses
 
     def _denoising(self, batch: Batch) -> Tensor:
@@ -185,12 +191,19 @@ class TargetStage:
             output, wanted, inside, config.global_stage.loss, loss_sigma(config)
         ).mean()
 
-    def _styled(self, batch: Batch, wanted: Tensor, name: str, weight: float) -> dict[str, float]:
-        """Translate `batch`, compare its style direction with `wanted` and back-propagate."""
-        stage = self.config.target_stage
-        aligned, plans = self._aligned(batch), _plans(self, batch)
+    def _styled(
+        self, batch: Batch, wanted: Tensor | None, name: str, weight: float
+    ) -> dict[str, float]:
+        """Translate `batch`, compare its style direction and back-propagate.
+
+        `wanted` is the direction it is to have, (B, E); None: that of the scans themselves.
+        """
+        stage, plans = self.config.target_stage, _plans(self, batch)
+        aligned, latent = self._inverted(batch)
         with torch.no_grad():
             base = embed_batch(self.encoder, aligned, plans)
+            if wanted is None:
+                wanted = embed_batch(self.encoder, batch["image"], plans) - base
         denoiser = sampling_denoiser(
             self.network, self.schedule, self.config, self.matcher, batch, self.looks
         )
@@ -211,12 +224,14 @@ class TargetStage:
                 total = total + stage.weight_anatomy * anatomy
             self._backward(total)
 
-        with torch.no_grad():
-            x = self._start(batch, aligned)
+        if latent is None:
+            latent = noised(
+                self.schedule, self.config.target_sampler, to_network(aligned), _noise(batch)
+            )
         if stage.backprop == "chain":
-            backward(self._whole_chain(denoiser, x, to_network(aligned)))
+            backward(self._whole_chain(denoiser, latent, to_network(aligned)))
         else:
-            self._stepwise(denoiser, x, backward)
+            self._stepwise(denoiser, latent, backward)
         return found
 
     def _stepwise(
@@ -252,20 +267,42 @@ class TargetStage:
                 x = ddim_step(self.schedule, x0, eps, t_next)
         return x
 
-    def _start(self, batch: Batch, aligned: Tensor) -> Tensor:
-        up = sampling_denoiser(
-            self.frozen, self.schedule, self.config, self.matcher, batch, self.common
-        )
-        return starting_image(
-            self.schedule, self.config.target_sampler, up, to_network(aligned), _noise(batch)
-        )
-
     @torch.no_grad()
-    def _aligned(self, batch: Batch) -> Tensor:
+    def _inverted(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """I' of Stage 1 and, where generation starts from an inversion, the latent it leads to.
+
+        Both (B, 1, X, Y, Z), I' in [0, 1], the latent on the network's scale. They depend on the
+        scan and on its site's look alone and are made as `Harmonizer` makes them.
+        """
+        found = []
+        for one in split_batch(batch, len(batch["seed"])):
+            key = content_key(one["image"], one["mask"], one["sequence"], one["look"])
+            found.append(self.inversions.get(key, partial(self._invert, one, key)))
+        aligned = torch.cat([item["aligned"] for item in found]).to(self.device)
+        if self.config.target_sampler.start == "noise":
+            return aligned, None
+        return aligned, torch.cat([item["latent"] for item in found]).to(self.device)
+
+    def _invert(self, scan: Batch, key: str) -> dict[str, Tensor]:
+        """`aligned`, and `latent` where it is needed, of a batch of one."""
+        config, sequence = self.config, int(scan["sequence"])
+        source = scan["source"]
+        if config.condition.match != "none":
+            image, mask = scan["image"][0, 0].cpu().numpy(), scan["mask"][0, 0].cpu().numpy()
+            own = measure_look(image, mask, config.prepare.mm, config.sequences[sequence]).vector()
+            source = torch.from_numpy(blend(scan["look"][0].numpy(), own, OWN_PART))[None]
+        scan = Batch(**{**scan, "source": source})  # type: ignore[typeddict-item]
         denoiser = sampling_denoiser(
-            self.frozen, self.schedule, self.config, self.matcher, batch, self.common
+            self.frozen, self.schedule, config, self.matcher, scan, self.common
         )
-        return global_image(self.schedule, self.config, denoiser, batch, _noise(batch))
+        noise = noise_for(key, config.seed, 0, tuple(scan["image"].shape)).to(self.device)
+        aligned = global_image(self.schedule, config, denoiser, scan, noise)
+        if config.target_sampler.start == "noise":
+            return {"aligned": aligned}
+        latent = starting_image(
+            self.schedule, config.target_sampler, denoiser, to_network(aligned), noise
+        )
+        return {"aligned": aligned, "latent": latent}
 
     @torch.no_grad()
     def _direction(self, image: Tensor, aligned: Tensor, plans: list[SlicePlan]) -> Tensor:

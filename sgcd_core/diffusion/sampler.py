@@ -29,6 +29,12 @@ def noise_for(scan_id: str, seed: int, sample: int, shape: tuple[int, ...]) -> T
     return torch.randn(shape, generator=generator)
 
 
+def noised(schedule: Schedule, config: SamplerConfig, clean: Tensor, noise: Tensor) -> Tensor:
+    """`clean` (B, 1, X, Y, Z) in [-1, 1] at the timestep `t_start` (Eq. 1)."""
+    t = torch.full((clean.shape[0],), config.t_start, dtype=torch.long, device=clean.device)
+    return schedule.add_noise(clean, noise, t)
+
+
 def starting_image(
     schedule: Schedule, config: SamplerConfig, denoiser: Denoiser, clean: Tensor, noise: Tensor
 ) -> Tensor:
@@ -43,8 +49,7 @@ def starting_image(
         noise: Same shape, used by `noise` only.
     """
     if config.start == "noise":
-        t = torch.full((clean.shape[0],), config.t_start, dtype=torch.long, device=clean.device)
-        return schedule.add_noise(clean, noise, t)
+        return noised(schedule, config, clean, noise)
     grid = timestep_grid(config.t_start, config.invert_steps)
     if config.kind == "anchored":
         return invert_anchored(schedule, denoiser, clean, grid)

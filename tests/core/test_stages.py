@@ -11,6 +11,7 @@ from sgcd_core.config import load_config
 from sgcd_core.errors import InputError, ModelError
 from sgcd_core.global_stage import GlobalStage, learning_rate, planned_steps
 from sgcd_core.harmonizer import Harmonizer
+from sgcd_core.inversions import Inversions, content_key
 from sgcd_core.modelpack import load_modelpack, save_modelpack
 from sgcd_core.style.encoder import load_encoder
 from sgcd_core.style.look import mean_look, measure_look
@@ -175,6 +176,53 @@ def test_the_whole_chain_and_the_paper_s_printed_steps_also_run():
     image, mask = scan(1, 2.0)
     out = Harmonizer(stage.pack({})).harmonize(image, mask, "T1w", "x").image
     assert np.isfinite(out).all()
+
+
+INVERTED = [
+    "target_sampler.start=inversion", "target_sampler.t_start=180", "target_sampler.steps=3",
+    "target_sampler.invert_steps=4", "target_stage.style_every=1",
+]  # fmt: skip
+
+
+def test_what_the_frozen_network_makes_of_a_scan_is_computed_once(tmp_path):
+    cfg = config(*INVERTED)
+    _, _, pack = trained(cfg, 4)
+    folder = tmp_path / "inversions"
+
+    def tuned(inversions, steps=3):
+        stage = TargetStage(
+            pack, cfg, "A", load_encoder("statistics"), looks(0.5, 0.5), inversions=inversions
+        )
+        calls = []
+        stage.frozen.register_forward_hook(lambda *_: calls.append(1))
+        stage.measure_target([batch((0.5,), first=100)])
+        losses = [stage.step(batch((2.0,)), batch((0.5,), first=100)) for _ in range(steps)]
+        return losses, len(calls), stage.pack({}).weights_digest()
+
+    anew, calls, weights = tuned(None)
+    evaluations = cfg.global_sampler.steps + 4
+    assert calls == (1 + 2 * 3) * evaluations  # one target scan, then two scans a step
+    kept, calls, same = tuned(Inversions(str(folder)))
+    assert (calls, kept, same) == (2 * evaluations, anew, weights)
+    files = sorted(folder.iterdir())
+    assert len(files) == 2
+    assert tuned(Inversions(str(folder)))[1:] == (0, weights)
+    files[0].write_bytes(files[0].read_bytes()[:100])  # a crash of the store, not of the training
+    assert tuned(Inversions(str(folder)))[1:] == (evaluations, weights)
+
+
+def test_an_aligned_scan_is_what_the_global_model_makes_of_it():
+    """But for the noise, which is seeded by what identifies the scan."""
+    _, _, pack = trained(config(), 8)
+    stage = TargetStage(pack, config(), "A", load_encoder("statistics"), looks(0.5, 0.5))
+    one = batch((2.0,), first=7)
+    aligned, latent = stage._inverted(one)
+    assert latent is None  # generation starts from noise
+    key = content_key(one["image"], one["mask"], one["sequence"], one["look"])
+    image, mask = scan(7, 2.0)
+    model = Harmonizer(pack)
+    made = model.harmonize(image, mask, "T1w", key, site_look=site_look(2.0), seed=config().seed)
+    np.testing.assert_allclose(aligned[0, 0].numpy(), made.image, atol=1e-6)
 
 
 def test_a_sequence_the_target_lacks_is_an_error_before_any_step():
