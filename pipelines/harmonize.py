@@ -103,8 +103,9 @@ class Job:
 
 
 def harmonize_scan(
-    scan: Mapping[str, Any], job: Job, harmonizer: Model, stem: str, turns: Turns | None = None
-) -> Row:
+    scan: Mapping[str, Any], job: Job, harmonizer: Model, stem: str, turns: Turns | None = None,
+    tries: list[Row] | None = None,
+) -> Row:  # fmt: skip
     """The `results` row of one scan. Never raises: a scan that fails is a row that says why.
 
     Args:
@@ -113,12 +114,13 @@ def harmonize_scan(
         harmonizer: The loaded model.
         stem: Path of the output below the derivative's root, without suffix: see `derivative`.
         turns: Shared by all scans that are in flight in this process.
+        tries: Is given what the table `attempts` says of each try of the scan, earlier ones too.
     """
-    turns = turns or Turns()
+    turns, tries = turns or Turns(), [] if tries is None else tries
     row = blank_row(scan, job)
     for last in (False, True):
         try:
-            return _one_try(scan, job, harmonizer, stem, turns)
+            return _one_try(scan, job, harmonizer, stem, turns, tries)
         except SgcdError as error:
             row |= {"status": "failed", "code": error.code, "message": error.sentence}
             break
@@ -135,18 +137,43 @@ def harmonize_scan(
     return row
 
 
-def _one_try(scan: Mapping[str, Any], job: Job, harmonizer: Model, stem: str, turns: Turns) -> Row:
+def _one_try(
+    scan: Mapping[str, Any], job: Job, harmonizer: Model, stem: str, turns: Turns, tries: list[Row]
+) -> Row:
     """The row of one counted try; raises where it cannot go on."""
     row = blank_row(scan, job)
     with attempt(job.lake, job.key, scan["scan_id"], job.batch_id, turns) as this:
-        settled = _settled(this, job, row) if this.number > 1 else None
-        if settled is not None:
-            return settled
-        _harmonize(scan, job, harmonizer, Names(job.lake.derivatives(job.key), stem), row)
-        row["finished_at"] = datetime.now(UTC)
-        if row["status"] in ("ok", "flagged"):
-            this.keep(row, job.made_by)
+        seen = {item["attempt"] for item in tries}
+        tries += [item for item in this.earlier() if item["attempt"] not in seen]
+        with _noted(tries, this) as mine:
+            settled = _settled(this, job, row) if this.number > 1 else None
+            if settled is not None:
+                mine["ended"] = "adopted"
+                return settled
+            _harmonize(scan, job, harmonizer, Names(job.lake.derivatives(job.key), stem), row)
+            row["finished_at"] = datetime.now(UTC)
+            mine |= {"ended": row["status"], "error": row["code"]}
+            if row["status"] in ("ok", "flagged"):
+                this.keep(row, job.made_by)
     return row
+
+
+@contextmanager
+def _noted(tries: list[Row], this: Attempt) -> Iterator[Row]:
+    """This try in `tries`, with how it ended; a scan that is not touched any more has none."""
+    mine = this.begun()
+    if this.number <= MAX_ATTEMPTS:
+        tries.append(mine)
+    try:
+        yield mine
+    except Exception as error:  # noted, then raised
+        if isinstance(error, SgcdError):
+            mine |= {"ended": "failed", "error": error.code}
+        else:
+            mine |= {"ended": "raised", "error": type(error).__name__}
+        raise
+    finally:
+        mine["finished_at"] = datetime.now(UTC)
 
 
 def blank_row(scan: Mapping[str, Any], job: Job) -> Row:

@@ -46,26 +46,46 @@ class Attempt:
         model_key: See `model_key`.
         scan_id: The scan.
         number: 1 for the first; above `MAX_ATTEMPTS` the scan must not be touched.
+        run: Who tries.
     """
 
     lake: Lake
     model_key: str
     scan_id: str
     number: int
+    run: str
+
+    def begun(self) -> dict[str, Any]:
+        """What the table `attempts` says of this try at its start."""
+        return {
+            "attempt": self.number, "batch_id": self.run, "worker": worker_name(),
+            "started_at": datetime.now(UTC),
+        }  # fmt: skip
+
+    def earlier(self) -> list[dict[str, Any]]:
+        """What the table `attempts` says of the tries before, which left this one to do."""
+        found = []
+        for number, body in self._before():
+            ended = "uncommitted" if _ROW in body else "lost"
+            found.append({
+                "attempt": number, "batch_id": body["run"], "worker": body["worker"],
+                "started_at": datetime.fromisoformat(body["started_at"]), "ended": ended,
+            })  # fmt: skip
+        if found and found[-1]["ended"] == "lost" and self.was_late(0.0):
+            found[-1]["ended"] = "late"
+        return found
 
     def keep(self, row: Mapping[str, Any], made_by: str) -> None:
         """Leave the row of a finished scan for whoever commits it, with what it was made by."""
-        body = json.dumps({"made_by": made_by, _ROW: dict(row)}, default=str).encode()
-        Store().write_bytes(_uri(self.lake, self.model_key, self.scan_id, self.number), body)
+        body = _started(self.run) | {"made_by": made_by, _ROW: dict(row)}
+        uri = _uri(self.lake, self.model_key, self.scan_id, self.number)
+        Store().write_bytes(uri, json.dumps(body, default=str).encode())
 
     def kept(self, made_by: str) -> dict[str, Any] | None:
         """The row of an earlier try that ended but was not committed, if `made_by` is the same."""
-        store = Store()
-        for number in range(1, min(self.number, MAX_ATTEMPTS + 1)):
-            uri = _uri(self.lake, self.model_key, self.scan_id, number)
-            found = json.loads(store.read_bytes(uri, max_bytes=1_000_000))
-            if found.get("made_by") == made_by:
-                row: dict[str, Any] = found[_ROW]
+        for _, body in self._before():
+            if body.get("made_by") == made_by:
+                row: dict[str, Any] = body[_ROW]
                 return row | {"finished_at": datetime.fromisoformat(row["finished_at"])}
         return None
 
@@ -77,6 +97,12 @@ class Attempt:
         seconds: float = json.loads(store.read_bytes(uri, max_bytes=10_000))["seconds"]
         return seconds >= deadline
 
+    def _before(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Number and body of every try before this one."""
+        for number in range(1, min(self.number, MAX_ATTEMPTS + 1)):
+            uri = _uri(self.lake, self.model_key, self.scan_id, number)
+            yield number, json.loads(Store().read_bytes(uri, max_bytes=1_000_000))
+
 
 @contextmanager
 def attempt(lake: Lake, model_key: str, scan_id: str, run: str, turns: Turns) -> Iterator[Attempt]:
@@ -87,10 +113,11 @@ def attempt(lake: Lake, model_key: str, scan_id: str, run: str, turns: Turns) ->
     """
     with turns.together(scan_id):
         if _count(lake, model_key, scan_id, 1, run):
-            yield Attempt(lake, model_key, scan_id, 1)
+            yield Attempt(lake, model_key, scan_id, 1, run)
             return
     with turns.alone(scan_id):
-        yield Attempt(lake, model_key, scan_id, begin_attempt(lake, model_key, scan_id, run))
+        number = begin_attempt(lake, model_key, scan_id, run)
+        yield Attempt(lake, model_key, scan_id, number, run)
 
 
 def begin_attempt(lake: Lake, model_key: str, scan_id: str, run: str = "") -> int:
@@ -151,20 +178,24 @@ def forgive_attempts(lake: Lake, model_key: str, run: str) -> None:
         if not item.uri.endswith(_LATE):
             last[item.uri.rpartition("/")[0]] = item.uri  # sorted, and one digit each
     for uri in last.values():
-        if json.loads(store.read_bytes(uri, max_bytes=1_000_000)).get("run") == run:
+        body = json.loads(store.read_bytes(uri, max_bytes=1_000_000))
+        if body["run"] == run and _ROW not in body:
             store.delete(uri)
 
 
 def _count(lake: Lake, model_key: str, scan_id: str, number: int, run: str) -> bool:
     """Whether this try is the one that took `number`."""
-    now = datetime.now(UTC).isoformat()
-    body = {"worker": worker_name(), "started_at": now, "run": run}
     uri = _uri(lake, model_key, scan_id, number)
     try:
-        Store().write_bytes(uri, json.dumps(body).encode(), if_absent=True)
+        Store().write_bytes(uri, json.dumps(_started(run)).encode(), if_absent=True)
     except FileExistsError:
         return False
     return True
+
+
+def _started(run: str) -> dict[str, Any]:
+    now = datetime.now(UTC).isoformat()
+    return {"worker": worker_name(), "started_at": now, "run": run}
 
 
 def _folder(lake: Lake, model_key: str, scan_id: str) -> str:

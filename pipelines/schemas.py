@@ -18,6 +18,15 @@ TIME = pa.timestamp("us", tz="UTC")
 #: Values of `results.status`. `ok` and `flagged` have an output.
 STATUSES = ("ok", "flagged", "failed", "quarantined")
 
+#: Values of `attempts.ended` beside those of `results.status`, with their meaning.
+ENDINGS = {
+    "raised": "an error that nobody foresaw, so the scan was tried again",
+    "lost": "its worker ended, or was stopped, while it held the scan",
+    "late": "it took longer than the deadline",
+    "uncommitted": "it made the outputs, but its run ended before the row was committed",
+    "adopted": "it found the outputs of an `uncommitted` try and took them over",
+}
+
 
 @dataclass(frozen=True)
 class Column:
@@ -230,14 +239,22 @@ RUNS = Table(
 
 ATTEMPTS = Table(
     "attempts",
-    "One try of one scan through one version of one model.",
-    key=("scan_id", "model", "model_version", "attempt"),
+    "One try of one scan through one version of one model; written with the scan's result.",
+    key=("scan_id", "model", "model_version", "batch_id", "attempt"),
     partition_by=(),
     columns=(
         _SCAN_ID, _MODEL, _VERSION,
-        Column("attempt", INT, "1 for the first try", required=True),
+        Column("batch_id", STRING, "run of `harmonize` that tried, as in `results`", required=True),
+        Column("attempt", INT, "1 for the first try since the last result", required=True),
         Column("worker", STRING, "host and process that tried"),
-        Column("started_at", TIME, "start of the try", now=True),
+        Column("started_at", TIME, "start of the try"),
+        Column("finished_at", TIME, "its end; missing where nobody saw it"),
+        Column(
+            "ended", STRING,
+            "ok, flagged or failed as in `results`, or "
+            + "; ".join(f"{name}: {meaning}" for name, meaning in ENDINGS.items()),
+        ),
+        Column("error", STRING, "code, or class of an error that nobody foresaw"),
         _RECORDED,
     ),
 )  # fmt: skip

@@ -74,13 +74,14 @@ class HarmonizeActor:
         return SharedModel(pack, "cuda" if gpus else "cpu", self._turns)
 
     def __call__(self, item: dict[str, Any]) -> dict[str, bytes]:
-        """Harmonize the one scan of `item`."""
+        """The row of the one scan of `item`, with its `tries`."""
         from pipelines.harmonize import harmonize_scan
 
         scan = unpacked(item)
         scan["site_look"] = self._looks.get((scan["site"], scan["sequence"]))
-        row = harmonize_scan(scan, self._job, self._model, scan["stem"], self._turns)
-        return packed(row)
+        tries: list[dict[str, Any]] = []
+        row = harmonize_scan(scan, self._job, self._model, scan["stem"], self._turns, tries)
+        return packed(row | {"tries": tries})
 
     def _end_late(self, scan_ids: list[str]) -> None:
         """End this process for scans that hang, and leave a note; Ray starts another."""

@@ -1,4 +1,4 @@
-"""Rows of results into the catalog: by the driver alone, in batches, each at most once."""
+"""Results and the tries they took into the catalog: by the driver alone, in batches, once."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ class Committer:
     def __init__(self, catalog: Catalog, job: Job) -> None:
         self._catalog, self._job = catalog, job
         self._rows: list[Row] = []
+        self._tries: list[Row] = []
         self._last = time.monotonic()
 
     def __enter__(self) -> Committer:
@@ -32,7 +33,9 @@ class Committer:
         self.flush()
 
     def add(self, row: Row) -> None:
-        """Keep `row` for the next commit."""
+        """Keep `row`, and the `tries` it took, for the next commit."""
+        whose = {name: row[name] for name in ("scan_id", "model", "model_version")}
+        self._tries += [whose | item for item in row.pop("tries", ())]
         self._rows.append(row)
         waited = time.monotonic() - self._last
         if len(self._rows) >= COMMIT_ROWS or waited >= COMMIT_SECONDS:
@@ -41,11 +44,15 @@ class Committer:
     def flush(self) -> None:
         """Commit what waits, then forget the tries of scans that are settled."""
         rows, self._rows, self._last = self._rows, [], time.monotonic()
+        tries, self._tries = self._tries, []
         if not rows:
             return
         text = "\n".join(sorted(f"{row['scan_id']} {row['finished_at']}" for row in rows))
         digest = hashlib.sha256(text.encode()).hexdigest()[:16]
-        self._catalog.append("results", rows, txn=f"{self._job.key}-{self._job.batch_id}-{digest}")
+        txn = f"{self._job.key}-{self._job.batch_id}-{digest}"
+        # First the tries: whoever dies in between leaves scans to do, whose tries are told again.
+        self._catalog.append("attempts", tries, txn=txn)
+        self._catalog.append("results", rows, txn=txn)
         settled = [row["scan_id"] for row in rows if row["status"] != "quarantined"]
         with ThreadPoolExecutor(CLEARERS) as pool:
             for _ in pool.map(self._forget, settled):

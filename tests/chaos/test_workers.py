@@ -134,6 +134,9 @@ def test_a_scan_that_kills_its_worker_is_set_aside_alone(
     case.check(without=(killer,))
     row = case.rows()[killer]
     assert (row["status"], row["code"]) == ("quarantined", "SCAN-QUARANTINED")
+    tries = Catalog(Lake(str(case.lake))).rows("attempts").to_pylist()
+    assert [t["ended"] for t in tries if t["scan_id"] == killer] == ["lost"] * 3
+    assert {t["scan_id"] for t in tries if t["ended"] == "ok"} == set(case.scan_ids()) - {killer}
     assert case.redone() <= IN_HAND
     figure(f"1 of {SCANS} scans kills its worker: quarantined, {case.redone()} others redone")
 

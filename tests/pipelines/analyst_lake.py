@@ -68,6 +68,23 @@ def _site_metrics() -> list[dict[str, Any]]:
     ]
 
 
+def _attempts() -> list[dict[str, Any]]:
+    """One try of each result; before two of them others, whose worker died or that raised."""
+    rows = []
+    for subject in PEOPLE:
+        before = {"03": [("lost", None)], "06": [("raised", "OSError"), ("lost", None)]}
+        last = ("failed", "SCAN-CORRUPT") if subject == "07" else ("ok", None)
+        for number, (ended, error) in enumerate([*before.get(subject, []), last], 1):
+            rows.append(
+                {
+                    "scan_id": f"scan{subject}", "model": MODEL, "model_version": 1,
+                    "batch_id": "b1", "attempt": number, "worker": f"host:{number}",
+                    "ended": ended, "error": error,
+                }
+            )  # fmt: skip
+    return rows
+
+
 def analyst_lake(folder: str) -> Lake:
     """The lake at `folder`. `scan08` of siteC is listed but was never harmonized."""
     lake = Lake.open(folder, create=True)
@@ -87,6 +104,7 @@ def analyst_lake(folder: str) -> Lake:
         catalog.append("results", _results(version))
         catalog.append("metrics", _metrics(version))
     catalog.append("site_metrics", _site_metrics())
+    catalog.append("attempts", _attempts())
     for number, command in enumerate(("index", "harmonize")):
         started = START + timedelta(hours=number)
         catalog.append(

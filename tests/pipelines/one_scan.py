@@ -12,7 +12,7 @@ from pipelines.catalog import to_arrow
 from pipelines.harmonize import Job, Model, harmonize_scan
 from pipelines.lake import Lake
 from pipelines.prepare import save_prepared
-from pipelines.schemas import RESULTS
+from pipelines.schemas import ATTEMPTS, RESULTS
 from sgcd_core.config import SgcdConfig, load_config
 from sgcd_core.global_stage import GlobalStage
 from sgcd_core.harmonizer import Harmonizer
@@ -58,6 +58,7 @@ class Site:
         self.file.write_bytes(encode_nifti(data, affine))
         self.scan = read_nifti(str(self.file))
         self.lesion = ((grid - np.array([0.25, 0, 0])[:, None, None, None]) ** 2).sum(0) < 0.06
+        self.tries: list[dict[str, Any]] = []  # of the last run
         self.lake = Lake.open(str(folder / "lake"), create=True)
         self.geometry = Geometry(
             NATIVE, rows(affine), ((0, 1), (1, 1), (2, 1)), rows(model), MODEL, rows(np.eye(4)),
@@ -85,8 +86,12 @@ class Site:
             lake=self.lake, model="global", version=version, target=None, config=CONFIG,
             code_version="t", batch_id="b", **more,
         )  # fmt: skip
-        row = harmonize_scan(self.row, job, model, "sub-01/ses-2/anat/sub-01_ses-2_run-1_T1w")
+        self.tries = []
+        stem = "sub-01/ses-2/anat/sub-01_ses-2_run-1_T1w"
+        row = harmonize_scan(self.row, job, model, stem, tries=self.tries)
         to_arrow(RESULTS, [row])  # every column is known and of its type
+        whose = {name: row[name] for name in ("scan_id", "model", "model_version")}
+        to_arrow(ATTEMPTS, [whose | item for item in self.tries])
         return row
 
 

@@ -165,12 +165,12 @@ def test_a_table_from_before_a_column_was_added_is_read_and_appended_to(catalog:
     write_deltalake(
         old,
         pa.table(
-            {"scan_id": ["s1"], "model": ["m"], "model_version": [1], "attempt": [1],
-             "recorded_at": pa.array([now], pa.timestamp("us", "UTC"))}
+            {"scan_id": ["s1"], "model": ["m"], "model_version": [1], "batch_id": ["b"],
+             "attempt": [1], "recorded_at": pa.array([now], pa.timestamp("us", "UTC"))}
         ),
     )  # fmt: skip
-    row = {"scan_id": "s1", "model": "m", "model_version": 1, "attempt": 2, "worker": "w"}
-    catalog.append("attempts", [row])
+    row = {"scan_id": "s1", "model": "m", "model_version": 1, "batch_id": "b", "attempt": 2}
+    catalog.append("attempts", [row | {"worker": "w"}])
     assert catalog.rows("attempts")["worker"].to_pylist() == [None, "w"]
 
 

@@ -93,9 +93,16 @@ def last_runs(rows: Rows) -> None:
     assert [(r["command"], r["seconds"]) for r in rows] == [("harmonize", 90.0), ("index", 90.0)]
 
 
+def again(rows: Rows) -> None:
+    assert [(r["subject"], r["tries"], r["status"]) for r in rows] == [
+        ("06", 3, "ok"), ("03", 2, "ok"),
+    ]  # fmt: skip
+    assert rows[0]["before"] == "raised (OSError), lost"
+
+
 ANSWERS: list[Callable[[Rows], None]] = [
     moved, flagged, through, by_age, versions, ended, waiting, strangest, time_spent, one_scan,
-    unlike, last_runs,
+    unlike, last_runs, again,
 ]  # fmt: skip
 
 

@@ -196,9 +196,16 @@ class Moody:
         return self.model.outlier_score(*args)
 
 
+def told(site: Site) -> list[tuple[int, str, str | None]]:
+    """What the table `attempts` is given of the last run."""
+    return [(item["attempt"], item["ended"], item.get("error")) for item in site.tries]
+
+
 def test_what_nobody_foresaw_is_tried_once_more(site: Site, model: Harmonizer) -> None:
     assert site.run(Moody(model, 1), 1)["output_uri"]
+    assert told(site) == [(1, "raised", "RuntimeError"), (2, "flagged", "FLAG-ANATOMY")]
     row = site.run(Moody(model, 2), 2)
+    assert told(site) == [(1, "raised", "RuntimeError"), (2, "raised", "RuntimeError")]
     assert (row["status"], row["code"]) == ("failed", "SCAN-FAILED")
     assert "patient" not in row["message"]
 
@@ -209,6 +216,7 @@ def test_a_scan_whose_row_was_not_committed_is_not_computed_again(
     first = site.run(model, 1)
     again = Moody(model, 0)
     assert site.run(again, 1) == first and again.calls == 0
+    assert told(site) == [(1, "uncommitted", None), (2, "adopted", None)]
     other = site.run(again, 1, samples=2)  # not what was asked for then
     assert again.calls == 1 and other["uncertainty_uri"]
 
@@ -221,6 +229,7 @@ def test_a_scan_that_was_late_is_failed_unless_more_time_is_given(
     note_late(site.lake, key, scan_id, 60.0)
     row = site.run(model, 1, deadline=60.0)
     assert (row["status"], row["code"]) == ("failed", "SCAN-DEADLINE")
+    assert told(site) == [(1, "late", None), (2, "failed", "SCAN-DEADLINE")]
     assert site.run(model, 1, deadline=120.0)["output_uri"]
 
 
@@ -230,3 +239,4 @@ def test_a_scan_that_ended_its_worker_too_often_is_set_aside(site: Site, model: 
     untouched = Moody(model, 0)
     assert site.run(untouched, 1)["status"] == "quarantined"
     assert untouched.calls == 0
+    assert told(site) == [(number, "lost", None) for number in (1, 2, 3)]

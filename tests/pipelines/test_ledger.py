@@ -118,3 +118,20 @@ def test_forcing_forgets_the_tries_of_the_scans_asked_for(tmp_path: Path) -> Non
         begin_attempt(lake, "k", scan_id)
     forget_attempts(lake, "k", {"a"})
     assert (count_attempts(lake, "k", "a"), count_attempts(lake, "k", "b")) == (0, 1)
+
+
+def test_a_try_tells_what_became_of_those_before_it(tmp_path: Path) -> None:
+    lake, turns = Lake(str(tmp_path)), Turns()
+    begin_attempt(lake, "k", "a", "first")
+    with attempt(lake, "k", "a", "first", turns) as this:
+        assert [(t["attempt"], t["ended"]) for t in this.earlier()] == [(1, "lost")]
+        this.keep({"finished_at": datetime.now(UTC)}, "settings")
+    begin_attempt(lake, "k", "a", "second")
+    note_late(lake, "k", "a", 60.0)
+    with attempt(lake, "k", "a", "third", turns) as last:
+        told = last.earlier()
+    assert [(t["attempt"], t["batch_id"], t["ended"]) for t in told] == [
+        (1, "first", "lost"), (2, "first", "uncommitted"), (3, "second", "late"),
+    ]  # fmt: skip
+    assert all(t["worker"] and t["started_at"] <= datetime.now(UTC) for t in told)
+    assert last.number == 4 > MAX_ATTEMPTS
