@@ -3,28 +3,36 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ray_jobs.context import open_lake, quoted
 from ray_jobs.outcome import Outcome, table
 
+if TYPE_CHECKING:
+    import pyarrow as pa
+
 
 def run(args: Any) -> Outcome:
     """Count scans, prepared volumes, models and results; name the next command."""
+    from pipelines.aliases import aliases
     from pipelines.catalog import Catalog
     from pipelines.training_data import prepared_ids
     from ray_jobs.models import models
 
     lake = open_lake(args.lake)
     catalog = Catalog(lake)
-    scans = catalog.rows("scans").to_pylist()
+    scans = catalog.rows("scans", columns=("scan_id", "site", "sequence", "status"))
     ready = prepared_ids(lake, "")  # under whatever recipe
-    results = catalog.rows("results").to_pylist()
+    groups = _groups(scans, ready)
+    results = _counted(
+        catalog.rows("results", columns=("model", "model_version", "status", "code"))
+    )
     have = models(lake)
-    lines = _scans(scans, ready) + _models(have) + _results(results)
+    named = {name: aliases(lake, name) for name in have}
+    lines = _scans(groups) + _models(have, named) + _results(results)
     here = quoted(args.lake)
     targets = sorted(name for name in have if name.startswith("target-"))
-    if not scans:
+    if not scans.num_rows:
         follow = f"sgcd index SOURCE --lake {here}"
     elif not ready:
         follow = f"sgcd prepare --lake {here}"
@@ -33,44 +41,72 @@ def run(args: Any) -> Outcome:
     elif not targets:
         follow = f"sgcd suggest-target --lake {here}"
     else:
-        follow = f"sgcd harmonize --lake {here} --model {quoted(targets[-1])} --only-new"
-    counts = Counter(row["status"] for row in results)
-    usable = sum(scan["status"] == "ok" for scan in scans)
+        model = targets[-1] + ("@champion" if "champion" in named[targets[-1]] else "")
+        follow = f"sgcd harmonize --lake {here} --model {quoted(model)} --only-new"
+    counts: Counter[str] = Counter()
+    for (_, status, _), number in results.items():
+        counts[status] += number
+    usable = sum(count["usable"] for count in groups.values())
     text = (
-        f"{len(scans)} scans ({usable} usable), {len(ready)} prepared, {len(have)} models, "
-        f"{len(results)} results"
+        f"{scans.num_rows} scans ({usable} usable), {len(ready)} prepared, {len(have)} models, "
+        f"{counts.total()} results"
     )
     text += (
         f" ({', '.join(f'{n} {status}' for status, n in counts.most_common())})" if counts else ""
     )
     data = {
-        "scans": len(scans), "usable": usable, "prepared": len(ready), "models": have,
-        "results": dict(counts),
+        "scans": scans.num_rows, "usable": usable, "prepared": len(ready), "models": have,
+        "aliases": named, "results": dict(counts),
     }  # fmt: skip
     return Outcome(text, next=follow, lines=lines, data=data)
 
 
-def _scans(scans: list[dict[str, Any]], ready: set[str]) -> list[str]:
-    groups: dict[tuple[str, str], Counter[str]] = {}
-    for scan in scans:
-        count = groups.setdefault((scan["site"] or "-", scan["sequence"] or "-"), Counter())
-        count["scans"] += 1
-        count["usable"] += scan["status"] == "ok"
-        count["prepared"] += scan["scan_id"] in ready
-    names = ("scans", "usable", "prepared")
-    rows = [[*key, *(count[name] for name in names)] for key, count in sorted(groups.items())]
-    return [*table(["site", "sequence", *names], rows), ""] if rows else []
+def _groups(scans: pa.Table, ready: set[str]) -> dict[tuple[str, str], dict[str, int]]:
+    """Scans, usable and prepared ones, by site and sequence."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    prepared = pc.is_in(scans["scan_id"], value_set=pa.array(ready, pa.string()))
+    flags = {"scans": pa.array([1] * scans.num_rows, pa.int64()),
+             "usable": pc.equal(scans["status"], "ok"), "prepared": prepared}  # fmt: skip
+    keys = {name: pc.fill_null(scans[name], "-") for name in ("site", "sequence")}
+    sums = pa.table(keys | flags).group_by(list(keys)).aggregate([(n, "sum") for n in flags])
+    return {
+        (row["site"], row["sequence"]): {name: int(row[f"{name}_sum"] or 0) for name in flags}
+        for row in sums.sort_by([(name, "ascending") for name in keys]).to_pylist()
+    }
 
 
-def _models(have: dict[str, list[int]]) -> list[str]:
-    rows = [[name, ", ".join(map(str, versions))] for name, versions in sorted(have.items())]
-    return [*table(["model", "versions"], rows), ""] if rows else []
+def _counted(results: pa.Table) -> dict[tuple[str, str, str], int]:
+    """Results by model, status and code."""
+    keys = ["model", "model_version", "status", "code"]
+    counted = results.group_by(keys).aggregate([([], "count_all")]).to_pylist()
+    found = {
+        (f"{row['model']}@{row['model_version']}", row["status"], row["code"] or "-"): row[
+            "count_all"
+        ]
+        for row in counted
+    }
+    return dict(sorted(found.items()))
 
 
-def _results(results: list[dict[str, Any]]) -> list[str]:
-    count = Counter(
-        (f"{row['model']}@{row['model_version']}", row["status"], row["code"] or "-")
-        for row in results
-    )
-    rows = [[*key, n] for key, n in sorted(count.items())]
+def _scans(groups: dict[tuple[str, str], dict[str, int]]) -> list[str]:
+    rows = [[*key, *count.values()] for key, count in groups.items()]
+    header = ["site", "sequence", "scans", "usable", "prepared"]
+    return [*table(header, rows), ""] if rows else []
+
+
+def _models(have: dict[str, list[int]], named: dict[str, dict[str, int]]) -> list[str]:
+    rows = [
+        [
+            name, ", ".join(map(str, versions)),
+            ", ".join(f"{alias}: {n}" for alias, n in sorted(named[name].items())) or "-",
+        ]
+        for name, versions in sorted(have.items())
+    ]  # fmt: skip
+    return [*table(["model", "versions", "aliases"], rows), ""] if rows else []
+
+
+def _results(results: dict[tuple[str, str, str], int]) -> list[str]:
+    rows = [[*key, n] for key, n in results.items()]
     return [*table(["model", "status", "code", "scans"], rows), ""] if rows else []

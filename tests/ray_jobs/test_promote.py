@@ -78,6 +78,20 @@ def test_rolling_back_is_promoting_the_old_one(lake: Lake) -> None:
     assert [m.version for m in aliases.history(lake, NAME, "champion")] == [1, 2, 1]
 
 
+def test_status_shows_what_stands_behind_each_alias(lake: Lake) -> None:
+    row = {"scan_id": "a", "uri": "/a.nii.gz", "site": "A", "sequence": "T1w", "status": "ok"}
+    Catalog(lake).append("scans", [row, row | {"scan_id": "b", "site": None, "status": "failed"}])
+    Catalog(lake).append("results", [{"scan_id": "a", "model": NAME, "model_version": 1,
+                                      "status": "flagged", "code": "FLAG-VOLUMES"}])  # fmt: skip
+    promote(lake, f"{NAME}@1")
+    status = execute(["status", "--lake", lake.uri])[1]
+    lines = [line.split() for line in status.lines]
+    assert [NAME, "1,", "2", "champion:", "1"] in lines
+    assert ["A", "T1w", "1", "1", "0"] in lines and ["-", "T1w", "1", "0", "0"] in lines
+    assert [f"{NAME}@1", "flagged", "FLAG-VOLUMES", "1"] in lines
+    assert status.summary.startswith("2 scans (1 usable), 0 prepared, 1 models, 1 results (1 fl")
+
+
 def test_promoting_again_changes_nothing(lake: Lake) -> None:
     promote(lake, f"{NAME}@2")
     again = promote(lake, f"{NAME}@v2")
