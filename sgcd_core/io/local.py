@@ -8,6 +8,7 @@ import hashlib
 import io
 import os
 import secrets
+import stat
 from collections.abc import Iterator
 from datetime import UTC, datetime
 
@@ -20,8 +21,8 @@ _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
 
 
-def _etag(stat: os.stat_result) -> str:
-    return f"{stat.st_mtime_ns:x}-{stat.st_size:x}-{stat.st_ino:x}"
+def _etag(info: os.stat_result) -> str:
+    return f"{info.st_mtime_ns:x}-{info.st_size:x}-{info.st_ino:x}"
 
 
 def _problem(uri: str, error: OSError | ValueError, *, writing: bool = False) -> SgcdError:
@@ -81,12 +82,12 @@ def read(uri: str, path: str, max_bytes: int | None, sha256: str | None = None) 
 def info(uri: str, path: str) -> tuple[int, str]:
     """Size in bytes and etag of a file."""
     try:
-        stat = os.stat(path)
-        if os.path.isdir(path):
+        found = os.stat(path)
+        if stat.S_ISDIR(found.st_mode):
             raise IsADirectoryError(errno.EISDIR, "folder")
     except (OSError, ValueError) as error:
         raise _problem(uri, error) from error
-    return stat.st_size, _etag(stat)
+    return found.st_size, _etag(found)
 
 
 def modified(uri: str, path: str) -> datetime:
@@ -165,9 +166,16 @@ def delete(uri: str, path: str) -> None:
 def walk(uri: str, path: str) -> Iterator[tuple[str, int, str]]:
     """(path, size, etag) of every file under a folder, sorted by path; links are followed once."""
     root = path.rstrip("/") or "/"
-    if not os.path.isdir(root):
-        if os.path.lexists(root):
-            yield _entry(uri, root)
+    try:  # one look: between two, another process may make the folder
+        is_folder = stat.S_ISDIR(os.stat(root).st_mode)
+    except (OSError, ValueError) as error:
+        if isinstance(error, PermissionError):
+            raise _problem(uri, error) from error
+        is_folder = False
+        if not os.path.islink(root):
+            return  # nothing is there; a link that leads nowhere is listed
+    if not is_folder:
+        yield _entry(uri, root)
         return
     found: list[str] = []
     seen: set[tuple[int, int]] = set()
@@ -176,11 +184,11 @@ def walk(uri: str, path: str) -> Iterator[tuple[str, int, str]]:
         raise _problem(uri, error) from error
 
     for folder, subfolders, names in os.walk(root, onerror=complain, followlinks=True):
-        stat = os.stat(folder)
-        if (stat.st_dev, stat.st_ino) in seen:  # a link back to a folder above
+        here = os.stat(folder)
+        if (here.st_dev, here.st_ino) in seen:  # a link back to a folder above
             subfolders.clear()
             continue
-        seen.add((stat.st_dev, stat.st_ino))
+        seen.add((here.st_dev, here.st_ino))
         found.extend(os.path.join(folder, n) for n in names if not n.startswith(_TEMPORARY))
     for name in sorted(found):
         yield _entry(uri, name)
@@ -188,9 +196,9 @@ def walk(uri: str, path: str) -> Iterator[tuple[str, int, str]]:
 
 def _entry(uri: str, path: str) -> tuple[str, int, str]:
     try:
-        stat = os.stat(path)
+        found = os.stat(path)
     except FileNotFoundError:
         return path, 0, ""
     except OSError as error:
         raise _problem(uri, error) from error
-    return path, stat.st_size, _etag(stat)
+    return path, found.st_size, _etag(found)
