@@ -83,6 +83,8 @@ VARIANTS: tuple[Ablation, ...] = (
               "target_stage.weight_anatomy=0")),
     Ablation("match-histogram", "condition matched rank for rank, no composition model",
              ("condition.match=histogram",)),
+    Ablation("network-distribution", "distribution as the network draws it",
+             sampling=_both("distribution=network")),
     Ablation("inversion", "target reached by DDIM inversion, t_0 = 35, T_f = 7, T_r = 5",
              _PAPER_WALK),
     Ablation("anchored", "the same, DDIM anchored at I' (Eqs. 10–11 as printed)",

@@ -156,6 +156,12 @@ class SamplerConfig(Settings):
     )
     kind: Literal["ddim", "anchored"] = Field("ddim", description="anchored: Eqs. 10-11 as printed")
     seeds: int = Field(1, ge=1, description="outputs averaged")
+    distribution: Literal["look", "network"] = Field(
+        "look",
+        description="intensities of the output: look: the network's image mapped, voxel by voxel "
+        "and rising, onto the distribution of the scan brought to the wanted look; network: as "
+        "drawn, and always so where condition.match or condition.content_channel is off",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -351,12 +357,12 @@ PRESETS: dict[str, dict[str, Any]] = {
             "prediction": "epsilon",
         },
         "record": {"decay": 0.2, "order": "update_then_compare"},
-        "global_sampler": {"t_start": 999, "steps": 25},
+        "global_sampler": {"t_start": 999, "steps": 25, "distribution": "network"},
         # The paper counts timesteps from 1, with 0 the clean image; here 0 is its first noisy one.
         # So T_f = 35 and T_r = 25 steps of one timestep each begin at 34 and 24.
         "target_sampler": {
             "t_start": 34, "t_reverse": 24, "steps": 25, "invert_steps": 35,
-            "start": "inversion", "kind": "anchored",
+            "start": "inversion", "kind": "anchored", "distribution": "network",
         },
         "global_stage": {
             "site_balance": False, "clip_norm": 1e9,  # every scan once an epoch; plain Adam

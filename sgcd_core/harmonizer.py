@@ -18,6 +18,7 @@ from sgcd_core.diffusion.schedule import Schedule
 from sgcd_core.errors import InputError, ModelError
 from sgcd_core.modelpack import ModelPack
 from sgcd_core.style.composition import composition_from_state
+from sgcd_core.style.histogram import redistributed
 from sgcd_core.style.look import LOOK_SIZE, OWN_PART, blend, measure_look
 from sgcd_core.style.outlier import OutlierModel, style_features
 from sgcd_core.volume.condition import (
@@ -203,7 +204,8 @@ def global_image(
     condition in the common look.
     """
     sampler = config.global_sampler
-    return _sample(schedule, sampler, denoiser, denoiser, batch["image"], batch["mask"], noise)
+    image, mask = batch["image"], batch["mask"]
+    return _sample(schedule, sampler, config, denoiser, denoiser, image, mask, noise)
 
 
 def target_image(
@@ -221,7 +223,7 @@ def target_image(
         noise: Used where the sampler starts from noise.
     """
     return _sample(
-        schedule, config.target_sampler, denoisers.common, denoisers.target, aligned,
+        schedule, config.target_sampler, config, denoisers.common, denoisers.target, aligned,
         batch["mask"], noise,
     )  # fmt: skip
 
@@ -242,12 +244,15 @@ def sampling_denoiser(
 
 
 def _sample(
-    schedule: Schedule, sampler: SamplerConfig, up: ConditionalDenoiser,
+    schedule: Schedule, sampler: SamplerConfig, config: SgcdConfig, up: ConditionalDenoiser,
     down: ConditionalDenoiser, clean: Tensor, mask: Tensor, noise: Tensor,
 ) -> Tensor:  # fmt: skip
     anchor = to_network(clean)
     x = starting_image(schedule, sampler, up, anchor, noise)
     x = walk_down(schedule, sampler, down, x, anchor)
+    content = down.content if config.condition.match != "none" else None
+    if sampler.distribution == "look" and content is not None:
+        x = redistributed(x, content, mask)
     return from_network(x).clamp(0, 1) * mask
 
 

@@ -75,3 +75,37 @@ def soft_histogram(values: Tensor, bins: int = 100, bandwidth: float = 0.01) -> 
 def wasserstein(a: Tensor, b: Tensor) -> Tensor:
     """WD of Eq. 8: mean absolute difference of the cumulative sums of histograms (..., K)."""
     return (a.cumsum(-1) - b.cumsum(-1)).abs().mean(-1)
+
+
+def redistributed(image: Tensor, like: Tensor, mask: Tensor, levels: int = 257) -> Tensor:
+    """Each image of a batch, its intensities in the mask mapped onto the distribution of another.
+
+    The map rises with intensity, piecewise linear between quantiles, so what is brighter stays so.
+
+    Args:
+        image: (B, 1, X, Y, Z).
+        like: Same shape; whose distribution is wanted.
+        mask: Same shape, bool; outside it `image` stays.
+        levels: Quantiles on either side.
+    """
+    out = image.clone()
+    for drawn, wanted, inside in zip(out, like, mask, strict=True):
+        if not bool(inside.any()):
+            continue
+        values = drawn[inside]
+        own, shown = _quantiles(values, levels), _quantiles(wanted[inside], levels)
+        above = torch.searchsorted(own, values, right=True).clamp(1, levels - 1)
+        width = (own[above] - own[above - 1]).clamp(min=torch.finfo(own.dtype).tiny)
+        part = ((values - own[above - 1]) / width).clamp(0, 1)
+        drawn[inside] = shown[above - 1] + part * (shown[above] - shown[above - 1])
+    return out
+
+
+def _quantiles(values: Tensor, levels: int) -> Tensor:
+    """Quantile function at `levels` even levels from the smallest value to the largest."""
+    ordered = values.sort().values
+    place = torch.linspace(0, ordered.numel() - 1, levels, dtype=torch.float64)
+    below = place.floor().long().clamp(max=max(0, ordered.numel() - 2)).to(values.device)
+    above = (below + 1).clamp(max=ordered.numel() - 1)
+    part = (place.to(values.device) - below).to(values.dtype)
+    return ordered[below] + part * (ordered[above] - ordered[below])

@@ -6,7 +6,7 @@ import torch
 import torch.multiprocessing as mp
 
 from sgcd_core.config import RecordConfig
-from sgcd_core.style.histogram import CHUNK, soft_histogram, wasserstein
+from sgcd_core.style.histogram import CHUNK, redistributed, soft_histogram, wasserstein
 from sgcd_core.style.record import Record, statistics_of
 
 CONFIG = RecordConfig(bins=20, bandwidth=0.05)
@@ -132,3 +132,30 @@ def test_two_workers_hold_the_record_of_one(tmp_path):
         state = torch.load(tmp_path / f"rank{rank}.pt", weights_only=True)
         torch.testing.assert_close(state["values"], alone.values, atol=1e-6, rtol=0)
         assert torch.equal(state["updates"], alone.updates)
+
+
+def test_a_redistributed_image_has_the_other_s_distribution_and_its_own_order():
+    generator = torch.Generator().manual_seed(0)
+    image = torch.rand((2, 1, 12, 12, 12), generator=generator)
+    like = torch.rand(image.shape, generator=generator) ** 3 - 0.2
+    mask = torch.rand(image.shape, generator=generator) > 0.3
+    out = redistributed(image, like, mask)
+    assert torch.equal(out[~mask], image[~mask])
+    for made, wanted, own, inside in zip(out, like, image, mask, strict=True):
+        made, wanted, order = made[inside], wanted[inside], own[inside].argsort()
+        assert (made[order].diff() >= 0).all()
+        levels = np.linspace(0, 1, 101)
+        difference = np.quantile(made, levels) - np.quantile(wanted, levels)
+        assert np.abs(difference).max() < 0.01
+    alike = redistributed(like, like, mask)
+    torch.testing.assert_close(alike, like, atol=1e-5, rtol=0)
+
+
+def test_flat_and_tiny_images_are_redistributed_too():
+    flat, mask = torch.full((1, 1, 2, 2, 2), 0.5), torch.ones((1, 1, 2, 2, 2), dtype=torch.bool)
+    like = torch.linspace(0, 1, 8).reshape(flat.shape)
+    assert redistributed(flat, like, mask).unique().numel() == 1
+    one = mask.clone().zero_()
+    one[0, 0, 0, 0, 0] = True
+    assert redistributed(flat, like, one)[one] == like[one]
+    assert torch.equal(redistributed(flat, like, mask.clone().zero_()), flat)

@@ -1,5 +1,6 @@
 """Both training stages on two small synthetic sites: they learn, repeat and resume."""
 
+import dataclasses
 import functools
 
 import numpy as np
@@ -246,6 +247,22 @@ def test_harmonizing_depends_on_scan_and_seed_alone():
     np.testing.assert_array_equal(one.uncertainty, again.uncertainty)
     assert one.uncertainty.max() > 0
     assert (model.harmonize(image, mask, "T1w", "s1").image != one.image).any()
+
+
+def test_the_output_has_the_distribution_of_the_matched_scan():
+    _, _, pack = trained(config(), 8)
+    image, mask = scan(7, 2.0)
+    drawn = dataclasses.replace(pack, config=config("global_sampler.distribution=network"))
+    ours, own = (
+        Harmonizer(p).harmonize(image, mask, "T1w", "s").image[mask] for p in (pack, drawn)
+    )
+    model = Harmonizer(pack)
+    content = model._denoisers(model._batch(image, mask, "T1w", None)).common.content
+    wanted = np.sort((content.numpy()[0, 0][mask] + 1) / 2)
+    distance, before = (np.abs(np.sort(x) - wanted).mean() for x in (ours, own))
+    assert distance < 0.002 < 0.005 < before
+    ranks = own.argsort()
+    assert (np.diff(ours[ranks]) > -1e-6).all()
 
 
 def test_what_does_not_fit_the_model_is_a_clear_error():
