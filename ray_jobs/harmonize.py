@@ -161,7 +161,7 @@ def _harmonize(args: Any, job: Job, made: Plan, commit: Committer, tally: Tally)
     if args.force:  # also what was set aside
         forget_attempts(lake, job.key, set(made.todo["scan_id"].to_pylist()))
     named = stems(made.scans)
-    work = made.todo.select(WORK)
+    work = in_order(made.todo.select(WORK))
     mine = pc.index_in(work["scan_id"], named["scan_id"])
     work = work.append_column("stem", named["stem"].take(mine))
     where = {"model": job.model, "model_version": job.version}
@@ -192,6 +192,11 @@ def _harmonize(args: Any, job: Job, made: Plan, commit: Committer, tally: Tally)
             commit.add(row)
             tally.add(scan, row)
             progress.update(1, **tally.counts)
+
+
+def in_order(work: pa.Table) -> pa.Table:
+    """By site and sequence, so that a commit adds a file to few partitions of `results`."""
+    return work.sort_by([(name, "ascending") for name in ("site", "sequence", "scan_id")])
 
 
 def _addresses(scans: pa.Table) -> list[Row]:
