@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 
 import torch
@@ -108,20 +108,22 @@ class CellNetwork(nn.Module):
         if not self.knots and not taps:
             return voxels
         content = x[:, self.content_index, None].float()
-        smooth = out[:, : self.knots + taps]
-        if self.patch > 1:
-            smooth = nn.functional.interpolate(
-                smooth, scale_factor=self.patch, mode="trilinear", align_corners=False
-            )
-        if self.knots:
-            at = (content + 1) / 2 * (self.knots - 1)
-            knots = torch.arange(self.knots, device=x.device).view(1, -1, 1, 1, 1)
-            share = (1 - (at - knots).abs()).clamp(min=0)
-            voxels = voxels + (share * smooth[:, : self.knots]).sum(1, keepdim=True)
+        # a channel at a time: all of them at full resolution are more than a cache holds
+        coarse = out[:, : self.knots + taps].contiguous(memory_format=torch.contiguous_format)
+        smooth = map(self._upsampled, coarse.split(1, 1))
+        at = (content + 1) / 2 * (self.knots - 1)
+        for knot, value in zip(range(self.knots), smooth, strict=False):
+            voxels = torch.addcmul(voxels, (1 - (at - knot).abs()).clamp_(min=0), value)
         if taps:
-            weights = FILTER_GAIN * smooth[:, self.knots :]
-            voxels = voxels + filtered(content, weights, self.radius)
+            voxels = voxels + FILTER_GAIN * filtered(content, smooth, self.radius)
         return voxels
+
+    def _upsampled(self, x: Tensor) -> Tensor:
+        if self.patch == 1:
+            return x
+        return nn.functional.interpolate(
+            x, scale_factor=self.patch, mode="trilinear", align_corners=False
+        )
 
 
 def filter_taps(radius: int) -> int:
@@ -129,7 +131,7 @@ def filter_taps(radius: int) -> int:
     return int((2 * radius + 1) ** 3 - 1)
 
 
-def filtered(content: Tensor, weights: Tensor, radius: int) -> Tensor:
+def filtered(content: Tensor, weights: Iterable[Tensor], radius: int) -> Tensor:
     """What a filter of each voxel changes: Σ w_k (content at k - content), (B, 1, X, Y, Z).
 
     Written with differences, a filter leaves flat tissue as it is whatever its weights. Neighbours
@@ -137,7 +139,7 @@ def filtered(content: Tensor, weights: Tensor, radius: int) -> Tensor:
 
     Args:
         content: (B, 1, X, Y, Z) in [-1, 1].
-        weights: (B, taps, X, Y, Z), in the order of offsets with x slowest.
+        weights: (B, 1, X, Y, Z) for each tap, in the order of offsets with x slowest.
         radius: Half-width of the cube.
     """
     around = nn.functional.pad(content, [radius] * 6, value=-1.0)
@@ -146,10 +148,10 @@ def filtered(content: Tensor, weights: Tensor, radius: int) -> Tensor:
     offsets = [(i, j, k) for i in span for j in span for k in span
                if (i, j, k) != (radius, radius, radius)]  # fmt: skip
     total = torch.zeros_like(content)
-    for index, (i, j, k) in enumerate(offsets):
+    for (i, j, k), weight in zip(offsets, weights, strict=True):
         other = around[:, :, i : i + x, j : j + y, k : k + z]
         step = torch.where(other > -1, other - content, 0)
-        total = total + weights[:, index, None] * step
+        total = torch.addcmul(total, weight, step)
     return total
 
 

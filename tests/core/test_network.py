@@ -34,7 +34,7 @@ def weights(**offsets):
         if (i, j, k) != (0, 0, 0)
     ]
     row = torch.tensor([offsets.get(name, 0.0) for name in names])
-    return row.view(1, -1, 1, 1, 1).expand(1, len(names), SIDE, SIDE, SIDE)
+    return row.view(1, -1, 1, 1, 1).expand(1, len(names), SIDE, SIDE, SIDE).split(1, 1)
 
 
 def test_a_filter_reads_the_neighbour_its_weight_stands_for():
@@ -51,7 +51,7 @@ def test_a_filter_leaves_flat_tissue_and_the_brain_s_edge_alone():
     w = torch.randn(
         (1, filter_taps(1), SIDE, SIDE, SIDE), generator=torch.Generator().manual_seed(1)
     )
-    assert filtered(x, w, 1)[:, :, 3:].abs().max() == 0
+    assert filtered(x, w.split(1, 1), 1)[:, :, 3:].abs().max() == 0
 
 
 def test_a_fresh_network_s_filter_is_none_and_each_weight_has_a_gradient():
