@@ -194,7 +194,16 @@ def _training(meta: Row, config: SgcdConfig, cited: _Cited) -> str:
     drawn = f"with the sampler of {cited('ddim')}" if sampler.kind == "ddim" else (
         f"as in {cited('method')} after inversion as in {cited('ddim')}"
     )  # fmt: skip
-    return f"{text}. Images were drawn {drawn}."
+    kept = ""
+    if config.condition.match != "none" and config.condition.content_channel:
+        goal = "the target site's" if meta.get("kind") == "target" else "a common one"
+        text = (
+            "Each scan was brought from the look of its site (contrast and shading, measured on "
+            f"scans of the site together) to {goal} before it was given to the denoiser. {text}"
+        )
+        if sampler.distribution == "look":
+            kept = ", and their intensities mapped to the distribution of the scan so matched"
+    return f"{text}. Images were drawn {drawn}{kept}."
 
 
 def _carried(config: SgcdConfig, runs: Sequence[Row]) -> str:

@@ -223,6 +223,8 @@ def test_the_methods_paragraph_says_what_was_done(data: Dataset) -> None:
         "For 3 scans the standard deviation over seeds", "doi:10.1109/TMI.2010.2046908",
     ):  # fmt: skip
         assert part in text, part
+    told = "brought from the look of its site" in text, "the scan so matched" in text
+    assert told == (data.job.config.condition.match != "none",) * 2
     assert "tuned to" not in text  # a global model was not
     numbers = [line.split(".")[0] for line in text.split("# References")[1].split("\n") if line]
     assert numbers == [str(n) for n in range(1, len(numbers) + 1)]
