@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import os
 import shutil
 import subprocess
@@ -63,7 +64,9 @@ class Case:
         lost = {f"sub-{rows[key]['subject']}" for key in without}
         wanted = {path: d for path, d in self.calm.items() if not lost & set(path.split("/"))}
         assert outputs(self.lake) == wanted
-        assert not list((self.lake / "scratch" / "attempts").rglob("1.json")) or without
+        # A worker that outlives its node a little may leave the row of a try that is settled.
+        for file in (self.lake / "scratch" / "attempts").rglob("1.json"):
+            assert "row" in json.loads(file.read_text()) or file.parent.name in without
 
     def redone(self) -> int:
         """Computations beyond one for each scan."""
