@@ -13,7 +13,7 @@ import os
 import socket
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
@@ -47,6 +47,7 @@ class Attempt:
         scan_id: The scan.
         number: 1 for the first; above `MAX_ATTEMPTS` the scan must not be touched.
         run: Who tries.
+        started_at: When the try began.
     """
 
     lake: Lake
@@ -54,12 +55,13 @@ class Attempt:
     scan_id: str
     number: int
     run: str
+    started_at: datetime = field(default_factory=lambda: datetime.now(UTC))
 
     def begun(self) -> dict[str, Any]:
         """What the table `attempts` says of this try at its start."""
         return {
             "attempt": self.number, "batch_id": self.run, "worker": worker_name(),
-            "started_at": datetime.now(UTC),
+            "started_at": self.started_at,
         }  # fmt: skip
 
     def earlier(self) -> list[dict[str, Any]]:
@@ -77,7 +79,7 @@ class Attempt:
 
     def keep(self, row: Mapping[str, Any], made_by: str) -> None:
         """Leave the row of a finished scan for whoever commits it, with what it was made by."""
-        body = _started(self.run) | {"made_by": made_by, _ROW: dict(row)}
+        body = _started(self.run, self.started_at) | {"made_by": made_by, _ROW: dict(row)}
         uri = _uri(self.lake, self.model_key, self.scan_id, self.number)
         Store().write_bytes(uri, json.dumps(body, default=str).encode())
 
@@ -187,15 +189,15 @@ def _count(lake: Lake, model_key: str, scan_id: str, number: int, run: str) -> b
     """Whether this try is the one that took `number`."""
     uri = _uri(lake, model_key, scan_id, number)
     try:
-        Store().write_bytes(uri, json.dumps(_started(run)).encode(), if_absent=True)
+        body = _started(run, datetime.now(UTC))
+        Store().write_bytes(uri, json.dumps(body).encode(), if_absent=True)
     except FileExistsError:
         return False
     return True
 
 
-def _started(run: str) -> dict[str, Any]:
-    now = datetime.now(UTC).isoformat()
-    return {"worker": worker_name(), "started_at": now, "run": run}
+def _started(run: str, at: datetime) -> dict[str, Any]:
+    return {"worker": worker_name(), "started_at": at.isoformat(), "run": run}
 
 
 def _folder(lake: Lake, model_key: str, scan_id: str) -> str:

@@ -134,4 +134,5 @@ def test_a_try_tells_what_became_of_those_before_it(tmp_path: Path) -> None:
         (1, "first", "lost"), (2, "first", "uncommitted"), (3, "second", "late"),
     ]  # fmt: skip
     assert all(t["worker"] and t["started_at"] <= datetime.now(UTC) for t in told)
+    assert told[1]["started_at"] == this.started_at  # keeping its row did not move its start
     assert last.number == 4 > MAX_ATTEMPTS
