@@ -10,6 +10,7 @@ through it from around it: whatever the network drew there is left out.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from sgcd_core.config import TransportConfig
 from sgcd_core.io.nifti import NiftiScan
 from sgcd_core.volume.geometry import Geometry
 from sgcd_core.volume.lesion import fill_smoothly
-from sgcd_core.volume.resample import resample_masked
+from sgcd_core.volume.resample import Box, bounding_box, resample_masked
 
 Array = NDArray[Any]
 
@@ -54,19 +55,17 @@ def carry_to_native(
         0 outside `native_mask`.
     """
     source, source_mask = native_on_model_grid(native, native_mask, geometry)
-    slope, offset = local_linear_maps(source, harmonized, mask & source_mask, config, lesion)
-    out = np.zeros(native.shape, np.float32)
-    flat = np.flatnonzero(native_mask)
-    to_model = geometry.native_to_model()
-    for start in range(0, flat.size, _CHUNK):
-        part = flat[start : start + _CHUNK]
-        voxel = np.stack(np.unravel_index(part, native.shape))
-        at = to_model[:3, :3] @ voxel + to_model[:3, 3:]
+    box = _reached(native_mask, geometry)
+    slope, offset = local_linear_maps(
+        source[box], harmonized[box], (mask & source_mask)[box], config,
+        None if lesion is None else lesion[box],
+    )  # fmt: skip
+    values = geometry.scale(native.data[native_mask])
+    for part, at in _places(native_mask, geometry, box):
         a = ndimage.map_coordinates(slope, at, order=1, mode="nearest")
         b = ndimage.map_coordinates(offset, at, order=1, mode="nearest")
-        value = geometry.scale(native.data.reshape(-1)[part])
-        out.reshape(-1)[part] = np.maximum(a * value + b, 0)
-    return out
+        values[part] = np.maximum(a * values[part] + b, 0)
+    return _inside(native_mask, values)
 
 
 def recolour_lesion(
@@ -112,14 +111,48 @@ def carry_uncertainty(
     """
     nearest = ndimage.distance_transform_edt(~mask, return_distances=False, return_indices=True)
     filled = uncertainty[tuple(nearest)].astype(np.float32)
-    out = np.zeros(native_mask.shape, np.float32)
-    flat = np.flatnonzero(native_mask)
+    values = np.empty(np.count_nonzero(native_mask), np.float32)
+    for part, at in _places(native_mask, geometry):
+        values[part] = ndimage.map_coordinates(filled, at, order=1, mode="nearest")
+    return _inside(native_mask, values)
+
+
+def _places(
+    native_mask: Array, geometry: Geometry, box: Box | None = None
+) -> Iterator[tuple[slice, Array]]:
+    """Where the voxels of a native mask lie on the model grid, in parts of a bounded size.
+
+    Yields:
+        Which of the mask's voxels, and their model voxels (3, n) float64, counted from the corner
+        of `box`.
+    """
     to_model = geometry.native_to_model()
+    corner = np.array([[side.start] for side in box]) if box is not None else 0
+    flat = np.flatnonzero(native_mask)
     for start in range(0, flat.size, _CHUNK):
-        part = flat[start : start + _CHUNK]
-        voxel = np.stack(np.unravel_index(part, native_mask.shape))
-        at = to_model[:3, :3] @ voxel + to_model[:3, 3:]
-        out.reshape(-1)[part] = ndimage.map_coordinates(filled, at, order=1, mode="nearest")
+        part = slice(start, min(start + _CHUNK, flat.size))
+        voxel = np.stack(np.unravel_index(flat[part], native_mask.shape))
+        yield part, to_model[:3, :3] @ voxel + (to_model[:3, 3:] - corner)
+
+
+def _reached(native_mask: Array, geometry: Geometry) -> Box:
+    """The part of the model grid that interpolation at the native mask's voxels reads."""
+    sides = [(side.start, side.stop - 1) for side in bounding_box(native_mask)]
+    corners = np.stack([axis.ravel() for axis in np.meshgrid(*sides)])
+    to_model = geometry.native_to_model()
+    at = to_model[:3, :3] @ corners + to_model[:3, 3:]
+    low, high = np.floor(at.min(axis=1)).astype(int), np.floor(at.max(axis=1)).astype(int) + 2
+    x, y, z = (
+        slice(min(max(a, 0), size - 1), max(min(b, size), 1))
+        for a, b, size in zip(low.tolist(), high.tolist(), geometry.model_shape, strict=True)
+    )
+    return x, y, z
+
+
+def _inside(mask: Array, values: Array) -> Array:
+    """(X, Y, Z) float32, `values` in the mask's voxels and 0 elsewhere."""
+    out = np.zeros(mask.shape, np.float32)
+    out[mask] = values
     return out
 
 
@@ -168,13 +201,19 @@ def local_linear_maps(
     Raises:
         ValueError: No voxel is left to fit on.
     """
-    brain = mask
-    holes = None if lesion is None else brain & lesion
-    if holes is not None and holes.any():
-        mask = brain & ~holes
     if not mask.any():
         raise ValueError("the mask is empty")
-    s, h = source.astype(np.float64), harmonized.astype(np.float64)
+    nearest = ndimage.distance_transform_edt(~mask, return_distances=False, return_indices=True)
+    box = bounding_box(mask)
+    for axis, side in enumerate(box):
+        nearest[axis] -= side.start
+    brain = mask = mask[box]
+    holes = None if lesion is None else brain & lesion[box]
+    if holes is not None and holes.any():
+        mask = brain & ~holes
+        if not mask.any():
+            raise ValueError("all of the mask is lesion")
+    s, h = source[box].astype(np.float64), harmonized[box].astype(np.float64)
     prior = global_slope(s[mask], h[mask], config.epsilon)
     size = 2 * config.radius + 1
 
@@ -200,7 +239,6 @@ def local_linear_maps(
         pivot = fill_smoothly(mean_s, mask, holes, float(s[mask].mean()))
         steeper = np.where(holes, np.maximum(slope, _LEAST_SLOPE * max(prior, 0.0)), slope)
         offset, slope = offset + (slope - steeper) * pivot, steeper
-    nearest = ndimage.distance_transform_edt(~brain, return_distances=False, return_indices=True)
     return (
         slope[tuple(nearest)].astype(np.float32),
         offset[tuple(nearest)].astype(np.float32),
