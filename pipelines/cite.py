@@ -195,7 +195,7 @@ def _training(meta: Row, config: SgcdConfig, cited: _Cited) -> str:
         f"as in {cited('method')} after inversion as in {cited('ddim')}"
     )  # fmt: skip
     kept = ""
-    if config.condition.match != "none" and config.condition.content_channel:
+    if config.condition.matched_content:
         goal = "the target site's" if meta.get("kind") == "target" else "a common one"
         text = (
             "Each scan was brought from the look of its site (contrast and shading, measured on "

@@ -89,6 +89,11 @@ class ConditionConfig(Settings):
         0.0, ge=0, description="most that it is raised; for scans without noise (the box)"
     )
 
+    @property
+    def matched_content(self) -> bool:
+        """Whether the network is given the scan itself, brought to the wanted look."""
+        return self.content_channel and self.match != "none"
+
 
 class ScheduleConfig(Settings):
     """Noise schedule of the diffusion (Eq. 1)."""

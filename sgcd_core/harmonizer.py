@@ -250,9 +250,9 @@ def _sample(
     anchor = to_network(clean)
     x = starting_image(schedule, sampler, up, anchor, noise)
     x = walk_down(schedule, sampler, down, x, anchor)
-    content = down.content if config.condition.match != "none" else None
-    if sampler.distribution == "look" and content is not None:
-        x = redistributed(x, content, mask)
+    if sampler.distribution == "look" and config.condition.matched_content:
+        assert down.content is not None
+        x = redistributed(x, down.content, mask)
     return from_network(x).clamp(0, 1) * mask
 
 
