@@ -19,6 +19,7 @@ from typing import Any
 
 from pipelines.lake import Lake
 from pipelines.turns import Turns
+from sgcd_core.errors import InputError
 from sgcd_core.io.store import Store, join
 
 #: After this many tries that never ended, a scan is `quarantined` (SCAN-QUARANTINED).
@@ -93,17 +94,18 @@ class Attempt:
 
     def was_late(self, deadline: float) -> bool:
         """Whether an earlier try took longer than `deadline` seconds."""
-        store, uri = Store(), join(_folder(self.lake, self.model_key, self.scan_id), _LATE)
-        if not store.exists(uri):
-            return False
-        seconds: float = json.loads(store.read_bytes(uri, max_bytes=10_000))["seconds"]
-        return seconds >= deadline
+        note = _read(join(_folder(self.lake, self.model_key, self.scan_id), _LATE))
+        return note is not None and float(note["seconds"]) >= deadline
 
     def _before(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Number and body of every try before this one."""
+        """Number and body of every try before this one.
+
+        One may be gone: another job harmonized the same scan, and has committed its row.
+        """
         for number in range(1, min(self.number, MAX_ATTEMPTS + 1)):
-            uri = _uri(self.lake, self.model_key, self.scan_id, number)
-            yield number, json.loads(Store().read_bytes(uri, max_bytes=1_000_000))
+            body = _read(_uri(self.lake, self.model_key, self.scan_id, number))
+            if body is not None:
+                yield number, body
 
 
 @contextmanager
@@ -180,8 +182,8 @@ def forgive_attempts(lake: Lake, model_key: str, run: str) -> None:
         if not item.uri.endswith(_LATE):
             last[item.uri.rpartition("/")[0]] = item.uri  # sorted, and one digit each
     for uri in last.values():
-        body = json.loads(store.read_bytes(uri, max_bytes=1_000_000))
-        if body["run"] == run and _ROW not in body:
+        body = _read(uri)
+        if body is not None and body["run"] == run and _ROW not in body:
             store.delete(uri)
 
 
@@ -194,6 +196,17 @@ def _count(lake: Lake, model_key: str, scan_id: str, number: int, run: str) -> b
     except FileExistsError:
         return False
     return True
+
+
+def _read(uri: str) -> dict[str, Any] | None:
+    """What an object of the ledger says; None when there is none."""
+    try:
+        body: dict[str, Any] = json.loads(Store().read_bytes(uri, max_bytes=1_000_000))
+    except InputError as error:
+        if error.code == "SCAN-MISSING":
+            return None
+        raise
+    return body
 
 
 def _started(run: str, at: datetime) -> dict[str, Any]:

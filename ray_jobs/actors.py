@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import importlib
 import logging
-import os
-import threading
 import time
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pipelines.harmonize import Job, Model
+from pipelines.ledger import note_late
 from pipelines.turns import Turns
 from ray_jobs.session import threads_per_worker
 from ray_jobs.volume_stream import packed, unpacked
+from ray_jobs.windows import end_late
 
 if TYPE_CHECKING:
     from sgcd_core.harmonizer import Harmonized, Harmonizer
@@ -32,8 +33,6 @@ WARM = ("pipelines.lesions", "pipelines.prepare", "sgcd_core.volume.guard",
 #: Seconds to wait before each further try when the device has too little memory: whoever shares it
 #: may be through with its own scan by then.
 MEMORY_WAITS = (0.0, 2.0, 8.0)
-#: The longest a process that is to end waits for the store to take its note.
-NOTE_SECONDS = 10.0
 
 
 class HarmonizeActor:
@@ -84,18 +83,10 @@ class HarmonizeActor:
         return packed(row | {"tries": tries})
 
     def _end_late(self, scan_ids: list[str]) -> None:
-        """End this process for scans that hang, and leave a note; Ray starts another."""
-        from pipelines.ledger import note_late
-
-        def note() -> None:
-            for scan_id in scan_ids:
-                note_late(self._job.lake, self._job.key, scan_id, self._job.deadline)
-
-        log.error("event=scan_late scans=%s seconds=%g", ",".join(scan_ids), self._job.deadline)
-        thread = threading.Thread(target=note, daemon=True)  # the store itself may be what hangs
-        thread.start()
-        thread.join(NOTE_SECONDS)
-        os._exit(1)
+        """End this process for scans that hang."""
+        job = self._job
+        note = partial(note_late, job.lake, job.key, seconds=job.deadline)
+        end_late(note, job.deadline, scan_ids)
 
 
 class SharedModel:

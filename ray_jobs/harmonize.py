@@ -25,7 +25,8 @@ from ray_jobs.harmonize_stream import Pool, harmonize_stream
 from ray_jobs.models import alias_of, meta_of, pinned, resolve
 from ray_jobs.outcome import DONE, WITH_FAILURES, Outcome, failure_line
 from ray_jobs.preflight import need_of
-from ray_jobs.session import cpu_count, session
+from ray_jobs.prepare import PrepareJob
+from ray_jobs.session import session
 from ray_jobs.settings import over_model
 from ray_jobs.site_looks import site_looks
 from sgcd_core.config import SgcdConfig
@@ -120,7 +121,8 @@ def run(args: Any) -> Outcome:
                 try:
                     _harmonize(args, job, made, commit, tally)
                 except KeyboardInterrupt:  # Ctrl-C or SIGTERM; the workers are gone by now
-                    forgive_attempts(lake, job.key, job.batch_id)
+                    for key in (job.key, PrepareJob(lake, config.prepare).key):
+                        forgive_attempts(lake, key, job.batch_id)
                     raise
         if tally.counts.total() != planned:  # a law of this program, not a user's mistake
             raise RuntimeError(f"{planned} scans went in, {tally.counts.total()} rows came out")
@@ -184,8 +186,8 @@ def _harmonize(args: Any, job: Job, made: Plan, commit: Committer, tally: Tally)
         looks = {}
         if job.config.condition.match != "none":
             looks = site_looks(
-                ray, made.scans, work, lake, job.config, args.workers or cpu_count(),
-                again=args.force,
+                ray, made.scans, work, lake, job.config, args.workers, again=args.force,
+                run=job.batch_id,
             )  # fmt: skip
         pool = Pool(args.workers, share, looks)
         for scan, row in harmonize_stream(ray, work, job, pool):

@@ -21,9 +21,9 @@ from pipelines.plan import plan
 from ray_jobs.context import open_lake, quoted, recorded
 from ray_jobs.models import models, resolve
 from ray_jobs.outcome import Outcome
+from ray_jobs.prepare import settings_words
 from ray_jobs.session import session
 from ray_jobs.steps import step
-from ray_jobs.volume_stream import settings_words
 from sgcd_core.errors import InputError, ModelError, UsageError
 from sgcd_core.io.store import Store
 

@@ -14,7 +14,7 @@ COMMANDS = {
     "demo": "ray_jobs.demo:run",
     "cohort": "ray_jobs.commands:cohort",
     "index": "ray_jobs.commands:index",
-    "prepare": "ray_jobs.volume_stream:prepare",
+    "prepare": "ray_jobs.prepare:run",
     "train": "ray_jobs.train_global:run",
     "suggest-target": "ray_jobs.commands:suggest",
     "tune": "ray_jobs.tune_target:run",
@@ -234,7 +234,17 @@ def _prepare(sub: Any) -> None:
         "--model", metavar="NAME[@VERSION]",
         help="with the settings of this model, and only what it has still to harmonize",
     )  # fmt: skip
-    p.add_argument("--force", action="store_true", help="also what is already prepared")
+    p.add_argument(
+        "--force", action="store_true", help="also what is already prepared or was set aside"
+    )
+    _scan_deadline(p)
+
+
+def _scan_deadline(p: Any) -> None:
+    p.add_argument(
+        "--scan-deadline", type=_seconds, default=3600.0, metavar="SECONDS",
+        help="a scan that takes longer is failed (default: 3600)",
+    )  # fmt: skip
 
 
 def _train(sub: Any) -> None:
@@ -306,10 +316,7 @@ def _harmonize(sub: Any) -> None:
         "{session}, {sequence}, {entities} and {stem}; masks named *_label-lesion_mask or _roi "
         "beside a scan are found without; none: use no mask",
     )  # fmt: skip
-    p.add_argument(
-        "--scan-deadline", type=_seconds, default=3600.0, metavar="SECONDS",
-        help="a scan that takes longer is failed (default: 3600)",
-    )  # fmt: skip
+    _scan_deadline(p)
     p.add_argument("--gpus", action="store_true", help="a GPU for each worker")
     p.add_argument(
         "--gpu-fraction", type=_share, default=1.0, metavar="PART",

@@ -19,7 +19,8 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from pipelines.lake import Lake
-from ray_jobs.volume_stream import Row, prepare_stream, survey
+from ray_jobs.prepare import PrepareJob, prepare_stream
+from ray_jobs.volume_stream import Row, survey
 from sgcd_core.config import SgcdConfig
 from sgcd_core.io.store import Store, join
 
@@ -36,8 +37,8 @@ def look_uri(lake: Lake, recipe: str, site: str, sequence: str) -> str:
 
 
 def site_looks(
-    ray: Any, scans: pa.Table, work: pa.Table, lake: Lake, config: SgcdConfig, workers: int,
-    *, again: bool = False,
+    ray: Any, scans: pa.Table, work: pa.Table, lake: Lake, config: SgcdConfig,
+    workers: int | None, *, again: bool = False, run: str = "",
 ) -> dict[tuple[str, str], Look]:  # fmt: skip
     """Looks by site and sequence of the scans in `work`; those not kept yet are measured.
 
@@ -49,8 +50,9 @@ def site_looks(
             look but its own.
         lake: Where the looks are kept, beside the prepared scans.
         config: Gives the recipe.
-        workers: For scans that are not prepared yet.
+        workers: For scans that are not prepared yet; None: as many as there is room for.
         again: Measure those that are kept as well.
+        run: Who asks.
     """
     store, recipe = Store(), config.prepare.digest()
     groups = work.select(["site", "sequence"]).group_by(["site", "sequence"]).aggregate([])
@@ -67,7 +69,8 @@ def site_looks(
     if not missing:
         return found
     sample = [row for key in missing for row in _sample(scans, key)]
-    measured = _measure(ray, sample, lake, config, workers)
+    job = PrepareJob(lake, config.prepare, run)
+    measured = _measure(ray, sample, job, config, workers)
     index = {name: i for i, name in enumerate(config.sequences)}
     for site, sequence in missing:
         if (site, index[sequence]) not in measured:
@@ -99,15 +102,17 @@ def _sample(scans: pa.Table, key: tuple[str, str]) -> list[Row]:
     return found
 
 
-def _measure(ray: Any, sample: list[Row], lake: Lake, config: SgcdConfig, workers: int) -> Any:
+def _measure(
+    ray: Any, sample: list[Row], job: PrepareJob, config: SgcdConfig, workers: int | None
+) -> Any:
     """Number of scans and mean look by site and sequence index, of those that can be prepared."""
     from pipelines.training_data import prepared_ids
 
-    recipe = config.prepare.digest()
+    lake, recipe = job.lake, config.prepare.digest()
     ready = prepared_ids(lake, recipe)
     todo = [row for row in sample if row["scan_id"] not in ready]
     if todo:
-        for _ in prepare_stream(ray, todo, lake.uri, config.prepare, workers):
+        for _ in prepare_stream(ray, todo, job, workers):
             pass
         ready = prepared_ids(lake, recipe)
     usable = [row for row in sample if row["scan_id"] in ready]

@@ -1,4 +1,4 @@
-"""Volumes through Ray Data: prepare every scan of a lake, and stream prepared ones to training.
+"""Prepared volumes through Ray Data to training.
 
 Rows of metadata travel between processes; a volume is read by the worker that needs it.
 """
@@ -7,23 +7,16 @@ from __future__ import annotations
 
 import pickle
 import time
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ray_jobs.context import open_lake, quoted, recorded
-from ray_jobs.outcome import DONE, WITH_FAILURES, Outcome, failure_line
-from ray_jobs.preflight import need_of
-from ray_jobs.session import cpu_count, session
-from ray_jobs.settings import from_args, preparation_line, remember
+from ray_jobs.session import cpu_count
 from sgcd_core.config import PrepareConfig, SgcdConfig
 
 if TYPE_CHECKING:
-    from pipelines.catalog import Catalog
-    from pipelines.lake import Lake
     from sgcd_core.batch import Batch
 
 Row = dict[str, Any]
@@ -43,140 +36,6 @@ def unpacked(item: dict[str, Any]) -> Row:
     """The row again."""
     row: Row = pickle.loads(item["row"])
     return row
-
-
-def prepare(args: Any) -> Outcome:
-    """`sgcd prepare`: every usable scan of the lake onto the model grid."""
-    from pipelines.catalog import Catalog
-    from pipelines.progress import Progress
-    from pipelines.training_data import check_sites, prepared_ids
-    from sgcd_core.errors import InputError
-
-    lake = open_lake(args.lake)
-    catalog = Catalog(lake)
-    scans = catalog.rows("scans").to_pylist()
-    if not scans:
-        raise InputError(
-            "no scan was indexed yet.", code="LAKE-EMPTY", where=lake.uri,
-            hint="Index some with `sgcd index SOURCE --lake LAKE`.",
-        )  # fmt: skip
-    check_sites(args.sites or (), scans, lake.uri)
-    if args.model:
-        config, scans = _for_model(args, lake, catalog)
-        follow = f"sgcd harmonize --lake {quoted(args.lake)} --model {quoted(args.model)}"
-    else:
-        config = from_args(args, lake)
-        follow = f"sgcd train --lake {quoted(args.lake)}{settings_words(args)}"
-    recipe = config.prepare.digest()
-    usable = [
-        scan
-        for scan in scans
-        if scan["status"] == "ok"
-        and scan["sequence"] in config.sequences
-        and (not args.sites or scan["site"] in args.sites)
-    ]
-    ready = set() if args.force else prepared_ids(lake, recipe)
-    todo = [scan for scan in usable if scan["scan_id"] not in ready]
-    skipped = len(usable) - len(todo)
-    data: Row = {"recipe": recipe, "to_do": len(todo), "already_prepared": skipped}
-    if args.dry_run:
-        return Outcome(f"would prepare {len(todo)} scans, {skipped} are prepared", data=data)
-    kept: list[str] = []
-    if not args.model:  # what a model was built with is its own affair
-        remember(lake, config)
-        kept = preparation_line(config)
-    if not todo:
-        text = f"all {skipped} scans are prepared; nothing to do"
-        return Outcome(text, next=follow, lines=kept, data=data)
-    failed: list[Row] = []
-    with (
-        recorded(lake, "prepare", config.digest()) as summary,
-        session(args.ray_address, need_of("prepare", config, args.workers), lake) as ray,
-        Progress("prepare", len(todo)) as progress,
-    ):
-        workers = args.workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
-        done = 0
-        for row in prepare_stream(ray, todo, lake.uri, config.prepare, workers, args.force):
-            done += 1
-            if row["status"] != "ok":
-                failed.append(row)
-            progress.update(1, failed=len(failed))
-        if done != len(todo):  # a law of this program, not a user's mistake
-            raise RuntimeError(f"{len(todo)} scans went in, {done} rows came out")
-        summary.update(prepared=done - len(failed), failed=len(failed), recipe=recipe)
-    codes = Counter(row["code"] for row in failed)
-    lines = [failure_line(row) for row in failed] + kept
-    reasons = ", ".join(f"{n} {code}" for code, n in codes.most_common())
-    text = f"prepared {done - len(failed)} scans, {skipped} were prepared before"
-    text += f", {len(failed)} failed ({reasons})" if failed else ""
-    keep = ("scan_id", "uri", "code", "message")
-    data |= {
-        "prepared": done - len(failed),
-        "failed": [{key: row[key] for key in keep} for row in failed],
-    }
-    code = WITH_FAILURES if failed else DONE
-    return Outcome(text, next=follow, exit_code=code, lines=lines, data=data)
-
-
-def _for_model(args: Any, lake: Lake, catalog: Catalog) -> tuple[SgcdConfig, list[Row]]:
-    """A model's own settings, and the scans it has still to harmonize."""
-    from pipelines.plan import plan
-    from ray_jobs.models import resolve
-    from ray_jobs.settings import over_model
-    from sgcd_core.io.store import Store
-    from sgcd_core.modelpack import load_modelpack
-
-    name, version = resolve(lake, args.model)
-    config = over_model(args, load_modelpack(lake.model(name, version), Store()).config)
-    return config, plan(catalog, name, version).todo.to_pylist()
-
-
-def settings_words(args: Any) -> str:
-    """The user's own settings again, for the next command that is suggested."""
-    words = f" --preset {args.preset}" if args.preset else ""
-    words += f" --config {quoted(args.config)}" if args.config else ""
-    return words + "".join(f" --set {quoted(item)}" for item in args.settings)
-
-
-def prepare_stream(
-    ray: Any, todo: list[Row], lake_uri: str, config: PrepareConfig, workers: int,
-    force: bool = False,
-) -> Any:  # fmt: skip
-    """Yield one row per scan of `todo`, in the order they are done."""
-    items = ray.data.from_items(
-        [packed(row) for row in todo], override_num_blocks=len(todo)
-    )  # a block a scan: a lost worker costs one scan
-    rows = items.map(
-        prepare_packed,
-        fn_kwargs={"lake_uri": lake_uri, "config": config, "force": force},
-        num_cpus=1,
-        compute=ray.data.TaskPoolStrategy(size=workers),
-    )
-    for batch in rows.iter_batches(batch_size=1, prefetch_batches=0, batch_format="numpy"):
-        yield pickle.loads(batch["row"][0])
-
-
-def prepare_packed(
-    item: dict[str, Any], lake_uri: str, config: PrepareConfig, force: bool = False
-) -> dict[str, bytes]:
-    """Prepare one scan; a scan that ends its worker again and again is set aside as a row."""
-    from pipelines.lake import Lake
-    from pipelines.ledger import MAX_ATTEMPTS, begin_attempt, end_attempts
-    from pipelines.prepare import prepare_one
-    from pipelines.training_data import COMPLETE
-    from sgcd_core.io.store import Store, join
-
-    row = unpacked(item)
-    lake = Lake(lake_uri.rstrip("/"))
-    key = f"prepare-{config.digest()}"
-    if begin_attempt(lake, key, row["scan_id"]) > MAX_ATTEMPTS:
-        text = f"preparing it ended its worker {MAX_ATTEMPTS} times."
-        return packed(row | {"status": "failed", "code": "SCAN-QUARANTINED", "message": text})
-    if force:
-        Store().delete(join(lake.prepared(config.digest(), row["scan_id"]), COMPLETE))
-    done = row | prepare_one(row, lake, config)
-    end_attempts(lake, key, row["scan_id"])
-    return packed(done)
 
 
 def training_stream(

@@ -136,3 +136,15 @@ def test_a_try_tells_what_became_of_those_before_it(tmp_path: Path) -> None:
     assert all(t["worker"] and t["started_at"] <= datetime.now(UTC) for t in told)
     assert told[1]["started_at"] == this.started_at  # keeping its row did not move its start
     assert last.number == 4 > MAX_ATTEMPTS
+
+
+def test_a_scan_that_another_job_settles_meanwhile_can_be_tried(tmp_path: Path) -> None:
+    """Two jobs harmonize one scan; the other commits it between this one's count and look."""
+    lake = Lake(str(tmp_path))
+    begin_attempt(lake, "k", "a", "other")
+    note_late(lake, "k", "a", 60.0)
+    with attempt(lake, "k", "a", "mine", Turns()) as this:
+        end_attempts(lake, "k", "a")
+        assert this.number == 2
+        assert this.earlier() == [] and this.kept("settings") is None
+        assert not this.was_late(1.0)
