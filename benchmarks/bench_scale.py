@@ -6,6 +6,7 @@
     python benchmarks/bench_scale.py requests                 and processor time of one scan
     python benchmarks/bench_scale.py cost --seconds 2 …       the table of docs/scale.md
 
+Without a word: the first four, with few scans.
 `run` sends scans of no voxels through a null model: what is left is what the machinery costs for
 each scan. Nothing is asserted about time.
 """
@@ -49,7 +50,7 @@ SITES = 100
 def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(description=__doc__)
-    sub = parser.add_subparsers(dest="part", required=True)
+    sub = parser.add_subparsers(dest="part")
     for name, count in (("plan", 100_000), ("run", 10_000), ("commit", 100_000)):
         p = sub.add_parser(name)
         p.add_argument("--scans", "--rows", type=int, default=count)
@@ -66,11 +67,12 @@ def main() -> None:
     if args.part == "cost":
         print("\n".join(cost_table(args)))
         return
-    with tempfile.TemporaryDirectory() as folder:
-        lake = Lake.open(folder, create=True)
-        parts = {"plan": bench_plan, "run": bench_run, "commit": bench_commit,
-                 "requests": bench_requests}  # fmt: skip
-        parts[args.part](lake, args.scans)
+    parts = {"plan": bench_plan, "run": bench_run, "commit": bench_commit,
+             "requests": bench_requests}  # fmt: skip
+    few = {"plan": 100_000, "run": 1000, "commit": 10_240, "requests": 4}
+    for part, scans in ({args.part: args.scans} if args.part else few).items():
+        with tempfile.TemporaryDirectory() as folder:
+            parts[part](Lake.open(folder, create=True), scans)
 
 
 def megabytes() -> float:

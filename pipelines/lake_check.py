@@ -15,7 +15,7 @@ from sgcd_core.errors import SgcdError, StorageError
 from sgcd_core.io.store import Store, is_s3, join
 
 #: Seconds a store has to answer all questions.
-DEADLINE_SECONDS = 4.0
+DEADLINE_SECONDS = 3.0
 #: Clock difference that is said, and that is refused. S3 itself refuses 900 s.
 SKEW_SAID, SKEW_REFUSED = 30.0, 300.0
 
@@ -111,7 +111,7 @@ def _credentials(uri: str) -> list[Finding]:
         text = "none. Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or a role."
         return [Finding("credentials", "fail", text, "STORE-DENIED")]
     if have.token and not hasattr(have, "refresh_needed"):
-        text = f"from {have.method}, temporary: a job that outlives them stops with STORE-DENIED"
+        text = f"from {have.method}, temporary: a job that outlives them stops with STORE-EXPIRED"
         return [Finding("credentials", "warn", text)]
     return [Finding("credentials", "ok", f"from {have.method}")]
 

@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import sys
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +23,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-#: Seconds in which nodes must answer; those that do not are named, not refused.
-NODE_SECONDS = 4.0
+#: Seconds that all of it may take, and the least that is left for the nodes to answer in; those
+#: that do not are named, not refused.
+PREFLIGHT_SECONDS, NODE_SECONDS = 4.8, 1.5
 #: Nodes that are asked, at most.
 MOST_NODES = 16
 #: What Ray needs for its object store at least.
@@ -183,7 +185,9 @@ def growth() -> list[dict[str, float]]:
         ) from error
 
 
-def node_findings(ray: Any, lake: str | None, *, seconds: float = NODE_SECONDS) -> list[Finding]:
+def node_findings(
+    ray: Any, lake: str | None, *, seconds: float = PREFLIGHT_SECONDS
+) -> list[Finding]:
     """Each node's program, clock and access to the lake; at most `seconds` long."""
     from ray.exceptions import RayError
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -193,7 +197,9 @@ def node_findings(ray: Any, lake: str | None, *, seconds: float = NODE_SECONDS) 
     asked = {}
     for node in nodes:
         here = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-        asked[task.options(scheduling_strategy=here).remote(lake)] = node["NodeManagerAddress"]
+        asked[task.options(scheduling_strategy=here).remote(lake, seconds - 1)] = node[
+            "NodeManagerAddress"
+        ]
     ready, late = ray.wait(list(asked), num_returns=len(asked), timeout=seconds)
     found: list[Finding] = []
     for reference in ready:
@@ -220,29 +226,35 @@ def node_findings(ray: Any, lake: str | None, *, seconds: float = NODE_SECONDS) 
             found.append(Finding("nodes", "fail", text, "CLUSTER"))
     if late:
         names = ", ".join(sorted(asked[reference] for reference in late))
-        text = f"no answer within {seconds:g} s from {names}; the work may still run there"
+        text = f"no answer within {seconds:.1f} s from {names}; the work may still run there"
         found.append(Finding("nodes", "warn", text))
     if not found:
         found.append(Finding("nodes", "ok", f"{len(ready)} nodes answer, same versions"))
     return found
 
 
-def require_nodes(ray: Any, lake: str | None) -> None:
+def require_nodes(ray: Any, lake: str | None, began: float) -> None:
     """Refuse a cluster whose nodes have another program or no access to the lake.
+
+    Args:
+        ray: The connected module.
+        lake: Address.
+        began: When the preflight did (`time.monotonic`).
 
     Raises:
         StorageError: With the code and sentence of the first failure.
     """
-    for finding in node_findings(ray, lake):
+    left = max(NODE_SECONDS, PREFLIGHT_SECONDS - (time.monotonic() - began))
+    for finding in node_findings(ray, lake, seconds=left):
         if finding.answer == "fail":
             raise StorageError(finding.found, code=finding.code)
         if finding.answer == "warn":
             log.warning("%s: %s", finding.check, finding.found)
 
 
-def on_node(lake: str | None) -> dict[str, Any]:
-    """What one node says of itself; runs there."""
-    found = check_lake(lake, seconds=NODE_SECONDS - 1) if lake else []
+def on_node(lake: str | None, seconds: float) -> dict[str, Any]:
+    """What one node says of itself, within `seconds`; runs there."""
+    found = check_lake(lake, seconds=seconds) if lake else []
     return {"version": versions(), "lake": found}
 
 

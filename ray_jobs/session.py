@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -74,8 +75,11 @@ def session(
         StorageError: CLUSTER when the cluster does not answer, is too small or has a node with
             another program; STORE-… when the lake cannot be worked on from here or from a node.
     """
+    began = time.monotonic()
     if lake is not None:
-        require_lake(lake.uri)
+        for finding in require_lake(lake.uri):
+            if finding.answer == "warn":
+                log.warning("%s: %s", finding.check, finding.found)
     _environment(address)
     import ray
 
@@ -86,7 +90,7 @@ def session(
     try:
         require_room(ray, need or Need())
         if ask_nodes and mine and address:
-            require_nodes(ray, None if lake is None else lake.uri)
+            require_nodes(ray, None if lake is None else lake.uri, began)
         data_settings(ray)
         yield ray
     finally:
