@@ -72,7 +72,8 @@ def groups(spec: dict[str, Any]) -> list[dict[str, Any]]:
 
 def pod_templates() -> list[dict[str, Any]]:
     found = [group["template"] for spec in cluster_specs() for group in groups(spec)]
-    return [*found, of_kind("CronJob")["spec"]["jobTemplate"]["spec"]["template"]]
+    found.append(of_kind("CronJob")["spec"]["jobTemplate"]["spec"]["template"])
+    return [*found, of_kind("Deployment")["spec"]["template"]]
 
 
 def test_ray_cluster_is_valid_by_rays_own_schema() -> None:
@@ -105,7 +106,10 @@ def test_ray_cluster_has_a_cpu_head_spot_gpus_and_the_token() -> None:
 def test_core_kinds_are_valid_by_kubernetes_schema() -> None:
     core = [item for item in documents() if not item["apiVersion"].startswith("ray.io/")]
     kinds = {item["kind"] for item in core}
-    assert kinds == {"Namespace", "ServiceAccount", "ConfigMap", "NetworkPolicy", "CronJob"}
+    assert kinds == {
+        "Namespace", "ServiceAccount", "ConfigMap", "NetworkPolicy", "CronJob", "Deployment",
+        "Service",
+    }  # fmt: skip
     for item in core:
         kubernetes_validate.validate(item, KUBERNETES, strict=True)
     wrong = copy.deepcopy(of_kind("CronJob"))
@@ -116,7 +120,7 @@ def test_core_kinds_are_valid_by_kubernetes_schema() -> None:
 
 def test_pod_templates_of_rays_kinds_are_valid_pods() -> None:
     found = pod_templates()
-    assert len(found) == 7
+    assert len(found) == 8
     for number, template in enumerate(found):
         pod = {
             "apiVersion": "v1", "kind": "Pod",
@@ -236,6 +240,8 @@ def test_mlflow_is_started_with_options_it_has() -> None:
     assert set(service["secrets"]) == set(compose["secrets"])
     assert all(port.startswith("127.0.0.1:") for port in service["ports"])
     assert service["depends_on"]["postgres"]["condition"] == "service_healthy"
+    (container,) = of_kind("Deployment")["spec"]["template"]["spec"]["containers"]
+    assert {w.partition("=")[0] for w in container["args"][1:]} == used - {"--backend-store-uri"}
     text = (ROOT / "infra" / "mlflow" / "Dockerfile").read_text()
     assert "constraints.txt" in text and "USER 1000:1000" in text
     ignored = (ROOT / "infra" / "mlflow" / ".gitignore").read_text().split()
@@ -250,3 +256,22 @@ def test_shellcheck_has_nothing_to_say() -> None:
     script = ROOT / "infra" / "docker" / "entrypoint.sh"
     done = subprocess.run([tool, str(script)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
+
+
+def test_the_cluster_finds_mlflow_and_has_a_login_for_it() -> None:
+    service, deployment = of_kind("Service"), of_kind("Deployment")
+    host = f"{service['metadata']['name']}.{of_kind('Namespace')['metadata']['name']}.svc"
+    (port,) = service["spec"]["ports"]
+    address = of_kind("ConfigMap")["data"]["MLFLOW_TRACKING_URI"]
+    assert address == f"http://{host}:{port['port']}"
+    template = deployment["spec"]["template"]
+    assert service["spec"]["selector"].items() <= template["metadata"]["labels"].items()
+    (container,) = template["spec"]["containers"]
+    assert {"name": port["targetPort"], "containerPort": 5000} in container["ports"]
+    (hosts,) = (w.partition("=")[2] for w in container["args"] if w.startswith("--allowed-hosts"))
+    probe = container["readinessProbe"]["httpGet"]["httpHeaders"][0]["value"]
+    assert {f"{host}:5000", probe} <= set(hosts.split(","))
+    for spec in cluster_specs():
+        for group in groups(spec):
+            (pod,) = group["template"]["spec"]["containers"]
+            assert {"secretRef": {"name": "sgcd-tracking", "optional": True}} in pod["envFrom"]
