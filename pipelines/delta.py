@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 import pyarrow as pa
 
@@ -110,15 +111,13 @@ def _delta_uri(uri: str) -> str:
     """The address as deltalake takes it: it percent-decodes plain paths, so they are encoded.
 
     Raises:
-        StorageError: STORE-ADDRESS for a local folder with `%` in its name: deltalake's log reader
-            decodes twice and would look elsewhere.
+        StorageError: STORE-ADDRESS for `%` in it, and for a backslash on S3: deltalake's log
+            reader decodes twice and would look elsewhere.
     """
-    if is_s3(uri):
-        return uri
-    path = Path(local_path(uri)).absolute()
-    if "%" in str(path):
+    path = uri.removeprefix("s3://") if is_s3(uri) else str(Path(local_path(uri)).absolute())
+    if "%" in path or (is_s3(uri) and "\\" in path):
         raise StorageError(
-            "a lake cannot lie in a folder with % in its name.", code="STORE-ADDRESS", where=uri,
-            hint="Choose another folder.",
+            "a lake cannot lie in a folder with % or \\ in its name.", code="STORE-ADDRESS",
+            where=uri, hint="Choose another folder.",
         )  # fmt: skip
-    return path.as_uri()
+    return f"s3://{quote(path)}" if is_s3(uri) else Path(path).as_uri()

@@ -76,7 +76,7 @@ class Case:
 @pytest.fixture(scope="module")
 def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The lake before any run."""
-    return Path(build_lake(tmp_path_factory.mktemp("chaos"), SCANS).uri)
+    return Path(build_lake(str(tmp_path_factory.mktemp("chaos")), SCANS).uri)
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ from pipelines.catalog_docs import reference_markdown, with_reference
 from pipelines.lake import Lake
 from pipelines.schemas import SCHEMAS
 from sgcd_core.errors import StorageError, UsageError
+from sgcd_core.io.store import Store
 
 
 def scan(scan_id: str, **values: Any) -> dict[str, Any]:
@@ -239,3 +240,26 @@ def test_the_same_on_s3(s3_server: Any) -> None:
     assert catalog.append("results", [result("s1", site=None)], txn="b") is False
     assert catalog.append("results", [result("s2")], txn="c") is True
     assert catalog.rows("results")["scan_id"].to_pylist() == ["s1", "s2"]
+
+
+@pytest.mark.s3
+@pytest.mark.parametrize("name", ["a [1] ü", "a#b", "a?b", "a+b", "a:b", "a^b"])
+def test_a_prefix_of_any_name_holds_a_table_where_the_rest_of_the_lake_is(
+    name: str, s3_server: Any
+) -> None:
+    lake = Lake(s3_server.uri(f"names/{name}"))
+    catalog = Catalog(lake)
+    catalog.append("results", [result("s1", site="A [x]")])
+    catalog.append("results", [result("s2")])
+    assert catalog.rows("results").num_rows == 2
+    assert Store().has_any(f"{lake.uri}/catalog/results/_delta_log")
+
+
+@pytest.mark.s3
+@pytest.mark.parametrize("name", ["a%41b", "a\\b"])
+def test_a_prefix_that_the_table_library_would_misread_is_refused(
+    name: str, s3_server: Any
+) -> None:
+    with pytest.raises(StorageError) as caught:
+        Catalog(Lake(s3_server.uri(f"names/{name}"))).append("results", [result("s1")])
+    assert caught.value.code == "STORE-ADDRESS"
