@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 # Before torch is imported: threads that spin while they wait make a shared machine crawl.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 KEY, SECRET = "lake-test-key", "lake-test-secret"
+#: A bucket that anyone may read.
+PUBLIC = "open-data"
 AFFINE = np.array([[-2.0, 0, 0, 60], [0, 2, 0, -70], [0, 0, 2, -50], [0, 0, 0, 1]])
 
 
@@ -77,8 +79,9 @@ def _start(folder: Path) -> tuple[subprocess.Popen[bytes], str]:
     """Start SeaweedFS on free ports; returns the process and the S3 endpoint once it answers."""
     rights = ["Admin", "Read", "Write", "List", "Tagging"]
     credentials = [{"accessKey": KEY, "secretKey": SECRET}]
+    everyone = {"name": "anonymous", "actions": [f"Read:{PUBLIC}", f"List:{PUBLIC}"]}
     identity = {"name": "lake", "credentials": credentials, "actions": rights}
-    (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
+    (folder / "s3.json").write_text(json.dumps({"identities": [identity, everyone]}))
     (folder / "data").mkdir()
     names = ("master", "volume", "filer", "s3")
     ports = free_ports(2 * len(names))
@@ -113,7 +116,7 @@ def _wait(process: subprocess.Popen[bytes], endpoint: str, folder: Path) -> None
 
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
-    """A real S3 server (SeaweedFS) on loopback with one bucket, its settings in the environment."""
+    """A real S3 server (SeaweedFS) on loopback, two buckets, its settings in the environment."""
     import botocore.session
 
     folder = tmp_path_factory.mktemp("s3")
@@ -140,7 +143,8 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
         for attempt in range(50):  # the volume server joins a moment after S3 answers
             try:
                 if attempt == 0:
-                    client.create_bucket(Bucket=server.bucket)
+                    for bucket in (server.bucket, PUBLIC):
+                        client.create_bucket(Bucket=bucket)
                 client.put_object(Bucket=server.bucket, Key="ready", Body=b"1")
                 break
             except Exception:

@@ -13,6 +13,7 @@ import os
 import random
 import signal
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -134,10 +135,23 @@ class ChaosModel:
 
 
 class ChaosActor(HarmonizeActor):
-    """The real actor around a model with faults."""
+    """The real actor around a model with faults; it notes its loads and how many scans it holds."""
+
+    def __call__(self, item: dict[str, Any]) -> dict[str, bytes]:
+        with self._turn:
+            self._held += 1
+            note(self._notes, "held", str(self._held))
+        try:
+            return super().__call__(item)
+        finally:
+            with self._turn:
+                self._held -= 1
 
     def load_model(self, gpus: float) -> Any:
-        lake = Path(os.environ.get("SGCD_CHAOS", self._job.lake.uri))  # no folder is an S3 lake
+        self._turn, self._held = threading.Lock(), 0
+        # An S3 lake is no folder for notes.
+        lake = self._notes = Path(os.environ.get("SGCD_CHAOS", self._job.lake.uri))
+        note(lake, "loaded", str(os.getpid()))
         faults = read_faults(lake)
         return ChaosModel(ToyModel(self._turns, faults.get("slow", 0.0)), lake, faults)
 

@@ -127,6 +127,45 @@ def test_a_resumed_run_equals_an_unbroken_one():
     assert torch.equal(whole.record.values, resumed.record.values)
 
 
+@pytest.mark.parametrize("start", ["noise", "inversion"])
+def test_a_resumed_stage_two_equals_an_unbroken_one(start, tmp_path):
+    """What was measured of the target and what is kept of Stage 1 go on as well."""
+    settings = (f"target_sampler.start={start}", "target_stage.style_every=2")
+    parent = trained(config(), 4)[2]
+
+    def begun(name):
+        kept = Inversions(str(tmp_path / name))
+        return TargetStage(parent, config(*settings), "A", load_encoder("statistics"),
+                           looks(0.5, 0.5), inversions=kept)  # fmt: skip
+
+    def steps(stage, numbers):
+        return [stage.step(batch((2.0,), first=i % 2), batch((0.5,), first=200 + i % 2))
+                for i in numbers]  # fmt: skip
+
+    whole, half, resumed = begun("whole"), begun("broken"), begun("broken")
+    for stage in (whole, half):
+        stage.measure_target([batch((0.5, 0.5), first=100)])
+    losses = steps(whole, range(4))
+    steps(half, range(2))
+    resumed.load_state_dict(half.state_dict())
+    assert resumed.done == 2 and steps(resumed, (2, 3)) == losses[2:]
+    for a, b in zip(whole.network.parameters(), resumed.network.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=0, rtol=0)
+
+
+def test_a_step_in_bfloat16_is_close_to_one_in_float32():
+    """Weights and optimizer stay float32; what autocast rounds is a percent."""
+    losses, weights = {}, {}
+    for precision in ("fp32", "bf16"):
+        stage = GlobalStage(config(f"global_stage.precision={precision}"), 2)
+        losses[precision] = [stage.step(batch((0.5, 2.0), first=2 * i)) for i in range(2)]
+        weights[precision] = list(stage.network.parameters())
+        assert {w.dtype for w in weights[precision]} == {torch.float32}
+    exact, rounded = (losses[name][-1]["noise"] for name in ("fp32", "bf16"))
+    assert exact != rounded, "the first step predicts 0 in both, the second does not"
+    assert rounded == pytest.approx(exact, rel=0.02)
+
+
 @pytest.mark.parametrize("prediction", ["epsilon", "v", "x0"])
 def test_every_prediction_trains(prediction):
     _, losses, _ = trained(config(f"network.prediction={prediction}"), 8)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from sgcd_core.errors import InputError, SgcdError, StorageError
+from sgcd_core.io.s3.client import connection
 from sgcd_core.io.store import ObjectInfo, Store, join, sha256_hex
 
 if TYPE_CHECKING:
@@ -254,6 +255,38 @@ def test_wrong_keys_are_denied_and_unknown_buckets_named(
     with monkeypatch.context() as patch:
         patch.setenv("SGCD_S3_ANON", "1")
         assert _raises_in(10, s3_server.uri("x")).code == "STORE-DENIED"
+
+
+@pytest.mark.s3
+def test_open_data_is_read_without_keys_and_nothing_is_signed(
+    s3_server: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import pyarrow as pa
+    from conftest import PUBLIC
+    from deltalake import DeltaTable, write_deltalake
+
+    root, store = f"s3://{PUBLIC}/ixi", Store()
+    store.write_bytes(f"{root}/sub-1.nii.gz", b"scan")
+    table, options = f"{root}/table", store.delta_options(f"{root}/table")
+    write_deltalake(table, pa.table({"n": [1, 2]}), storage_options=options)
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("SGCD_S3_ANON", "1")
+    signed: list[bool] = []
+    events = connection().client.meta.events
+    events.register("before-send.s3", lambda request, **_: signed.append(
+        "Authorization" in request.headers
+    ))  # fmt: skip
+    assert store.read_bytes(f"{root}/sub-1.nii.gz") == b"scan"
+    assert f"{root}/sub-1.nii.gz" in [item.uri for item in store.list(root)]
+    assert signed and not any(signed)
+    found = DeltaTable(table, storage_options=store.delta_options(table))
+    assert found.to_pyarrow_table().num_rows == 2
+    for refused in (lambda: store.write_bytes(f"{root}/new", b"x"),
+                    lambda: store.read_bytes(s3_server.uri("private"))):  # fmt: skip
+        with pytest.raises(StorageError) as caught:
+            refused()
+        assert caught.value.code == "STORE-DENIED"
 
 
 @pytest.mark.s3
