@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from sgcd_core.config import SgcdConfig, load_config
+from sgcd_core.diffusion.schedule import Schedule
+from sgcd_core.harmonizer import start_matters
 
 #: The grid of evaluations: timesteps t_0 that noise is added to, and evaluations from there.
 STARTS = (100, 180, 400, 999)
@@ -138,11 +140,13 @@ ABLATIONS: dict[str, Ablation] = {a.name: a for a in (*VARIANTS, *EVALUATIONS, *
 
 
 def evaluations(ablation: Ablation, config: SgcdConfig) -> int:
-    """Network evaluations of one harmonized scan: Stage 1, and the way up and down of Stage 2."""
+    """Network evaluations of one harmonized scan: Stage 1 where it is seen in the result, and the
+    way up and down of Stage 2.
+    """
     if not ablation.network:
         return 0
-    count = config.global_sampler.steps
-    if ablation.stage2:
-        sampler = config.target_sampler
-        count += sampler.steps + (sampler.invert_steps if sampler.start == "inversion" else 0)
-    return count
+    first, sampler = config.global_sampler.steps, config.target_sampler
+    if not ablation.stage2:
+        return first
+    count = sampler.steps + (sampler.invert_steps if sampler.start == "inversion" else 0)
+    return count + first * start_matters(Schedule.from_config(config.schedule), sampler)

@@ -118,7 +118,9 @@ class Work:
         if not path.exists():
             return None
         found: Row = json.loads(path.read_text())
-        return found if found["key"] == self.result_key(ablation) else None
+        if found["key"] != self.result_key(ablation):
+            return None
+        return found | {"evaluations": evaluations(ablation, self.configs(ablation)[1])}
 
     def model(self, key: str) -> str:
         """Folder of a model."""
@@ -219,7 +221,7 @@ def score(work: Work, ablation: Ablation) -> None:
         "sampling": ablation.sampling, "start": work.start(ablation),
         "steps": config.global_stage.steps if ablation.network else 0,
         "tune_steps": config.target_stage.steps if ablation.stage2 and ablation.network else 0,
-        "train_seconds": 0.0, "tune_seconds": 0.0, "evaluations": evaluations(ablation, used),
+        "train_seconds": 0.0, "tune_seconds": 0.0,
     }  # fmt: skip
     if ablation.network:
         pack = load_modelpack(work.model(work.stage1_key(ablation)))

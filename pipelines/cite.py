@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
 import yaml
 
 from pipelines.catalog import Catalog
@@ -55,6 +57,11 @@ def software_versions() -> dict[str, str]:
     return found
 
 
+#: What is cited of the results.
+_COLUMNS = ("dataset", "subject", "site", "sequence", "status", "code", "code_version",
+            "config_digest", "lesion_ml", "uncertainty_uri", "output_uri")  # fmt: skip
+
+
 def citation(lake: Lake, model: str, model_version: int) -> str:
     """What was done with one version of one model, Markdown, with references.
 
@@ -66,9 +73,9 @@ def citation(lake: Lake, model: str, model_version: int) -> str:
     catalog = Catalog(lake)
     meta, config = _model(lake, model, model_version)
     chosen = {"model": model, "model_version": model_version}
-    results: list[Row] = catalog.rows("results", where=chosen).to_pylist()
-    done = [row for row in results if row["output_uri"]]
-    if not done:
+    results = catalog.rows("results", where=chosen, columns=_COLUMNS)
+    done = results.filter(pc.field("output_uri").is_valid())
+    if not done.num_rows:
         raise ModelError(
             f"{model} version {model_version} has harmonized nothing.", where=lake.uri,
             hint=f"Run `sgcd harmonize --lake LAKE --model {model}@{model_version}` first.",
@@ -125,16 +132,18 @@ def _runs(catalog: Catalog, model: str, model_version: int) -> list[dict[str, An
 
 
 def _scans(
-    done: Sequence[Row], meta: Row, config: SgcdConfig, model: str, number: int, cited: _Cited
+    done: pa.Table, meta: Row, config: SgcdConfig, model: str, number: int, cited: _Cited
 ) -> str:
-    people = {(row["dataset"], row["subject"]) for row in done}
-    sites = Counter(row["site"] or "unknown" for row in done)
+    people = done.group_by(["dataset", "subject"]).aggregate([])
+    sites = _counted(done["site"], "unknown")
     goal = f"the look of site {meta['target']}" if meta.get("target") else "one common look"
-    programs = ", ".join(sorted({row["code_version"] for row in done if row["code_version"]}))
-    digests = ", ".join(sorted({row["config_digest"] for row in done if row["config_digest"]}))
+    programs, digests = (
+        ", ".join(sorted(filter(None, pc.unique(done[name]).to_pylist())))
+        for name in ("code_version", "config_digest")
+    )
     return (
-        f"{_count(len(done), 'scan')} ({_counts(Counter(r['sequence'] for r in done))}) of "
-        f"{_count(len(people), 'participant')} from {_count(len(sites), 'site')} "
+        f"{_count(done.num_rows, 'scan')} ({_counts(_counted(done['sequence']))}) of "
+        f"{_count(people.num_rows, 'participant')} from {_count(len(sites), 'site')} "
         f"({_counts(sites)}) were harmonized to {goal} with SGCD Lake {programs} (model {model}, "
         f"version {number}, preset {config.preset}; digest of the settings {digests}), which "
         f"implements semantic-guided conditional diffusion {cited('method')}; data and outputs "
@@ -217,25 +226,33 @@ def _carried(config: SgcdConfig, runs: Sequence[Row]) -> str:
     )  # fmt: skip
 
 
-def _outcome(results: Sequence[Row], done: Sequence[Row]) -> str:
-    def codes(status: str) -> str:
-        return _counts(Counter(r["code"] or "-" for r in results if r["status"] == status))
+def _counted(column: pa.ChunkedArray, missing: str = "-") -> Counter[str]:
+    """How often each value is there; nulls under the name `missing`."""
+    found: Counter[str] = Counter()
+    for item in pc.value_counts(column).to_pylist():
+        found[item["values"] or missing] += item["counts"]
+    return found
 
-    by = Counter(row["status"] for row in results)
+
+def _outcome(results: pa.Table, done: pa.Table) -> str:
+    def codes(status: str) -> str:
+        return _counts(_counted(results.filter(pc.field("status") == status)["code"]))
+
+    by = _counted(results["status"])
     parts = [f"{by['ok']} passed the checks of anatomy, tissue volumes and likeness to training"]
     if by["flagged"]:
         parts.append(f"{by['flagged']} were flagged for review ({codes('flagged')})")
     for status in ("failed", "quarantined"):
         if by[status]:
             parts.append(f"{by[status]} could not be harmonized ({codes(status)})")
-    text = f"Of {_count(len(results), 'scan')}, {_and(parts)}."
-    lesions = sum(row["lesion_ml"] is not None for row in done)
+    text = f"Of {_count(results.num_rows, 'scan')}, {_and(parts)}."
+    lesions = done.num_rows - done["lesion_ml"].null_count
     if lesions:
         text += (
             f" In {_count(lesions, 'scan')} a lesion mask was honoured: the correction was "
             "carried through the lesion from around it."
         )
-    maps = sum(row["uncertainty_uri"] is not None for row in done)
+    maps = done.num_rows - done["uncertainty_uri"].null_count
     if maps:
         text += f" For {_count(maps, 'scan')} the standard deviation over seeds was mapped."
     return text

@@ -96,26 +96,20 @@ def write_description(
     return links
 
 
-def write_participants(
-    root: str, scans: Sequence[Row], results: Sequence[Row], store: Store | None = None
-) -> None:
+def write_participants(root: str, scans: Iterable[Row], store: Store | None = None) -> None:
     """Write participants.tsv and .json: who has an output, with what the sources say of them.
 
     Rows of others stay, since runs with a lake of their own may write to one data set.
 
     Args:
         root: Address of the derivative data set.
-        scans: Rows of `scans`.
-        results: Rows of `results` of this model version.
+        scans: Rows of `scans` with an output of this model version.
         store: Where it lies.
     """
     store = store or Store()
-    done = {row["scan_id"] for row in results if row["output_uri"]}
-    mine = [scan for scan in scans if scan["scan_id"] in done]
-    if mine:
-        table, columns = participants_tables(mine, store, root)
-        write_changed(store, join(root, "participants.tsv"), table)
-        write_changed(store, join(root, "participants.json"), _json(columns))
+    table, columns = participants_tables(scans, store, root)
+    write_changed(store, join(root, "participants.tsv"), table)
+    write_changed(store, join(root, "participants.json"), _json(columns))
 
 
 def write_changed(store: Store, uri: str, body: bytes) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from pipelines.lesions import dataset_root
@@ -25,7 +25,7 @@ _KNOWN = {
 
 
 def participants_tables(
-    scans: Sequence[Row], store: Store, present: str | None = None
+    scans: Iterable[Row], store: Store, present: str | None = None
 ) -> tuple[bytes, dict[str, Any]]:
     """participants.tsv, and the content of participants.json.
 
@@ -33,17 +33,20 @@ def participants_tables(
     not agree on is n/a.
 
     Args:
-        scans: Rows of `scans` with an output.
+        scans: Rows of `scans` with an output; read once, only what they say of people is kept.
         store: Where the sources lie.
         present: Root of the data set they are for; its rows of other participants are kept.
     """
     people: dict[str, list[dict[str, str]]] = {}
     described: dict[str, Any] = {}
     roots: dict[str | None, set[str]] = {}
+    known: dict[str, dict[tuple[str | None, str | None], None]] = {}  # in the order they came
     for scan in scans:
         label = f"sub-{scan['subject'] or scan['scan_id'][:12]}"
         people.setdefault(label, [])
         roots.setdefault(dataset_root(scan), set()).add(label)
+        age = None if scan["age"] is None else f"{scan['age']:g}"
+        known.setdefault(label, {})[age, scan["sex"]] = None
     for root in sorted(name for name in roots if name is not None):
         rows = _rows(store, root)
         for row in rows:
@@ -51,11 +54,10 @@ def participants_tables(
             if label in roots[root]:
                 people[label].append({k: v for k, v in row.items() if k and k != "session_id"})
         described = _columns(store, root) | described if rows else described
-    for scan in scans:
-        mine = people[f"sub-{scan['subject'] or scan['scan_id'][:12]}"]
-        if not any(_ID in row for row in mine):  # no table knows them
-            age = None if scan["age"] is None else f"{scan['age']:g}"
-            mine.append({k: v for k, v in (("age", age), ("sex", scan["sex"])) if v})
+    for label, mine in people.items():
+        if not mine:  # no table knows them
+            for age, sex in known[label]:
+                mine.append({k: v for k, v in (("age", age), ("sex", sex)) if v})
     if present is not None:
         described |= {k: v for k, v in _columns(store, present).items() if k not in described}
         for row in _rows(store, present):
@@ -68,8 +70,8 @@ def participants_tables(
     for label, rows in sorted(people.items()):
         lines.append("\t".join([label, *(_agreed(rows, name) for name in names)]))
     sites = {name: {"Description": _SITE} for name in names if name.lower() in SITE_COLUMNS}
-    known = _KNOWN | sites | described
-    described = {name: known[name] for name in names if name in known}
+    columns = _KNOWN | sites | described
+    described = {name: columns[name] for name in names if name in columns}
     return ("\n".join(lines) + "\n").encode(), described
 
 

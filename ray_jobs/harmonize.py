@@ -214,11 +214,14 @@ def describe(lake: Lake, model: str, version: int) -> None:
     from sgcd_core.io.store import Store, join
 
     catalog, where = Catalog(lake), {"model": model, "model_version": version}
-    results = catalog.rows("results", where=where).to_pylist()
-    if not any(row["output_uri"] for row in results):
+    results = catalog.rows("results", where=where, columns=("scan_id", "output_uri"))
+    done = results.filter(pc.field("output_uri").is_valid())["scan_id"].combine_chunks()
+    if not len(done):
         return
+    scans = catalog.rows("scans", columns=("scan_id", "uri", "subject", "age", "sex"))
+    mine = scans.filter(pc.field("scan_id").isin(done)).to_batches(max_chunksize=10_000)
     root = lake.derivatives(model_key(model, version))
-    write_participants(root, catalog.rows("scans").to_pylist(), results)
+    write_participants(root, (scan for batch in mine for scan in batch.to_pylist()))
     text = citation(lake, model, version).encode()
     write_changed(Store(), join(root, LOGS, "CITATION.md"), text)
 

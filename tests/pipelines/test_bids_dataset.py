@@ -177,8 +177,7 @@ def test_participants_of_other_runs_stay(data: Dataset, tmp_path: Path) -> None:
     (tmp_path / "participants.tsv").write_text("participant_id\tgroup\nsub-02\tx\nsub-03\ty\n")
     (tmp_path / "participants.json").write_text('{"group": {"Description": "arm"}}')
     one = [scan for scan in data.scans if scan["subject"] == "02"]
-    results = Catalog(data.lake).rows("results").to_pylist()
-    write_participants(str(tmp_path), one, results)
+    write_participants(str(tmp_path), iter(one))
     assert (tmp_path / "participants.tsv").read_text().splitlines() == [
         "participant_id\tage\tsex\tHandedness\tgroup", "sub-02\t51\tM\tL\tn/a",
         "sub-03\tn/a\tn/a\tn/a\ty",
