@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import nibabel as nib
 import numpy as np
@@ -204,6 +204,18 @@ def make_scan(head_voxels: np.ndarray) -> Callable[..., bytes]:
         return gzip.compress(image.to_bytes(), 1, mtime=0)
 
     return make
+
+
+@pytest.fixture
+def figure(record_property: Callable[[str, object], None], capsys: Any) -> Callable[[str], None]:
+    """Print a figure where `pytest` alone shows it."""
+
+    def show(text: str) -> None:
+        record_property("figure", text)
+        with capsys.disabled():
+            print(f"\n  chaos: {text}")
+
+    return show
 
 
 def _chromium() -> str | None:

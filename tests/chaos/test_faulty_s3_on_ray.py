@@ -101,14 +101,14 @@ def not_a_listing(method: str, path: str) -> bool:
 )  # fmt: skip
 def test_a_fifth_of_all_requests_fails(
     plan: Plan, calm: dict[str, str], faulty: FaultyS3, lake: str, notes: Path,
-    record_property: Callable[[str, object], None],
+    figure: Callable[[str], None],
 ) -> None:  # fmt: skip
     faulty.plan = plan
     assert harmonize(lake, *WORKERS) == 0
     faulty.plan = Plan()
     redone = sum(noted(notes, "computed").values()) - SCANS
     served = sum(faulty.faults.values())
-    record_property("figure", f"{served} of {faulty.requests} failed, {redone} scans redone")
+    figure(f"{served} of {faulty.requests} requests failed, {redone} scans redone")
     assert served > 50 and len(noted(notes, "workers")) == ACTORS
     assert redone <= ACTORS * IN_FLIGHT + 1
     check(lake, calm)
@@ -136,7 +136,7 @@ def test_credentials_are_renewed_while_the_actors_work(
 
 def test_credentials_that_end_leave_rows_and_new_ones_finish_the_rest(
     calm: dict[str, str], faulty: FaultyS3, lake: str, tmp_path: Path, notes: Path,
-    monkeypatch: pytest.MonkeyPatch, capsys: Any,
+    monkeypatch: pytest.MonkeyPatch, capsys: Any, figure: Callable[[str], None],
 ) -> None:  # fmt: skip
     keys = keys_in_a_file(tmp_path, monkeypatch, "old")
     seen = 0
@@ -155,6 +155,7 @@ def test_credentials_that_end_leave_rows_and_new_ones_finish_the_rest(
     write_keys(keys, "new")
     assert harmonize(lake, *WORKERS, "--retry-failed") == 0
     redone = sum(noted(notes, "computed").values()) - SCANS
+    figure(f"credentials that end: {redone} scans redone")
     assert redone <= ACTORS * IN_FLIGHT + 1
     rows = Catalog(Lake(lake)).rows("results").to_pylist()
     assert len(rows) == SCANS and {row["status"] for row in rows} <= {"ok", "flagged"}

@@ -114,18 +114,6 @@ def case(tmp_path: Path, template: Path, calm: dict[str, str]) -> Case:
     return Case(tmp_path, template, calm)
 
 
-@pytest.fixture
-def figure(record_property: Callable[[str, object], None], capsys: Any) -> Callable[[str], None]:
-    """Print a figure where `pytest` alone shows it."""
-
-    def show(text: str) -> None:
-        record_property("figure", text)
-        with capsys.disabled():
-            print(f"\n  chaos: {text}")
-
-    return show
-
-
 def test_the_calm_run_has_an_output_for_every_scan(calm: dict[str, str]) -> None:
     assert sum(path.endswith("desc-harmonized_T1w.nii.gz") for path in calm) == 2 * SCANS
     assert len(set(calm.values())) > 2 * SCANS, "the outputs of two scans are not the same"
