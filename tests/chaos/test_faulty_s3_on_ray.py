@@ -115,8 +115,8 @@ def test_a_fifth_of_all_requests_fails(
 
 
 def test_credentials_are_renewed_while_the_actors_work(
-    calm: dict[str, str], faulty: FaultyS3, lake: str, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    calm: dict[str, str], faulty: FaultyS3, lake: str, tmp_path: Path, notes: Path,
+    monkeypatch: pytest.MonkeyPatch, figure: Callable[[str], None],
 ) -> None:  # fmt: skip
     keys = keys_in_a_file(tmp_path, monkeypatch, "old")
     seen = 0
@@ -131,6 +131,9 @@ def test_credentials_are_renewed_while_the_actors_work(
     faulty.on_request = watch
     assert harmonize(lake, *WORKERS) == 0
     assert faulty.expired == {"old"} and faulty.faults["expired"] > 0
+    redone = sum(noted(notes, "computed").values()) - SCANS
+    figure(f"credentials renewed: {faulty.faults['expired']} refusals, {redone} scans redone")
+    assert redone <= ACTORS * IN_FLIGHT + 1
     check(lake, calm)
 
 
