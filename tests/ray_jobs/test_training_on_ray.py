@@ -21,7 +21,7 @@ from fake_lake import CURVES, add_scan, brain
 
 from pipelines.catalog import Catalog
 from pipelines.lake import Lake
-from ray_jobs import cli, session, train_global, watch
+from ray_jobs import cli, session, train_global, tune_target, watch
 from ray_jobs.checkpoint import Checkpoints
 from sgcd_core.config import load_config
 
@@ -145,22 +145,26 @@ def at_step(patch: pytest.MonkeyPatch, step: int, action: Callable[[], Any]) -> 
 
 
 def slow_worker(
-    notice_after: int | None = None, seconds: float = 0.1
+    notice_after: int | None = None, seconds: float = 0.1, stage: str = "train_global:train_worker"
 ) -> Callable[[dict[str, Any]], None]:
-    """`train_worker` with steps slow enough to be broken off.
+    """`train_worker` or `tune_worker` with steps slow enough to be broken off.
 
     Args:
         notice_after: Steps after which Ray says that a node will be taken away.
         seconds: Added to each step.
+        stage: Module and name of the worker.
     """
 
     def work(setup: dict[str, Any]) -> None:  # inside, so that it travels to the workers whole
+        import importlib
         import time
 
         from ray import train
 
-        from ray_jobs.train_global import train_worker
         from ray_jobs.worker import Worker
+
+        module, _, name = stage.partition(":")
+        worker = getattr(importlib.import_module(f"ray_jobs.{module}"), name)
 
         after = Worker.after_step
 
@@ -173,7 +177,7 @@ def slow_worker(
             info = train.PreemptionInfo(deadline_ms=None, preempted_node_to_ranks={"node": [1]})
             answers = iter([None] * notice_after)
             train.get_preemption_info = lambda: next(answers, info)
-        train_worker(setup)
+        worker(setup)
 
     return work
 
@@ -213,6 +217,46 @@ def test_a_worker_that_is_killed_changes_nothing(
     assert killed and len(heard) > STEPS  # some steps were done again
     for name in SHARED:
         assert place.curve()[name] == unbroken.curve()[name]
+
+
+def test_one_of_two_workers_is_killed_and_both_go_on(
+    place: Place, unbroken: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one that is left waits for the other in an all-reduce; it must not wait for ever."""
+    killed: list[int] = []
+
+    def kill() -> None:
+        first, second = train_workers()
+        killed.extend((first.pid, second.pid))
+        first.kill()
+
+    heard = at_step(monkeypatch, 4, kill)
+    monkeypatch.setattr(train_global, "train_worker", slow_worker())
+    assert place.train("--workers", "2") == 0
+    assert len(killed) == 2 and len(heard) > STEPS
+    for name in SHARED:
+        assert place.curve()[name] == pytest.approx(unbroken.curve()[name], abs=1e-5)
+
+
+def test_a_killed_worker_changes_nothing_in_stage_two(
+    place: Place, unbroken: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(unbroken.folder / "models" / "global", place.folder / "models" / "global")
+    killed: list[int] = []
+
+    def kill() -> None:
+        for process in train_workers():
+            killed.append(process.pid)
+            process.kill()
+
+    heard = at_step(monkeypatch, 2, kill)
+    slowly = slow_worker(seconds=1.0, stage="tune_target:tune_worker")
+    monkeypatch.setattr(tune_target, "tune_worker", slowly)
+    assert place.tune("--set", "global_stage.checkpoint_every=1") == 0
+    assert killed and sorted(set(heard)) == list(range(4))
+    for name, values in unbroken.curve("tune").items():
+        if name not in (watch.SECONDS, watch.WAIT):
+            assert place.curve("tune")[name] == values, name
 
 
 def test_a_notice_and_sigterm_keep_the_state_and_one_worker_goes_on_for_two(
