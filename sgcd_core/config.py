@@ -238,7 +238,7 @@ class TargetConfig(Settings):
         "less memory, the same result",
     )  # fmt: skip
     learning_rate: float = Field(
-        3e-5, gt=0, description="a short tuning must not undo what the box has learned"
+        1e-6, gt=0, description="as the paper's; more undoes what the box has learned of noise"
     )
     encoder: str = Field(
         "mri-dino",
