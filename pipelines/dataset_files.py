@@ -108,6 +108,8 @@ def write_participants(root: str, scans: Iterable[Row], store: Store | None = No
     """
     store = store or Store()
     table, columns = participants_tables(scans, store, root)
+    if table.count(b"\n") < 2:  # nobody
+        return
     write_changed(store, join(root, "participants.tsv"), table)
     write_changed(store, join(root, "participants.json"), _json(columns))
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from pipelines.lake import Lake
 from pipelines.turns import Turns
-from sgcd_core.errors import InputError
+from sgcd_core.errors import InputError, StorageError
 from sgcd_core.io.store import Store, join
 
 #: After this many tries that never ended, a scan is `quarantined` (SCAN-QUARANTINED).
@@ -185,6 +185,21 @@ def forgive_attempts(lake: Lake, model_key: str, run: str) -> None:
         body = _read(uri)
         if body is not None and body["run"] == run and _ROW not in body:
             store.delete(uri)
+
+
+@contextmanager
+def taken_back(lake: Lake, run: str, *model_keys: str) -> Iterator[None]:
+    """`forgive_attempts` when the block is stopped (Ctrl-C, SIGTERM) or the cluster gives up.
+
+    The workers must be gone when the block ends.
+    """
+    try:
+        yield
+    except (KeyboardInterrupt, StorageError) as error:
+        if isinstance(error, KeyboardInterrupt) or error.code == "CLUSTER":
+            for key in model_keys:
+                forgive_attempts(lake, key, run)
+        raise
 
 
 def _count(lake: Lake, model_key: str, scan_id: str, number: int, run: str) -> bool:

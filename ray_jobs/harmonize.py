@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from pipelines.catalog import Catalog
 from pipelines.harmonize import Job, Row, blank_row
 from pipelines.lake import Lake
-from pipelines.ledger import forget_attempts, forgive_attempts, model_key
+from pipelines.ledger import forget_attempts, model_key, taken_back
 from pipelines.plan import FAILED_AT_INDEX, Plan, plan
 from ray_jobs.commit import Committer
 from ray_jobs.context import code_version, open_lake, quoted, tracked
@@ -118,12 +118,8 @@ def run(args: Any) -> Outcome:
             for row in refused:
                 commit.add(row)
             if planned:
-                try:
+                with taken_back(lake, job.batch_id, job.key, preparing(job).key):
                     _harmonize(args, job, made, commit, tally)
-                except KeyboardInterrupt:  # Ctrl-C or SIGTERM; the workers are gone by now
-                    for key in (job.key, PrepareJob(lake, config.prepare).key):
-                        forgive_attempts(lake, key, job.batch_id)
-                    raise
         if tally.counts.total() != planned:  # a law of this program, not a user's mistake
             raise RuntimeError(f"{planned} scans went in, {tally.counts.total()} rows came out")
         summary.update(
@@ -161,7 +157,8 @@ def _harmonize(args: Any, job: Job, made: Plan, commit: Committer, tally: Tally)
 
     lake = job.lake
     if args.force:  # also what was set aside
-        forget_attempts(lake, job.key, set(made.todo["scan_id"].to_pylist()))
+        for key in (job.key, preparing(job).key):
+            forget_attempts(lake, key, set(made.todo["scan_id"].to_pylist()))
     named = stems(made.scans)
     work = in_order(made.todo.select(WORK))
     mine = pc.index_in(work["scan_id"], named["scan_id"])
@@ -186,14 +183,18 @@ def _harmonize(args: Any, job: Job, made: Plan, commit: Committer, tally: Tally)
         looks = {}
         if job.config.condition.match != "none":
             looks = site_looks(
-                ray, made.scans, work, lake, job.config, args.workers, again=args.force,
-                run=job.batch_id,
+                ray, made.scans, work, preparing(job), job.config, args.workers, again=args.force
             )  # fmt: skip
         pool = Pool(args.workers, share, looks)
         for scan, row in harmonize_stream(ray, work, job, pool):
             commit.add(row)
             tally.add(scan, row)
             progress.update(1, **tally.counts)
+
+
+def preparing(job: Job) -> PrepareJob:
+    """The preparation of scans that a harmonization measures looks on."""
+    return PrepareJob(job.lake, job.config.prepare, job.batch_id, job.deadline)
 
 
 def in_order(work: pa.Table) -> pa.Table:

@@ -12,10 +12,9 @@ import pyarrow as pa
 
 from pipelines.harmonize import Job, Row
 from ray_jobs.actors import HarmonizeActor
-from ray_jobs.preflight import growth
 from ray_jobs.session import NO_PROGRESS_SECONDS
 from ray_jobs.volume_stream import packed, unpacked
-from ray_jobs.windows import each_once, room, window_size
+from ray_jobs.windows import each_once, nodes_to_come, room, window_size
 
 #: Scans an actor holds at once: one is read, one computed, one written.
 IN_FLIGHT = 3
@@ -92,12 +91,17 @@ def _execution(ray: Any, job: Job, pool: Pool, scans: list[Row]) -> Iterator[Row
 
 
 def _beside(ray: Any, count: int, gpus: float) -> int:
-    """How many of `count` actors share a node at most, when they are spread over all of them."""
+    """How many of `count` actors share a node at most.
+
+    Ray spreads them over the nodes that are there; on nodes to come they may all lie together.
+    """
     name, share = ("GPU", gpus) if gpus else ("CPU", 1.0)
     now = [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
     places = [
         [int(n) for node in nodes if (n := node.get(name, 0.0) / share + 1e-9) >= 1]
-        for nodes in (now, growth())
+        for nodes in (now, nodes_to_come(name))
     ]
-    most = max(places, key=sum) or [1]
-    return max(1, min(max(most), math.ceil(count / len(most))))
+    here, to_come = places
+    if count <= sum(here):
+        return max(1, min(max(here), math.ceil(count / len(here))))
+    return max(1, min(count, max([*here, *to_come, 1])))

@@ -197,7 +197,7 @@ def node_findings(
     asked = {}
     for node in nodes:
         here = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-        asked[task.options(scheduling_strategy=here).remote(lake, seconds - 1)] = node[
+        asked[task.options(scheduling_strategy=here).remote(lake, seconds + 1)] = node[
             "NodeManagerAddress"
         ]
     ready, late = ray.wait(list(asked), num_returns=len(asked), timeout=seconds)
@@ -253,7 +253,10 @@ def require_nodes(ray: Any, lake: str | None, began: float) -> None:
 
 
 def on_node(lake: str | None, seconds: float) -> dict[str, Any]:
-    """What one node says of itself, within `seconds`; runs there."""
+    """What one node says of itself; runs there.
+
+    `seconds` is more than the node is waited for: one whose store is slow is late, not refused.
+    """
     found = check_lake(lake, seconds=seconds) if lake else []
     return {"version": versions(), "lake": found}
 

@@ -16,8 +16,8 @@ from pipelines.ledger import (
     attempt,
     end_attempts,
     forget_attempts,
-    forgive_attempts,
     note_late,
+    taken_back,
 )
 from pipelines.turns import Turns
 from ray_jobs.context import open_lake, quoted, recorded
@@ -28,6 +28,7 @@ from ray_jobs.settings import from_args, preparation_line, remember
 from ray_jobs.volume_stream import Row, packed, unpacked
 from ray_jobs.windows import each_once, end_late, room, window_size
 from sgcd_core.config import PrepareConfig, SgcdConfig
+from sgcd_core.errors import SgcdError
 
 if TYPE_CHECKING:
     from pipelines.catalog import Catalog
@@ -104,19 +105,16 @@ def run(args: Any) -> Outcome:
     failed: list[Row] = []
     done = 0
     with recorded(lake, "prepare", config.digest()) as summary:
-        try:
-            with (
-                session(args.ray_address, need_of("prepare", config, args.workers), lake) as ray,
-                Progress("prepare", len(todo)) as progress,
-            ):
-                for row in prepare_stream(ray, todo, job, args.workers, args.force):
-                    done += 1
-                    if row["status"] != "ok":
-                        failed.append(row)
-                    progress.update(1, failed=len(failed))
-        except KeyboardInterrupt:  # Ctrl-C or SIGTERM; the workers are gone by now
-            forgive_attempts(lake, job.key, job.run)
-            raise
+        with (
+            taken_back(lake, job.run, job.key),
+            session(args.ray_address, need_of("prepare", config, args.workers), lake) as ray,
+            Progress("prepare", len(todo)) as progress,
+        ):
+            for row in prepare_stream(ray, todo, job, args.workers, args.force):
+                done += 1
+                if row["status"] != "ok":
+                    failed.append(row)
+                progress.update(1, failed=len(failed))
         if done != len(todo):  # a law of this program, not a user's mistake
             raise RuntimeError(f"{len(todo)} scans went in, {done} rows came out")
         summary.update(prepared=done - len(failed), failed=len(failed), recipe=recipe)
@@ -195,27 +193,34 @@ def _preparation(
 
 def prepare_packed(item: dict[str, Any], job: PrepareJob, force: bool = False) -> dict[str, bytes]:
     """Prepare one scan; a scan that ends its worker again and again is set aside as a row."""
+    row = unpacked(item)
+    try:
+        return packed(row | _prepared(row, job, force))
+    except SgcdError as error:  # the store, where tries are counted
+        failed = {"status": "failed", "code": error.code, "message": error.sentence}
+        return packed(row | failed)
+
+
+def _prepared(row: Row, job: PrepareJob, force: bool) -> Row:
+    """What came of one counted try."""
     from pipelines.prepare import prepare_one
     from pipelines.training_data import COMPLETE
     from sgcd_core.io.store import Store, join
 
-    row, lake, config = unpacked(item), job.lake, job.config
-    failed = {"status": "failed"}
-    with attempt(
-        lake, job.key, row["scan_id"], job.run, _turns(lake, job.key, job.deadline)
-    ) as this:
+    lake, config, scan_id = job.lake, job.config, row["scan_id"]
+    with attempt(lake, job.key, scan_id, job.run, _turns(lake, job.key, job.deadline)) as this:
         if this.number > MAX_ATTEMPTS:
             text = f"preparing it ended its worker {MAX_ATTEMPTS} times."
-            return packed(row | failed | {"code": "SCAN-QUARANTINED", "message": text})
+            return {"status": "failed", "code": "SCAN-QUARANTINED", "message": text}
         if this.number > 1 and this.was_late(job.deadline):
             text = f"preparing it took longer than {job.deadline:g} s."
-            done = row | failed | {"code": "SCAN-DEADLINE", "message": text}
+            done = {"status": "failed", "code": "SCAN-DEADLINE", "message": text}
         else:
             if force:
-                Store().delete(join(lake.prepared(config.digest(), row["scan_id"]), COMPLETE))
-            done = row | prepare_one(row, lake, config)
-    end_attempts(lake, job.key, row["scan_id"])
-    return packed(done)
+                Store().delete(join(lake.prepared(config.digest(), scan_id), COMPLETE))
+            done = prepare_one(row, lake, config)
+    end_attempts(lake, job.key, scan_id)
+    return done
 
 
 @lru_cache(maxsize=8)

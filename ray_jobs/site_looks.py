@@ -37,8 +37,8 @@ def look_uri(lake: Lake, recipe: str, site: str, sequence: str) -> str:
 
 
 def site_looks(
-    ray: Any, scans: pa.Table, work: pa.Table, lake: Lake, config: SgcdConfig,
-    workers: int | None, *, again: bool = False, run: str = "",
+    ray: Any, scans: pa.Table, work: pa.Table, job: PrepareJob, config: SgcdConfig,
+    workers: int | None, *, again: bool = False,
 ) -> dict[tuple[str, str], Look]:  # fmt: skip
     """Looks by site and sequence of the scans in `work`; those not kept yet are measured.
 
@@ -48,13 +48,12 @@ def site_looks(
             site has no other.
         work: Rows of `scans` that are to be harmonized. A scan whose site is not known has no
             look but its own.
-        lake: Where the looks are kept, beside the prepared scans.
+        job: Lake, where the looks are kept beside the prepared scans, and how scans are prepared.
         config: Gives the recipe.
         workers: For scans that are not prepared yet; None: as many as there is room for.
         again: Measure those that are kept as well.
-        run: Who asks.
     """
-    store, recipe = Store(), config.prepare.digest()
+    store, lake, recipe = Store(), job.lake, job.config.digest()
     groups = work.select(["site", "sequence"]).group_by(["site", "sequence"]).aggregate([])
     wanted = sorted(
         (row["site"], row["sequence"]) for row in groups.to_pylist()
@@ -69,7 +68,6 @@ def site_looks(
     if not missing:
         return found
     sample = [row for key in missing for row in _sample(scans, key)]
-    job = PrepareJob(lake, config.prepare, run)
     measured = _measure(ray, sample, job, config, workers)
     index = {name: i for i, name in enumerate(config.sequences)}
     for site, sequence in missing:

@@ -33,12 +33,17 @@ def window_size(workers: int) -> int:
 
 
 def room(ray: Any, name: str) -> float:
-    """CPUs or GPUs of the cluster, those an autoscaler may add included.
+    """CPUs or GPUs of the cluster, those an autoscaler may add for such work included.
 
     It adds nodes only when work waits for them, so more has to be asked for than is there.
     """
-    grown = sum(node.get(name, 0.0) for node in growth())
+    grown = sum(node.get(name, 0.0) for node in nodes_to_come(name))
     return max(float(ray.cluster_resources().get(name, 0.0)), grown)
+
+
+def nodes_to_come(name: str) -> list[dict[str, float]]:
+    """Nodes an autoscaler may add for work that wants CPUs or GPUs: not GPUs for their CPUs."""
+    return [node for node in growth() if (name == "GPU") == (node.get("GPU", 0.0) > 0)]
 
 
 def each_once(

@@ -55,9 +55,10 @@ def carry_to_native(
         0 outside `native_mask`.
     """
     source, source_mask = native_on_model_grid(native, native_mask, geometry)
-    box = _reached(native_mask, geometry)
+    inside = mask & source_mask
+    box = _around(_reached(native_mask, geometry), bounding_box(inside))
     slope, offset = local_linear_maps(
-        source[box], harmonized[box], (mask & source_mask)[box], config,
+        source[box], harmonized[box], inside[box], config,
         None if lesion is None else lesion[box],
     )  # fmt: skip
     values = geometry.scale(native.data[native_mask])
@@ -145,6 +146,14 @@ def _reached(native_mask: Array, geometry: Geometry) -> Box:
     x, y, z = (
         slice(min(max(a, 0), size - 1), max(min(b, size), 1))
         for a, b, size in zip(low.tolist(), high.tolist(), geometry.model_shape, strict=True)
+    )
+    return x, y, z
+
+
+def _around(one: Box, other: Box) -> Box:
+    """The smallest box that holds both."""
+    x, y, z = (
+        slice(min(a.start, b.start), max(a.stop, b.stop)) for a, b in zip(one, other, strict=True)
     )
     return x, y, z
 

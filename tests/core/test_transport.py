@@ -142,3 +142,35 @@ def test_nothing_is_negative_even_when_the_map_goes_below_zero(head: tuple) -> N
     wanted = np.where(model_mask, np.maximum(1.5 * source - 0.5, 0), 0)
     out = carry_to_native(scan, mask, geometry, wanted, model_mask, TransportConfig())
     assert out.min() == 0.0 and np.isfinite(out).all()
+
+
+@pytest.mark.parametrize("sides", [(1.0, 1.0, 1.0), (1.0, 1.0, 4.0), (3.0, 3.5, 4.0)])
+@pytest.mark.parametrize("mm", [1.0, 2.0])
+def test_the_part_of_the_grid_that_is_worked_on_does_not_show(
+    sides: tuple[float, float, float], mm: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Thick slices reach further than their centres; what is cut off must count for nothing."""
+    extent = np.array([40.0, 44.0, 40.0])
+    shape = tuple(int(n) for n in extent / np.array(sides))
+    axes = np.meshgrid(*[(np.arange(n) + 0.5) / n * 2 - 1 for n in shape], indexing="ij")
+    radius = np.sqrt(sum(a**2 for a in axes))
+    mask = radius < 0.75  # with empty slices around it
+    noise = np.random.default_rng(0).normal(0, 10, shape)
+    data = np.where(mask, 300 + 200 * (radius < 0.5) + noise, 0).astype(np.float32)
+    affine = np.diag([*sides, 1.0])
+    affine[:3, 3] = -np.array(sides) * (np.array(shape) - 1) / 2
+    model_shape = tuple(int(n) for n in (extent + 8) / mm)
+    model = np.diag([mm, mm, mm, 1.0])
+    model[:3, 3] = -mm * (np.array(model_shape) - 1) / 2
+    geometry = Geometry(
+        shape, rows(affine), ((0, 1), (1, 1), (2, 1)), rows(model), model_shape, rows(np.eye(4)),
+        0.0, 600.0, 1000.0,
+    )  # fmt: skip
+    scan = NiftiScan(data, affine, shape, sides, None, affine, 0, 1, "float32", "")
+    image, model_mask = native_on_model_grid(scan, mask, geometry)
+    harmonized = np.where(model_mask, np.sqrt(image.clip(0, 1)), 0).astype(np.float32)
+    arguments = (scan, mask, geometry, harmonized, np.ones_like(model_mask), TransportConfig())
+    cut = carry_to_native(*arguments)
+    whole = tuple(slice(0, n) for n in model_shape)
+    monkeypatch.setattr("sgcd_core.volume.transport._reached", lambda *_: whole)
+    np.testing.assert_array_equal(cut, carry_to_native(*arguments))

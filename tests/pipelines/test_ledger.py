@@ -6,6 +6,8 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from datetime import UTC, datetime
 from pathlib import Path
 
+import pytest
+
 from pipelines.lake import Lake
 from pipelines.ledger import (
     MAX_ATTEMPTS,
@@ -17,8 +19,10 @@ from pipelines.ledger import (
     forgive_attempts,
     model_key,
     note_late,
+    taken_back,
 )
 from pipelines.turns import Turns
+from sgcd_core.errors import StorageError
 
 
 def test_tries_count_up_across_processes_that_remember_nothing(tmp_path: Path) -> None:
@@ -148,3 +152,12 @@ def test_a_scan_that_another_job_settles_meanwhile_can_be_tried(tmp_path: Path) 
         assert this.number == 2
         assert this.earlier() == [] and this.kept("settings") is None
         assert not this.was_late(1.0)
+
+
+def test_a_cluster_that_gives_up_counts_against_no_scan(tmp_path: Path) -> None:
+    lake = Lake(str(tmp_path))
+    for code, left in (("CLUSTER", 0), ("STORE-WRITE", 1)):
+        with pytest.raises(StorageError), taken_back(lake, "mine", "k"):
+            begin_attempt(lake, "k", code, "mine")
+            raise StorageError("no workers", code=code)
+        assert count_attempts(lake, "k", code) == left

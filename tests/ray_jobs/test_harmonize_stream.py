@@ -120,9 +120,9 @@ def test_a_cluster_that_grows_is_asked_for_all_it_may_have(monkeypatch: pytest.M
     monkeypatch.setenv("SGCD_CLUSTER_MAX", most)
     assert Pool(None, 1.0, {}).size(head) == 16
     assert Pool(None, 0.5, {}).size(head) == 32
-    assert Pool(None, 0, {}).size(head) == 16 * 8 + 2 * 32 - 1
+    assert Pool(None, 0, {}).size(head) == 2 * 32 - 1, "no GPU is started for its CPUs"
     assert Pool(3, 1.0, {}).size(head) == 3, "the user's own number counts"
-    assert windows.room(head, "CPU") == 192
+    assert windows.room(head, "CPU") == 64
 
 
 def test_an_actor_knows_how_many_share_its_node(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,3 +135,5 @@ def test_an_actor_knows_how_many_share_its_node(monkeypatch: pytest.MonkeyPatch)
     assert _beside(Nodes({"CPU": 0.0}), 1, 1.0) == 1, "no node is there yet"
     monkeypatch.setenv("SGCD_CLUSTER_MAX", '[{"nodes": 16, "CPU": 8, "GPU": 2}]')
     assert _beside(Nodes({"CPU": 0.0}), 32, 1.0) == 2
+    monkeypatch.setenv("SGCD_CLUSTER_MAX", '[{"nodes": 8, "CPU": 8}, {"nodes": 16, "GPU": 1}]')
+    assert _beside(Nodes({"CPU": 0.0}), 8, 0) == 8, "all may be put on the first node that comes"
