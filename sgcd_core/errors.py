@@ -34,7 +34,7 @@ CODES: dict[str, str] = {
     "SCAN-NO-SITE": "No site is known for this scan.",
     "SCAN-DUPLICATE": "The same bytes are listed under another name.",
     "SCAN-FAILED": "Harmonizing this scan failed in an unexpected way.",
-    "SCAN-DEADLINE": "Harmonizing this scan took longer than it may (--scan-deadline).",
+    "SCAN-DEADLINE": "Working on this scan took longer than it may (--scan-deadline).",
     "SCAN-QUARANTINED": "This scan ended its worker three times and is set aside.",
     # lesion masks
     "LESION-UNREADABLE": "The scan's lesion mask is damaged or not an image.",
