@@ -71,7 +71,7 @@ def main() -> None:
     args = parser.parse_args()
     started = time.monotonic()
     lake = build(args)
-    found = rows(lake, args.target)
+    found = rows(lake, args.target, paper=args.paper)
     print(table(summarize(found, seed=args.seed).groups))
     print(against_best(found, args.seed))
     print(f"{(time.monotonic() - started) / 60:.1f} minutes")
@@ -130,7 +130,7 @@ def run(*words: object) -> None:
         raise SystemExit(f"sgcd {line[0]} failed")
 
 
-def rows(lake: Lake, target: str) -> list[Row]:
+def rows(lake: Lake, target: str, *, paper: bool = True) -> list[Row]:
     """Measures of every test scan by every method, against the subject's scan at the target."""
     catalog = Catalog(lake)
     scans = catalog.rows("scans").to_pylist()
@@ -140,9 +140,10 @@ def rows(lake: Lake, target: str) -> list[Row]:
     recipe, seen = pack.config.prepare.digest(), pack.meta["training_sites"]
     fitted = _fitted(lake, scans, target, pack.config)
     out: list[Row] = []
+    models = {"stage1": ("global", 1)} | ({"paper": (name, 2)} if paper else {})
     others = {
         method: {r["scan_id"]: r for r in usable_results(catalog, model, version)}
-        for method, model, version in (("stage1", "global", 1), ("paper", name, 2))
+        for method, (model, version) in models.items()
     }
     for result in usable_results(catalog, name, 1):
         scan = by_id[result["scan_id"]]
