@@ -168,6 +168,17 @@ def ray_cluster() -> Iterator[RayCluster]:
 
 
 @pytest.fixture
+def one_thread() -> Iterator[None]:
+    """One thread for torch, so that sums come out the same whatever ran before."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
 def tmp_lake(tmp_path: Path) -> Lake:
     """A new, empty lake in a temporary folder."""
     return Lake.open(str(tmp_path / "lake"), create=True)

@@ -18,16 +18,8 @@ from sgcd_core.style.encoder import load_encoder
 from sgcd_core.target_stage import TargetStage
 
 STEPS = 3
-
-
-@pytest.fixture(autouse=True)
-def as_the_ranks_do():
-    """One thread, as in the ranks: another order of adding up is not what is tested."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
+# As in the ranks: another order of adding up is not what is tested.
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 CHAIN = [
     "target_sampler.t_start=35", "target_sampler.t_reverse=25", "target_sampler.steps=2",
