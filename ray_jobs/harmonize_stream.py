@@ -13,8 +13,7 @@ import pyarrow as pa
 from pipelines.harmonize import Job, Row
 from ray_jobs.actors import HarmonizeActor
 from ray_jobs.session import NO_PROGRESS_SECONDS
-from ray_jobs.volume_stream import packed, unpacked
-from ray_jobs.windows import each_once, nodes_to_come, room, window_size
+from ray_jobs.windows import dataset_of, each_once, nodes_to_come, room, rows_of, window_size
 
 #: Scans an actor holds at once: one is read, one computed, one written.
 IN_FLIGHT = 3
@@ -67,9 +66,7 @@ def harmonize_stream(ray: Any, work: pa.Table, job: Job, pool: Pool) -> Iterator
 
 def _execution(ray: Any, job: Job, pool: Pool, scans: list[Row]) -> Iterator[Row]:
     count = min(pool.size(ray), len(scans))
-    # A block a scan: a lost worker costs what it held, and the plan spreads evenly.
-    items = ray.data.from_items([packed(scan) for scan in scans], override_num_blocks=len(scans))
-    rows = items.map(
+    rows = dataset_of(ray, scans).map(
         pool.actor,
         fn_constructor_kwargs={
             "job": job, "looks": pool.looks, "workers": _beside(ray, count, pool.gpus),
@@ -85,9 +82,7 @@ def _execution(ray: Any, job: Job, pool: Pool, scans: list[Row]) -> Iterator[Row
         num_gpus=pool.gpus or None,
     )  # fmt: skip
     # One scan may take its whole deadline, and then another that waited to be alone.
-    rows.context.execution_no_progress_timeout_s = NO_PROGRESS_SECONDS + 2 * job.deadline
-    for batch in rows.iter_batches(batch_size=1, prefetch_batches=0, batch_format="numpy"):
-        yield unpacked({"row": batch["row"][0]})
+    yield from rows_of(rows, NO_PROGRESS_SECONDS + 2 * job.deadline)
 
 
 def _beside(ray: Any, count: int, gpus: float) -> int:

@@ -26,7 +26,7 @@ from ray_jobs.preflight import need_of
 from ray_jobs.session import NO_PROGRESS_SECONDS, session
 from ray_jobs.settings import from_args, preparation_line, remember
 from ray_jobs.volume_stream import Row, packed, unpacked
-from ray_jobs.windows import each_once, end_late, room, window_size
+from ray_jobs.windows import dataset_of, each_once, end_late, room, rows_of, window_size
 from sgcd_core.config import PrepareConfig, SgcdConfig
 from sgcd_core.errors import SgcdError
 
@@ -179,16 +179,11 @@ def prepare_stream(
 def _preparation(
     ray: Any, job: PrepareJob, workers: int, force: bool, scans: list[Row]
 ) -> Iterator[Row]:
-    items = ray.data.from_items(
-        [packed(row) for row in scans], override_num_blocks=len(scans)
-    )  # a block a scan: a lost worker costs one scan
-    rows = items.map(
+    rows = dataset_of(ray, scans).map(
         prepare_packed, fn_kwargs={"job": job, "force": force}, num_cpus=1,
         compute=ray.data.TaskPoolStrategy(size=workers),
     )  # fmt: skip
-    rows.context.execution_no_progress_timeout_s = NO_PROGRESS_SECONDS + job.deadline
-    for batch in rows.iter_batches(batch_size=1, prefetch_batches=0, batch_format="numpy"):
-        yield unpacked({"row": batch["row"][0]})
+    yield from rows_of(rows, NO_PROGRESS_SECONDS + job.deadline)
 
 
 def prepare_packed(item: dict[str, Any], job: PrepareJob, force: bool = False) -> dict[str, bytes]:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from ray_jobs.preflight import growth
+from ray_jobs.volume_stream import packed, unpacked
 from sgcd_core.errors import SgcdError, StorageError
 
 log = logging.getLogger(__name__)
@@ -84,6 +85,23 @@ def each_once(
                     hint="Look at the cluster with `sgcd doctor` or `ray status`; then run the "
                     "same command again, it goes on from here.",
                 ) from error  # fmt: skip
+
+
+def dataset_of(ray: Any, scans: list[Row]) -> Any:
+    """A Ray dataset with a block for each scan: a lost worker costs what it held, no more."""
+    return ray.data.from_items([packed(scan) for scan in scans], override_num_blocks=len(scans))
+
+
+def rows_of(dataset: Any, patience: float) -> Iterator[Row]:
+    """Carry out the dataset and yield each packed row as soon as it is there.
+
+    Args:
+        dataset: Of packed rows.
+        patience: Seconds without any row after which Ray gives the execution up.
+    """
+    dataset.context.execution_no_progress_timeout_s = patience
+    for batch in dataset.iter_batches(batch_size=1, prefetch_batches=0, batch_format="numpy"):
+        yield unpacked({"row": batch["row"][0]})
 
 
 def end_late(note: Callable[[str], None], deadline: float, scan_ids: list[str]) -> None:

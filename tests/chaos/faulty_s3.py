@@ -110,6 +110,23 @@ class FaultyS3:
         self._server.shutdown()
         self._server.server_close()
 
+    def at_volume(self, count: int, action: Callable[[], object]) -> None:
+        """Do `action` once, when the upload of the `count`th output on a scan's own grid begins."""
+        seen = 0
+
+        def watch(method: str, path: str) -> None:
+            nonlocal seen
+            name = path.split("?")[0].rpartition("/")[2]
+            ours = name.endswith("desc-harmonized_T1w.nii.gz") and "space-" not in name
+            if method == "PUT" and ours:
+                with self._lock:  # several clients ask at once
+                    seen += 1
+                    reached = seen == count
+                if reached:
+                    action()
+
+        self.on_request = watch
+
     def fault(self, method: str, path: str, token: str) -> str | None:
         """The fault of the request that has just come, None for none."""
         self.on_request(method, path)

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -110,21 +110,6 @@ def test_a_job_survives(
     check_finished(lake, calm)
 
 
-def at_volume(faulty: FaultyS3, count: int, action: Callable[[], object]) -> None:
-    """Do `action` once, when the upload of the `count`th output on a scan's own grid begins."""
-    seen = 0
-
-    def watch(method: str, path: str) -> None:
-        nonlocal seen
-        name = path.split("?")[0].rpartition("/")[2]
-        if method == "PUT" and name.endswith("desc-harmonized_T1w.nii.gz") and "space-" not in name:
-            seen += 1
-            if seen == count:
-                action()
-
-    faulty.on_request = watch
-
-
 @pytest.fixture
 def keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return keys_in_a_file(tmp_path, monkeypatch, "old")
@@ -139,7 +124,7 @@ def test_credentials_that_others_renew_in_time_cost_nothing(
         write_keys(keys, "new")
         faulty.expired.add("old")
 
-    at_volume(faulty, 3, rotate)
+    faulty.at_volume(3, rotate)
     runs, worked = until_done(lake, source)
     print(f"renewed mid-run: {faulty.faults['expired']} refusals, {runs} run(s), {worked} scans")
     assert (runs, worked) == (1, small.SCANS) and faulty.expired == {"old"}
@@ -150,7 +135,7 @@ def test_credentials_that_end_stop_the_job_with_a_code_and_new_ones_finish_it(
     faulty: FaultyS3, s3_server: S3Server, source: str, calm: dict[str, str], keys: Path
 ) -> None:
     lake = s3_server.uri("chaos-expired")
-    at_volume(faulty, 4, lambda: faulty.expired.add("old"))
+    faulty.at_volume(4, lambda: faulty.expired.add("old"))
     with pytest.raises(StorageError) as error:
         small.run(lake, source)
     assert error.value.code == "STORE-EXPIRED"
@@ -172,7 +157,7 @@ def test_an_outage_in_the_middle_costs_what_was_not_committed(
     lake = s3_server.uri("chaos-outage")
     monkeypatch.setenv("SGCD_S3_RETRY_SECONDS", "1")
     dark = Plan(("reset", "503"), share=1.0, in_a_row=10**9)
-    at_volume(faulty, 4, lambda: setattr(faulty, "plan", dark))
+    faulty.at_volume(4, lambda: setattr(faulty, "plan", dark))
     with pytest.raises(StorageError) as error:
         small.run(lake, source)
     assert error.value.code in ("STORE-UNREACHABLE", "STORE-WRITE")

@@ -119,16 +119,12 @@ def test_credentials_are_renewed_while_the_actors_work(
     monkeypatch: pytest.MonkeyPatch, figure: Callable[[str], None],
 ) -> None:  # fmt: skip
     keys = keys_in_a_file(tmp_path, monkeypatch, "old")
-    seen = 0
 
-    def watch(method: str, path: str) -> None:
-        nonlocal seen
-        seen += method == "PUT" and "desc-harmonized_T1w.nii.gz" in path
-        if seen == 20 and not faulty.expired:
-            write_keys(keys, "new")
-            faulty.expired.add("old")
+    def renew() -> None:
+        write_keys(keys, "new")
+        faulty.expired.add("old")
 
-    faulty.on_request = watch
+    faulty.at_volume(10, renew)
     assert harmonize(lake, *WORKERS) == 0
     assert faulty.expired == {"old"} and faulty.faults["expired"] > 0
     redone = sum(noted(notes, "computed").values()) - SCANS
@@ -142,15 +138,7 @@ def test_credentials_that_end_leave_rows_and_new_ones_finish_the_rest(
     monkeypatch: pytest.MonkeyPatch, capsys: Any, figure: Callable[[str], None],
 ) -> None:  # fmt: skip
     keys = keys_in_a_file(tmp_path, monkeypatch, "old")
-    seen = 0
-
-    def watch(method: str, path: str) -> None:
-        nonlocal seen
-        seen += method == "PUT" and "desc-harmonized_T1w.nii.gz" in path
-        if seen == 20:
-            faulty.expired.add("old")
-
-    faulty.on_request = watch
+    faulty.at_volume(10, lambda: faulty.expired.add("old"))
     assert harmonize(lake, *WORKERS) != 0
     said = capsys.readouterr()
     assert "STORE-EXPIRED" in said.out + said.err

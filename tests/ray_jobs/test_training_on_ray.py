@@ -191,6 +191,14 @@ def train_workers() -> list[psutil.Process]:
     ]
 
 
+def kill_workers() -> list[int]:
+    """Kill all of them; their process ids."""
+    workers = train_workers()
+    for process in workers:
+        process.kill()
+    return [process.pid for process in workers]
+
+
 def test_every_step_is_logged_with_its_time_and_its_wait(unbroken: Place) -> None:
     curve = unbroken.curve()
     assert set(SHARED) < set(curve)
@@ -205,13 +213,7 @@ def test_a_worker_that_is_killed_changes_nothing(
     place: Place, unbroken: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     killed: list[int] = []
-
-    def kill() -> None:
-        for process in train_workers():
-            killed.append(process.pid)
-            process.kill()
-
-    heard = at_step(monkeypatch, 4, kill)
+    heard = at_step(monkeypatch, 4, lambda: killed.extend(kill_workers()))
     monkeypatch.setattr(train_global, "train_worker", slow_worker())
     assert place.train() == 0
     assert killed and len(heard) > STEPS  # some steps were done again
@@ -243,13 +245,7 @@ def test_a_killed_worker_changes_nothing_in_stage_two(
 ) -> None:
     shutil.copytree(unbroken.folder / "models" / "global", place.folder / "models" / "global")
     killed: list[int] = []
-
-    def kill() -> None:
-        for process in train_workers():
-            killed.append(process.pid)
-            process.kill()
-
-    heard = at_step(monkeypatch, 2, kill)
+    heard = at_step(monkeypatch, 2, lambda: killed.extend(kill_workers()))
     slowly = slow_worker(seconds=1.0, stage="tune_target:tune_worker")
     monkeypatch.setattr(tune_target, "tune_worker", slowly)
     assert place.tune("--set", "global_stage.checkpoint_every=1") == 0
