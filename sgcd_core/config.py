@@ -123,6 +123,10 @@ class NetworkConfig(Settings):
     filter_radius: int = Field(
         1, ge=0, description="half-width in voxels of the filter predicted for each cell; 0: none"
     )
+    look_filter_radius: int = Field(
+        2, ge=0, description="half-width in voxels of the filter that the looks tell, before the "
+        "U-Net; 0: none; only with prediction=residual",
+    )  # fmt: skip
     head_channels: int = Field(16, ge=1, description="features of one attention head")
     norm_groups: int = Field(8, ge=1, description="groups of the group normalization")
     prediction: Prediction = Field("residual", description="what the network's output means")
@@ -359,6 +363,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "patch": 1,
             "curve_knots": 0,
             "filter_radius": 0,
+            "look_filter_radius": 0,
             "prediction": "epsilon",
         },
         "record": {"decay": 0.2, "order": "update_then_compare"},

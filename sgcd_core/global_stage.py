@@ -262,6 +262,13 @@ def conditioned(
         crop: Sides of the windows, voxels; None keeps whole scans.
     """
     condition = build_condition(batch, config.condition, matcher, batch["look"], drawn.generators)
+    return windowed(batch, condition, drawn, crop)
+
+
+def windowed(
+    batch: Batch, condition: Condition, drawn: Draw, crop: tuple[int, int, int] | None
+) -> tuple[Batch, Condition, Draw]:
+    """The same random window of each scan's image, condition and noise; `crop` as above."""
     if crop is None:
         return batch, condition, drawn
     sides = batch["image"].shape[2:]

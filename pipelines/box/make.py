@@ -61,6 +61,9 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--sites", type=int, default=250, help="measured before fitting")
     parser.add_argument("--producers", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1, help="of the trainer")
+    parser.add_argument(
+        "--filter-samples", type=int, default=1500, help="whole scans the look filter is fitted to"
+    )
     parser.add_argument("--refit", action="store_true", help="fit the composition model again")
     parser.add_argument("--set", dest="settings", action="append", default=[], metavar="K=V")
     parser.add_argument("--install", action="store_true", help="copy the weights into the package")
@@ -86,6 +89,7 @@ def main(words: Sequence[str] | None = None) -> None:
         weights = train_network(
             pool, config, composition, args.work / args.preset, minutes=args.minutes,
             total_steps=args.steps, start_from=args.start, held=held,
+            filter_samples=args.filter_samples,
             report=lambda line: print(json.dumps(line), flush=True),
         )  # fmt: skip
     finally:

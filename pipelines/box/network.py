@@ -1,4 +1,7 @@
-"""Training the network of the box from the pool, by the same steps as `sgcd train`."""
+"""Training the network of the box from the pool, by the same steps as `sgcd train`.
+
+The look filter in front of the U-Net is fitted first, in closed form, and stays as it is then.
+"""
 
 from __future__ import annotations
 
@@ -6,25 +9,30 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from pipelines.box.filters import Normals, fit_look_filter, normals_of, score_look_filter
 from pipelines.box.scans import SUBJECTS, Pool
 from sgcd_core.batch import Batch, make_batch, sample_seed
 from sgcd_core.box import Box, shape_of
 from sgcd_core.config import SgcdConfig
-from sgcd_core.diffusion.network import LookEmbedding
+from sgcd_core.diffusion.network import CellNetwork, LookEmbedding, build_network
 from sgcd_core.errors import SgcdError
-from sgcd_core.global_stage import GlobalStage, conditioned, draw, unwrapped
+from sgcd_core.global_stage import GlobalStage, conditioned, draw, unwrapped, windowed
 from sgcd_core.style.composition import Composition
 from sgcd_core.style.look import blend, mirrored_look, textures
 from sgcd_core.volume.condition import Condition, LookMatcher
 
 #: Samples of sites that are not trained on, and the seed that fixes them.
 HELD_SAMPLES, HELD_SEED = 48, 7
+#: Windows cut from a scan once its condition is taken, which costs half of training on one.
+WINDOWS = 2
+#: The seed of the samples that the look filter is fitted to, and how many are kept at a time.
+FILTER_SEED, FILTER_PART = 77, 100
 
 
 class Samples(IterableDataset[dict[str, Any]]):
@@ -36,34 +44,42 @@ class Samples(IterableDataset[dict[str, Any]]):
         config: Settings of the preset.
         composition: The fitted composition model.
         seed: Of everything.
-        start: Number of the first sample.
+        start: Number of the first scan.
+        windows: Samples of each scan, where windows are trained on.
     """
 
     def __init__(
-        self, pool: Pool, config: SgcdConfig, composition: Composition, seed: int, start: int
-    ) -> None:
+        self, pool: Pool, config: SgcdConfig, composition: Composition, seed: int, start: int,
+        windows: int = 1,
+    ) -> None:  # fmt: skip
         self.pool, self.config, self.seed, self.start = pool, config, seed, start
+        self.windows = windows
         self.matcher = LookMatcher(
             config.condition.match, config.prepare.mm, config.sequences, composition
         )
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        """Samples of one loader process, in turn with the others'."""
+        """Samples of one loader process, whose scans are in turn with the others'."""
         torch.set_num_threads(1)
         worker = get_worker_info()
         first, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
         number = self.start + first
+        before: list[dict[str, Any]] = []
         while True:
             rng = np.random.default_rng([self.seed, number])
             files = self.pool.files()
             try:
-                yield self.sample(files[int(rng.integers(len(files)))], number, rng)
+                found = self.sample(files[int(rng.integers(len(files)))], number, rng)
             except FileNotFoundError:  # a producer took the file away
                 continue
+            # the first goes with one of the scan before, so that a batch holds different scans
+            yield found[0]
+            yield from before
+            before = found[1:]
             number += step
 
-    def sample(self, path: Path, number: int, rng: np.random.Generator) -> dict[str, Any]:
-        """One scan of a file: its batch of one, and its condition."""
+    def sample(self, path: Path, number: int, rng: np.random.Generator) -> list[dict[str, Any]]:
+        """One scan of a file: as many batches of one as it gives windows, and their conditions."""
         config, name = self.config, path.name.split("-")[0]
         index = int(rng.integers(SUBJECTS))
         image, mask, looks = self.pool.read(path, config.preset, index)
@@ -77,10 +93,13 @@ class Samples(IterableDataset[dict[str, Any]]):
         batch = make_batch([image], [mask], [name], [seed], config.sequences, [look], [source])
         # the same generator draws noise and timestep first, as in a step of `sgcd train`
         drawn = draw(batch, config.schedule.timesteps, config.global_stage.t_power)
-        crop = config.global_stage.crop
-        batch, condition, _ = conditioned(batch, config, self.matcher, drawn, crop)
-        parts = (condition.channels, condition.content, condition.source)
-        return {**batch, "condition": parts}
+        batch, condition, _ = conditioned(batch, config, self.matcher, drawn, None)
+        found = []
+        for window in range(self.windows):
+            cut, part, _ = windowed(batch, condition, drawn, config.global_stage.crop)
+            cut["seed"] = batch["seed"] + window  # each has its own timestep and noise
+            found.append({**cut, "condition": (part.channels, part.content, part.source)})
+        return found
 
 
 def collate(samples: list[dict[str, Any]]) -> tuple[Batch, Condition]:
@@ -104,6 +123,21 @@ def set_textures(network: torch.nn.Module, pool: Pool, config: SgcdConfig) -> No
             module.texture_std.copy_(values.std(0).clamp(min=0.05))
 
 
+def start_weights(network: CellNetwork, box: Box) -> None:
+    """Start from a box; one without a look filter starts with a fresh output layer.
+
+    What such a network's own output did the filter does now.
+    """
+    found = network.load_state_dict(box.network, strict=False)
+    missing = [name for name in found.missing_keys if not name.startswith("look_filter.")]
+    if missing or found.unexpected_keys:
+        raise ValueError(f"weights of another network: {[*missing, *found.unexpected_keys]}")
+    if found.missing_keys:
+        for name, values in network.named_parameters():
+            if name.startswith("network.out.2."):
+                torch.nn.init.zeros_(values)
+
+
 def fixed_samples(
     pool: Pool, config: SgcdConfig, composition: Composition, count: int
 ) -> list[tuple[Batch, Condition]]:
@@ -113,9 +147,32 @@ def fixed_samples(
     """
     samples, files = Samples(pool, config, composition, HELD_SEED, 0), pool.files()
     return [
-        collate([samples.sample(files[n % len(files)], n, np.random.default_rng([HELD_SEED, n]))])
+        collate(samples.sample(files[n % len(files)], n, np.random.default_rng([HELD_SEED, n])))
         for n in range(count if files else 0)
     ]
+
+
+def filter_normals(
+    pool: Pool, config: SgcdConfig, composition: Composition, path: Path, count: int
+) -> Normals:
+    """What `count` whole samples say about the look filter; `path` keeps those that are there."""
+    whole = config.model_copy(
+        update={"global_stage": config.global_stage.model_copy(update={"crop": None})}
+    )
+    samples = Samples(pool, whole, composition, FILTER_SEED, 0)
+    look_filter = build_network(config).look_filter
+    assert look_filter is not None
+    found = Normals.load(path) if path.exists() else None
+    while found is None or len(found) < count:
+        start = 0 if found is None else len(found)
+        files, rows = pool.files(), []
+        for number in range(start, min(count, start + FILTER_PART)):
+            rng = np.random.default_rng([FILTER_SEED, number])
+            path_of = files[int(rng.integers(len(files)))]
+            rows.append(normals_of(look_filter, *collate(samples.sample(path_of, number, rng))))
+        found = Normals.joined([*([] if found is None else [found]), *rows])
+        found.save(path)
+    return found
 
 
 def train_network(
@@ -130,6 +187,7 @@ def train_network(
     loaders: int = 1,
     start_from: Path | None = None,
     held: Pool | None = None,
+    filter_samples: int = 1500,
     report: Callable[[dict[str, Any]], None] = lambda row: None,
 ) -> Path:
     """Train for a while, from the newest checkpoint in `folder`; returns the box file.
@@ -146,18 +204,32 @@ def train_network(
         start_from: Box file to start from where there is no checkpoint yet.
         held: Sites that are not trained on: their mean L_N, always of the same samples, is
             reported as `held_out`.
+        filter_samples: Whole scans that the look filter is fitted to; 0 keeps it as it starts.
         report: Called with the mean losses of each such stretch.
     """
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint, weights = folder / "checkpoint.pt", folder / f"{config.preset}.safetensors"
     stage = GlobalStage(config, total_steps, composition=composition)
+    network = cast(CellNetwork, unwrapped(stage.network))
+    look_filter = network.look_filter
+    assert look_filter is not None
     if checkpoint.exists():
         stage.load_state_dict(torch.load(checkpoint, weights_only=True))
     else:
         if start_from is not None:
-            start = Box.from_bytes(start_from.read_bytes())
-            unwrapped(stage.network).load_state_dict(start.network)
-        set_textures(unwrapped(stage.network), pool, config)
+            start_weights(network, Box.from_bytes(start_from.read_bytes()))
+        set_textures(network, pool, config)
+        if filter_samples:
+            parts = [(pool, "filter", filter_samples)]
+            parts += [] if held is None else [(held, "filter-held", FILTER_PART)]
+            normals = [
+                filter_normals(where, config, composition, folder / f"{name}.pt", count)
+                for where, name, count in parts
+            ]
+            fit_look_filter(look_filter, network.embedding, normals[0])
+            for (_, name, _), some in zip(parts, normals, strict=True):
+                report({name: score_look_filter(look_filter, network.embedding, some)})
+    look_filter.requires_grad_(False)
     fixed = [] if held is None else fixed_samples(held, config, composition, HELD_SAMPLES)
     end = time.monotonic() + 60 * minutes
     rows: list[dict[str, float]] = []
@@ -184,7 +256,9 @@ def train_network(
         rows.clear()
 
     size = config.global_stage.batch_size
-    samples = Samples(pool, config, composition, config.seed, size * stage.done)
+    windows = WINDOWS if config.global_stage.crop else 1
+    start = size * stage.done // windows
+    samples = Samples(pool, config, composition, config.seed, start, windows)
     source = iter(DataLoader(
         samples, batch_size=size, num_workers=loaders, collate_fn=collate,
         prefetch_factor=4 if loaders else None,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sgcd_core.config import SgcdConfig
+from sgcd_core.diffusion.look_filter import LookFilter
 from sgcd_core.diffusion.monai_import import diffusion_unet
 from sgcd_core.diffusion.schedule import Schedule
 from sgcd_core.style.look import LEVELS, textures
@@ -52,12 +53,21 @@ class LookEmbedding(nn.Module):
     def forward(self, labels: Tensor) -> Tensor:
         """(B, size) of labels as `labels_of` makes them."""
         embedded: Tensor = self.sequence(labels[:, 0].long())
+        looked: Tensor = self.look(self.looks(labels))
+        return embedded + looked
+
+    def looks(self, labels: Tensor) -> Tensor:
+        """What is known of the two looks, each number of the size of 1: (B, COUNT + textures)."""
         if not self.reads_look:
             labels = torch.zeros_like(labels)
         quantiles, found = labels[:, 1 : 1 + self.COUNT], labels[:, 1 + self.COUNT :]
         known = (found.reshape(-1, 2, TEXTURE_SIZE) - self.texture_mean) / self.texture_std
-        looked: Tensor = self.look(torch.cat([quantiles, known.clamp(-4, 4).flatten(1)], 1))
-        return embedded + looked
+        return torch.cat([quantiles, known.clamp(-4, 4).flatten(1)], 1)
+
+    def features(self, labels: Tensor) -> Tensor:
+        """The same and which sequence it is, (B, sequences + COUNT + textures)."""
+        one = nn.functional.one_hot(labels[:, 0].long(), self.sequence.num_embeddings)
+        return torch.cat([one.to(labels.dtype), self.looks(labels)], 1)
 
     @classmethod
     def labels_of(cls, sequence: Tensor, look: Tensor, source: Tensor) -> Tensor:
@@ -84,23 +94,45 @@ class CellNetwork(nn.Module):
       2017, ACM TOG 36:97): noise is averaged along edges and blur is undone across them, which
       few channels learn far sooner than to carry every voxel's detail through the network.
 
+    With a `look_filter` the content is first brought to the resolution of the look that is wanted;
+    all of the above is of that content.
+
     Args:
         network: U-Net with patch³ times the input's channels.
         patch: Voxels along each side of a cell.
         knots: Of the curve; 0 for none.
         radius: Half-width of the filter, voxels; 0 for none.
         content_index: Channel of the input that holds the content, in [-1, 1].
+        look_filter: Or None.
     """
 
     def __init__(
-        self, network: nn.Module, patch: int, knots: int, radius: int, content_index: int
-    ) -> None:
+        self, network: nn.Module, patch: int, knots: int, radius: int, content_index: int,
+        look_filter: LookFilter | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.network, self.patch, self.knots, self.radius = network, patch, knots, radius
         self.content_index = content_index
+        self.look_filter = look_filter
+
+    @property
+    def embedding(self) -> LookEmbedding:
+        """What reads the labels."""
+        found = self.network.class_embedding
+        assert isinstance(found, LookEmbedding)
+        return found
 
     def forward(self, x: Tensor, timesteps: Tensor, class_labels: Tensor) -> Tensor:
         """(B, 1, X, Y, Z) of (B, C, X, Y, Z)."""
+        if self.look_filter is None:
+            return self._corrected(x, timesteps, class_labels)
+        at = self.content_index
+        given = x[:, at, None].float()
+        content: Tensor = self.look_filter(given, self.embedding.features(class_labels))
+        x = torch.cat([x[:, :at], content.to(x.dtype), x[:, at + 1 :]], 1)
+        return self._corrected(x, timesteps, class_labels) + (content - given)
+
+    def _corrected(self, x: Tensor, timesteps: Tensor, class_labels: Tensor) -> Tensor:
         cells = to_cells(x, self.patch).contiguous(memory_format=torch.channels_last_3d)
         out = self.network(cells, timesteps, class_labels=class_labels).float()
         taps = filter_taps(self.radius)
@@ -170,7 +202,7 @@ def from_cells(x: Tensor, patch: int) -> Tensor:
     return x.reshape(b, c // patch**3, i * patch, j * patch, k * patch)
 
 
-def build_network(config: SgcdConfig) -> nn.Module:
+def build_network(config: SgcdConfig) -> CellNetwork:
     """The U-Net of the settings, with fresh weights, channels-last.
 
     Input (B, 1 + C, X, Y, Z): noisy image, then the C condition channels, the content last; output
@@ -199,7 +231,13 @@ def build_network(config: SgcdConfig) -> nn.Module:
         with torch.no_grad():
             network.conv_in.conv.weight[:, :cell] = 0
     network = network.to(memory_format=torch.channels_last_3d)
-    return CellNetwork(network, net.patch, net.curve_knots, net.filter_radius, inputs - 1)
+    look_filter = None
+    if net.look_filter_radius and net.prediction == "residual":
+        inputs_of_it = len(config.sequences) + LookEmbedding.COUNT + 2 * TEXTURE_SIZE
+        look_filter = LookFilter(inputs_of_it, net.look_filter_radius)
+    return CellNetwork(
+        network, net.patch, net.curve_knots, net.filter_radius, inputs - 1, look_filter
+    )
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 import itertools
 
 import numpy as np
+import pytest
 import torch
 
 from pipelines.box.composition import (
@@ -12,7 +13,15 @@ from pipelines.box.composition import (
     read_sites,
     score_composition,
 )
-from pipelines.box.network import Samples, collate, fixed_samples, train_network
+from pipelines.box.filters import fit_look_filter, normals_of, score_look_filter
+from pipelines.box.network import (
+    Samples,
+    collate,
+    filter_normals,
+    fixed_samples,
+    start_weights,
+    train_network,
+)
 from pipelines.box.scans import GRIDS, Pool, SiteScans
 from sgcd_core.box import Box
 from sgcd_core.config import load_config
@@ -20,6 +29,7 @@ from sgcd_core.diffusion.network import build_network
 from sgcd_core.global_stage import GlobalStage
 from sgcd_core.style.composition import Composition, CompositionModel
 from sgcd_core.style.look import measure_look
+from sgcd_core.volume.condition import to_network
 
 
 def ball(seed, shape, gamma):
@@ -102,6 +112,17 @@ def test_a_window_is_cut_from_scan_and_condition_alike(tmp_path):
     assert np.corrcoef(image, content)[0, 1] > 0.9
 
 
+def test_windows_of_one_scan_go_into_different_batches(tmp_path):
+    pool, model = filled(tmp_path), small_model()
+    config = load_config("tiny", settings=["global_stage.crop=[16, 24, 16]"])
+    found = take(Samples(pool, config, model, 3, 0, windows=2), 5)
+    seeds = [int(sample["seed"]) for sample in found]
+    a, b, a2, _, b2 = seeds
+    assert (a2, b2) == (a + 1, b + 1) and len(set(seeds)) == 5
+    assert torch.equal(found[0]["look"], found[2]["look"])
+    assert not torch.equal(found[0]["image"], found[2]["image"])
+
+
 def test_the_box_is_trained_on_from_where_it_was_left(tmp_path):
     pool = filled(tmp_path / "pool")
     settings = [
@@ -122,8 +143,12 @@ def test_the_box_is_trained_on_from_where_it_was_left(tmp_path):
             total_steps=steps,
             loaders=0,
             held=filled(tmp_path / "held", 1),
+            filter_samples=6,
             report=lines.append,
         )
+    fits = [next(iter(line)) for line in lines if "step" not in line]
+    assert fits == ["filter", "filter-held"]  # once: the second run goes on
+    lines = [line for line in lines if "step" in line]
     assert [line["step"] for line in lines] == [2, 4]
     assert all(line["held_out"] > 0 for line in lines)
     assert lines[0]["held_out"] != lines[1]["held_out"]
@@ -147,3 +172,49 @@ def test_the_composition_model_is_fitted_to_what_was_measured(tmp_path):
         assert torch.equal(mine.linear, same.linear) and mine.linear.abs().sum() > 0
     assert not torch.equal(one.members[0].linear, one.members[1].linear)
     assert score_composition(one, sites).keys() == {"T1w", "T2w"}
+
+
+def test_the_normals_tell_the_error_of_any_coefficients(tmp_path):
+    config = load_config("tiny")
+    (sample,) = take(Samples(filled(tmp_path), config, small_model(), 3, 0), 1)
+    batch, condition = collate([sample])
+    network = build_network(config)
+    torch.nn.init.normal_(network.look_filter.coefficients[-1].bias, std=0.003)
+    normals = normals_of(network.look_filter, batch, condition)
+    features = network.embedding.features(normals.labels)
+    changed = network.look_filter(condition.content, features)
+    difference = (to_network(batch["image"]) - changed)[batch["mask"]]
+    found = normals.error(network.look_filter.coefficients(features))
+    assert float(found) == pytest.approx(float(difference.square().mean()), rel=1e-3)
+    assert float(normals.best()) < float(normals.squares)
+
+
+def test_the_look_filter_is_fitted_to_the_samples_and_goes_on_where_it_stopped(tmp_path):
+    config, pool, model = load_config("tiny"), filled(tmp_path / "pool"), small_model()
+    few = filter_normals(pool, config, model, tmp_path / "n.pt", 8)
+    more = filter_normals(pool, config, model, tmp_path / "n.pt", 12)
+    assert len(more) == 12 and torch.equal(more.targets[:8], few.targets)
+    network = build_network(config)
+    fit_look_filter(network.look_filter, network.embedding, more, steps=300)
+    scores = score_look_filter(network.look_filter, network.embedding, more)
+    assert set(scores) == {"0", "1"}
+    for none, found, best in scores.values():
+        assert none < found < best
+
+
+def test_weights_without_a_look_filter_start_with_a_fresh_output(tmp_path):
+    config = load_config("tiny")
+    before = build_network(load_config("tiny", settings=["network.look_filter_radius=0"]))
+    torch.nn.init.ones_(before.network.out[2].conv.bias)
+    network = build_network(config)
+    start_weights(network, Box(before.state_dict()))
+    assert network.network.out[2].conv.bias.abs().max() == 0
+    theirs = before.network.conv_in.conv.weight
+    assert torch.equal(network.network.conv_in.conv.weight, theirs)
+    torch.nn.init.ones_(network.network.out[2].conv.bias)
+    again = build_network(config)
+    start_weights(again, Box(network.state_dict()))
+    assert again.network.out[2].conv.bias.min() == 1
+    other = build_network(load_config("tiny", settings=["network.curve_knots=0"]))
+    with pytest.raises((ValueError, RuntimeError)):
+        start_weights(network, Box(other.state_dict()))
