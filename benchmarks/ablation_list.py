@@ -30,7 +30,7 @@ class Ablation:
         start: `box`, or `scratch` where the weights in the box do not fit the settings or were
             trained for an output or an input of another meaning.
         stage2: Whether Stage 2 follows.
-        network: False for rows without any: the raw scan, the matched scan.
+        network: False for rows without one that is trained here.
         against: Name of the row that differs in just this; None for the rows others refer to.
         group: `variant`, or the grid it belongs to, which is scored on fewer scans.
     """
@@ -71,6 +71,8 @@ _EPSILON = ("network.prediction=epsilon",)
 VARIANTS: tuple[Ablation, ...] = (
     Ablation("raw", "the raw scan", network=False, against=None),
     Ablation("matched", "matched to the target's look, no network", network=False, against="raw"),
+    Ablation("filtered", "the box's look filter on top, no U-Net", network=False,
+             against="matched"),
     Ablation("full", "**all of it**", against=None),
     Ablation("no-stage2", "without Stage 2", stage2=False),
     Ablation("no-record", "without the record", ("global_stage.weight_record=0",)),

@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from ray_jobs.loop import schedule_steps
 from ray_jobs.train_global import stage_digest
 from ray_jobs.tune_target import LATER as AFTER_STAGE2
-from sgcd_core.box import Box, find_box, load_composition
+from sgcd_core.box import Box, find_box, load_box, load_composition
 from sgcd_core.config import SgcdConfig
 from sgcd_core.diffusion.network import build_network
 from sgcd_core.errors import SgcdError
@@ -232,7 +232,7 @@ def score(work: Work, ablation: Ablation) -> None:
         method = _by_model(replace(pack, config=used), work.cohort)
     else:
         result["start"] = ""
-        method = _raw if ablation.name == "raw" else by_matching(used, work.cohort)
+        method = WITHOUT_NETWORK[ablation.name](used, work.cohort)
     scans = work.cohort.test if ablation.group == "variant" else work.cohort.few
     started = time.perf_counter()
     result["rows"] = [
@@ -240,10 +240,6 @@ def score(work: Work, ablation: Ablation) -> None:
     ]
     result["scan_seconds"] = round((time.perf_counter() - started) / len(scans), 2)
     _write(work.result_file(ablation), result)
-
-
-def _raw(scan: Scan) -> NDArray[np.float32]:
-    return scan.image
 
 
 def _by_model(pack: ModelPack, cohort: Cohort) -> Callable[[Scan], NDArray[np.float32]]:
@@ -275,6 +271,24 @@ def by_matching(config: SgcdConfig, cohort: Cohort) -> Callable[[Scan], NDArray[
     return method
 
 
+def from_the_box(
+    config: SgcdConfig, cohort: Cohort, *, unet: bool = True
+) -> Callable[[Scan], NDArray[np.float32]]:
+    """The network of the box, asked for the target's look; without its U-Net, its look filter."""
+    stage = GlobalStage(config, 1, box=load_box(config))
+    if not unet:
+        with torch.no_grad():
+            for name, values in stage.network.named_parameters():
+                if name.startswith("network.out.2."):
+                    values.zero_()
+    looks = np.stack([
+        np.asarray(cohort.survey.looks[cohort.target, index][1], np.float32)
+        for index in range(len(config.sequences))
+    ])  # fmt: skip
+    outliers = OutlierModel.fit(cohort.survey.features, cohort.survey.sequences)
+    return _by_model(stage.pack(outliers, torch.from_numpy(looks), {}), cohort)
+
+
 def _measures(name: str, cohort: Cohort, scan: Scan, image: NDArray[np.float32]) -> list[Row]:
     """Rows as `pipelines.verdict.summarize` takes them."""
     goal = cohort.truth(scan)
@@ -284,6 +298,16 @@ def _measures(name: str, cohort: Cohort, scan: Scan, image: NDArray[np.float32])
          "value": value}
         for metric, value in measure_all(image, goal.image, scan.mask & goal.mask).items()
     ]  # fmt: skip
+
+
+#: Rows without a network of their own.
+WITHOUT_NETWORK: dict[
+    str, Callable[[SgcdConfig, Cohort], Callable[[Scan], NDArray[np.float32]]]
+] = {
+    "raw": lambda config, cohort: lambda scan: scan.image,
+    "matched": by_matching,
+    "filtered": partial(from_the_box, unet=False),
+}
 
 
 def _write(path: Path, result: Row) -> None:

@@ -22,18 +22,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from ablation_cohort import Cohort, Plan, Scan, make_member
-from ablation_runs import by_matching
+from ablation_runs import by_matching, from_the_box
 from numpy.typing import NDArray
 from quality import TITLES, Row, against_best, table
 
 from pipelines.baselines import BASELINES, make_baseline
 from pipelines.verdict import summarize
-from sgcd_core.box import load_box
 from sgcd_core.config import SgcdConfig, load_config
-from sgcd_core.global_stage import GlobalStage
-from sgcd_core.harmonizer import Harmonizer
 from sgcd_core.metrics import measure_all
-from sgcd_core.style.outlier import OutlierModel
 
 Method = Callable[[Scan], NDArray[np.float32]]
 TITLES = TITLES | {"sgcd": "**SGCD, from the box**"}
@@ -84,7 +80,11 @@ def render(folder: Path, plan: Plan, workers: int) -> None:
 
 def rows(cohort: Cohort, config: SgcdConfig) -> list[Row]:
     """Measures of every test scan by every method, against the subject's scan at the target."""
-    methods = {"look": by_matching(config, cohort), "sgcd": from_the_box(config, cohort)}
+    methods = {
+        "look": by_matching(config, cohort),
+        "filter": from_the_box(config, cohort, unet=False),
+        "sgcd": from_the_box(config, cohort),
+    }
     fitted = {
         (name, sequence): make_baseline(name, sequence).fit(
             [(s.image, s.mask) for s in cohort.training
@@ -106,25 +106,6 @@ def rows(cohort: Cohort, config: SgcdConfig) -> list[Row]:
                             "sequence": scan.sequence, "method": method, "metric": metric,
                             "seen": scan.site in cohort.training_sites})  # fmt: skip
     return out
-
-
-def from_the_box(config: SgcdConfig, cohort: Cohort) -> Method:
-    """The network of the box, asked for the target's look."""
-    stage = GlobalStage(config, 1, box=load_box(config))
-    count = len(config.sequences)
-    looks = torch.from_numpy(np.stack([
-        np.asarray(cohort.survey.looks[cohort.target, index][1], np.float32)
-        for index in range(count)
-    ]))  # fmt: skip
-    outliers = OutlierModel.fit(cohort.survey.features, cohort.survey.sequences)
-    harmonizer = Harmonizer(stage.pack(outliers, looks, {}))
-
-    def method(scan: Scan) -> NDArray[np.float32]:
-        return harmonizer.harmonize(
-            scan.image, scan.mask, scan.sequence, scan.scan_id, site_look=cohort.site_look(scan)
-        ).image
-
-    return method
 
 
 if __name__ == "__main__":

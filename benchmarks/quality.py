@@ -33,7 +33,8 @@ from sgcd_core.modelpack import load_modelpack
 
 Row = dict[str, Any]
 TITLES = METHOD_TITLES | {
-    "look": "the site's look alone", "stage1": "SGCD, Stage 1 alone", "paper": "SGCD `paper`",
+    "look": "the site's look alone", "filter": "the look and its filter, no U-Net",
+    "stage1": "SGCD, Stage 1 alone", "paper": "SGCD `paper`",
     "sgcd": "**SGCD**", "rescan": "*a second scan at the target*",
 }  # fmt: skip
 #: Subjects at each training site.
@@ -206,7 +207,9 @@ def table(lines: list[Line], titles: Mapping[str, str] = TITLES) -> str:
 def _order(group: dict[str, Line]) -> Iterator[str]:
     """Classical methods, then ours, the whole of it last."""
     have = next(iter(group.values())).by_method
-    yield from (m for m in (*BASELINES, "look", "stage1", "paper", "sgcd", "rescan") if m in have)
+    yield from (
+        m for m in (*BASELINES, "look", "filter", "stage1", "paper", "sgcd", "rescan") if m in have
+    )
 
 
 def against_best(rows: Sequence[Row], seed: int = 0) -> str:

@@ -38,6 +38,8 @@ SUBJECTS = 5
 #: Sites made before other anatomies are read.
 SITES_PER_LOAD = 12
 ANATOMIES_AT_ONCE = 4
+#: Part of the sites whose subjects are all of one anatomy, as alike as a narrow study's are.
+ALIKE = 0.4
 SEQUENCES = ("T1w", "T2w")
 #: Grids a scan is kept on: name → (voxel side in mm, shape).
 GRIDS: dict[str, tuple[float, tuple[int, int, int]]] = {
@@ -77,8 +79,9 @@ def random_site(
         left = float(rng.uniform(0, 0.5))
         scanner = scanner.model_copy(update={"bias": tuple(b * left for b in scanner.bias)})
     mm = float(rng.choice([1.5, 2.0, 2.0, 2.5]))
-    people = [random_subject(anatomies[int(rng.integers(len(anatomies)))], rng)
-              for _ in range(subjects)]  # fmt: skip
+    alike = rng.uniform() < ALIKE
+    picks = rng.integers(len(anatomies), size=1 if alike else subjects)
+    people = [random_subject(anatomies[int(n)], rng) for n in np.resize(picks, subjects)]
     for sequence in SEQUENCES:
         found: dict[str, list[tuple[Array, Array, Array]]] = {name: [] for name in GRIDS}
         for person in people:
@@ -169,7 +172,7 @@ def produce(
 
     Args:
         pool: Where to.
-        anatomies: Addresses of label maps.
+        anatomies: Addresses of label maps; the last is always among those in use.
         seed: Of everything.
         worker: Number of this producer; each has its own sites.
         sites: How many; None for ever.
@@ -182,8 +185,8 @@ def produce(
     while sites is None or made < sites:
         rng = np.random.default_rng([seed, worker, number])
         if not loaded or made % SITES_PER_LOAD == 0:
-            count = min(ANATOMIES_AT_ONCE, len(anatomies))
-            picks = rng.choice(len(anatomies), count, replace=False)
+            count = min(ANATOMIES_AT_ONCE, len(anatomies) - 1)
+            picks = [*rng.choice(len(anatomies) - 1, count, replace=False), -1]
             loaded = [load_anatomy(anatomies[int(i)]) for i in picks]
         for scans in random_site(loaded, rng):
             pool.add(f"{scans.sequence}-{worker}-{number:07d}", scans)
