@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from pipelines.box import scans
 from pipelines.box.composition import (
     _ROW,
     fit_composition,
@@ -22,7 +23,7 @@ from pipelines.box.network import (
     start_weights,
     train_network,
 )
-from pipelines.box.scans import GRIDS, Pool, SiteScans
+from pipelines.box.scans import GRIDS, Pool, SiteScans, random_site
 from sgcd_core.box import Box
 from sgcd_core.config import load_config
 from sgcd_core.diffusion.network import build_network
@@ -218,3 +219,17 @@ def test_weights_without_a_look_filter_start_with_a_fresh_output(tmp_path):
     other = build_network(load_config("tiny", settings=["network.curve_knots=0"]))
     with pytest.raises((ValueError, RuntimeError)):
         start_weights(network, Box(other.state_dict()))
+
+
+def test_the_subjects_of_some_sites_are_of_one_anatomy(monkeypatch):
+    seen = []
+    monkeypatch.setattr(scans, "random_subject", lambda anatomy, rng: seen.append(anatomy))
+    volume = (np.zeros((1, 1, 1)),) * 3
+    monkeypatch.setattr(scans, "_on_grids", lambda *given: dict.fromkeys(GRIDS, volume))
+    alike = 0
+    for number in range(100):
+        seen.clear()
+        next(random_site(list("abcd"), np.random.default_rng(number)))
+        assert len(seen) == scans.SUBJECTS
+        alike += len(set(seen)) == 1
+    assert 25 < alike < 60
