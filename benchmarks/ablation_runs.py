@@ -106,7 +106,7 @@ class Work:
         """What made the row's figures."""
         _, config = self.configs(ablation)
         return _digest(self.stage2_key(ablation), config.digest(), ablation.stage2,
-                       ablation.network, ablation.group)  # fmt: skip
+                       ablation.network, ablation.group, ablation.at_target)  # fmt: skip
 
     def result_file(self, ablation: Ablation) -> Path:
         """Where the row's figures are kept."""
@@ -229,7 +229,11 @@ def score(work: Work, ablation: Ablation) -> None:
         if ablation.stage2:
             pack = load_modelpack(work.model(work.stage2_key(ablation)))
             result["tune_seconds"] = pack.meta["seconds"]
-        method = _by_model(replace(pack, config=used), work.cohort)
+        pack = replace(pack, config=used)
+        if ablation.at_target:
+            looks = torch.from_numpy(target_looks(work.cohort))
+            pack = replace(pack, state=pack.state | {"looks.common": looks})
+        method = _by_model(pack, work.cohort)
     else:
         result["start"] = ""
         method = WITHOUT_NETWORK[ablation.name](used, work.cohort)
@@ -281,12 +285,16 @@ def from_the_box(
             for name, values in stage.network.named_parameters():
                 if name.startswith("network.out.2."):
                     values.zero_()
-    looks = np.stack([
-        np.asarray(cohort.survey.looks[cohort.target, index][1], np.float32)
-        for index in range(len(config.sequences))
-    ])  # fmt: skip
+    looks = torch.from_numpy(target_looks(cohort))
     outliers = OutlierModel.fit(cohort.survey.features, cohort.survey.sequences)
-    return _by_model(stage.pack(outliers, torch.from_numpy(looks), {}), cohort)
+    return _by_model(stage.pack(outliers, looks, {}), cohort)
+
+
+def target_looks(cohort: Cohort) -> NDArray[np.float32]:
+    """The target's look in each sequence, (S, LOOK_SIZE)."""
+    sequences = range(len(cohort.sequences))
+    found = [cohort.survey.looks[cohort.target, index][1] for index in sequences]
+    return np.stack(found).astype(np.float32)
 
 
 def _measures(name: str, cohort: Cohort, scan: Scan, image: NDArray[np.float32]) -> list[Row]:

@@ -88,7 +88,7 @@ def build(args: argparse.Namespace) -> Lake:
         "--traveling", args.traveling, "--mm", 2, "--seed", args.seed, "--workers", 2)  # fmt: skip
     run("index", cohort, "--lake", lake)
     run("prepare", "--lake", lake, "--preset", args.preset, *sets)
-    run("train", "--lake", lake, "--preset", args.preset, *sets)
+    run("train", "--lake", lake, "--preset", args.preset, "--init", "box", *sets)
     run("tune", "--lake", lake, "--target", args.target, "--model", "global@1", "--set",
         f"target_stage.steps={args.tune_steps}")  # fmt: skip
     run("harmonize", "--lake", lake, "--model", "global@1")

@@ -94,19 +94,19 @@ class _Affine:
 
     name: ClassVar[str]
 
-    def location_scale(self, values: NDArray[np.float64]) -> tuple[float, float]:
-        """Location and scale of masked intensities, (N,)."""
+    def location_scale(self, image: Image, mask: Mask) -> tuple[float, float]:
+        """Location and scale of the intensities inside the mask."""
         raise NotImplementedError
 
     def fit(self, scans: Scans) -> _Affine:
         """Average location and scale of the target's training scans."""
-        pairs = [self.location_scale(i[m].astype(np.float64)) for i, m in scans]
+        pairs = [self.location_scale(image, mask) for image, mask in scans]
         self._location, self._scale = (float(v) for v in np.mean(pairs, axis=0))
         return self
 
     def apply(self, image: Image, mask: Mask) -> Image:
         """Give the scan the target's location and scale."""
-        location, scale = self.location_scale(image[mask].astype(np.float64))
+        location, scale = self.location_scale(image, mask)
         gain = self._scale / scale if scale > 0 else 1.0
         return _inside((image - location) * gain + self._location, mask)
 
@@ -116,49 +116,67 @@ class MinMax(_Affine):
 
     name: ClassVar[str] = "minmax"
 
-    def location_scale(self, values: NDArray[np.float64]) -> tuple[float, float]:
+    def location_scale(self, image: Image, mask: Mask) -> tuple[float, float]:
         """Minimum and range."""
-        return float(values.min()), float(np.ptp(values))
+        return float(image[mask].min()), float(np.ptp(image[mask]))
 
 
-class ZScore(_Affine):
+class _Library(_Affine):
+    """Mean and deviation as a normalizer of intensity-normalization finds them."""
+
+    def normalizer(self) -> Any:
+        """One that is not fit."""
+        raise NotImplementedError
+
+    def location_scale(self, image: Image, mask: Mask) -> tuple[float, float]:
+        """Mean and deviation; deviation 0 for a scan that has no contrast."""
+        from intensity_normalization.adapters.images import NumpyImageAdapter
+        from intensity_normalization.domain.exceptions import NormalizationError
+
+        found = self.normalizer()
+        try:
+            found.fit(
+                NumpyImageAdapter(image.astype(np.float64)),
+                NumpyImageAdapter(mask.astype(np.float64)),
+            )
+        except NormalizationError:
+            return float(image[mask].mean()), 0.0
+        return float(found.mean), float(found.std)
+
+
+class ZScore(_Library):
     """Masked mean and standard deviation become the target's."""
 
     name: ClassVar[str] = "zscore"
 
-    def location_scale(self, values: NDArray[np.float64]) -> tuple[float, float]:
-        """Mean and standard deviation."""
-        return float(values.mean()), float(values.std())
+    def normalizer(self) -> Any:
+        """The library's."""
+        from intensity_normalization.normalizers.individual.zscore import ZScoreNormalizer
+
+        return ZScoreNormalizer()
 
 
-class WhiteStripe(_Affine):
+class WhiteStripe(_Library):
     """Mean and deviation of normal-appearing white matter become the target's.
 
     The stripe is the band of ±5 % of the voxels around the mode of white matter: the last mode of
     the histogram in T1w, the largest elsewhere.
-    Source: Shinohara et al. 2014, NeuroImage: Clinical 6.
+    Source: Shinohara et al. 2014, NeuroImage: Clinical 6; the package intensity-normalization.
     """
 
     name: ClassVar[str] = "whitestripe"
 
     def __init__(self, sequence: str = "T1w") -> None:
-        self._last_mode = sequence == "T1w"
+        self._t1w = sequence == "T1w"
 
-    def location_scale(self, values: NDArray[np.float64]) -> tuple[float, float]:
-        """Mean and deviation inside the stripe."""
-        from scipy.ndimage import gaussian_filter1d
-        from scipy.signal import argrelmax
+    def normalizer(self) -> Any:
+        """The library's."""
+        from intensity_normalization.domain.models import Modality
+        from intensity_normalization.normalizers.individual.whitestripe import (
+            WhiteStripeNormalizer,
+        )
 
-        top = np.quantile(values, 0.96) if self._last_mode else values.max()
-        counts, edges = np.histogram(values[values <= top], bins=128)
-        smooth = gaussian_filter1d(counts.astype(np.float64), 3)
-        peaks = argrelmax(smooth)[0]
-        peaks = peaks[smooth[peaks] > 0.1 * smooth.max()]
-        pick = int(peaks[-1]) if self._last_mode and len(peaks) else int(np.argmax(smooth))
-        share = float(np.mean(values < (edges[pick] + edges[pick + 1]) / 2))
-        low, high = np.quantile(values, (max(share - 0.05, 0.0), min(share + 0.05, 1.0)))
-        stripe = values[(values >= low) & (values <= high)]
-        return float(stripe.mean()), float(stripe.std())
+        return WhiteStripeNormalizer(modality=Modality.T1 if self._t1w else Modality.T2)
 
 
 class HistogramMatching:

@@ -29,7 +29,10 @@ def run(args: Any) -> Outcome:
         step(args.json, "index", cohort, *words)
         with _reported_if_it_fails(args.json, words):
             step(args.json, "prepare", *words)
-            step(args.json, "train", *words, "--set", f"global_stage.steps={args.train_steps}")
+            step(
+                args.json, "train", *words, "--init", "box",
+                "--set", f"global_stage.steps={args.train_steps}",
+            )  # fmt: skip
             suggested = step(args.json, "suggest-target", *words)
             target = str(suggested.data["target"])
             step(

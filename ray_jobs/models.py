@@ -17,7 +17,9 @@ log = logging.getLogger(__name__)
 #: Written last, so its presence says that a model is complete.
 PACK = "pack.json"
 #: What makes two trainings the same.
-SAME = ("init", "kind", "target", "config_digest", "data_digest", "parent_weights")
+SAME = (
+    "init", "start_digest", "kind", "target", "config_digest", "data_digest", "parent_weights",
+)  # fmt: skip
 
 
 def models(lake: Lake) -> dict[str, list[int]]:

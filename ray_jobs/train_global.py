@@ -39,6 +39,7 @@ def run(args: Any) -> Outcome:
 def _train(args: Any, lake: Lake) -> Outcome:
     from pipelines.catalog import Catalog
     from pipelines.training_data import data_digest, described, training_rows
+    from sgcd_core.box import start_digest
     from sgcd_core.global_stage import planned_steps
 
     config = from_args(args, lake)
@@ -55,6 +56,7 @@ def _train(args: Any, lake: Lake) -> Outcome:
     }  # fmt: skip
     init = starting_point(args.init, config)
     meta |= {"init": init, "box": box_origin(config) if init == "box" else None}
+    meta["start_digest"] = start_digest(config, init)
     stage = config.global_stage
     steps = planned_steps(stage.steps, stage.epochs, len(rows), stage.batch_size)
     meta["steps"] = steps
@@ -73,7 +75,7 @@ def _train(args: Any, lake: Lake) -> Outcome:
     if args.dry_run:
         return Outcome(f"would train {NAME} version {version}: {plan}", data=data)
     started = time.monotonic()
-    key = f"train-{init}-{meta['config_digest']}-{meta['data_digest']}"
+    key = f"train-{init}-{meta['start_digest']}-{meta['config_digest']}-{meta['data_digest']}"
     checkpoints = Checkpoints(lake.scratch(key))
     schedule = schedule_steps(
         {"scan": rows}, config, steps, stage.batch_size, site_balance=stage.site_balance,

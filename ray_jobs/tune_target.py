@@ -99,8 +99,9 @@ def _tune(args: Any, lake: Lake) -> Outcome:
     key = f"tune-{meta['config_digest']}-{meta['data_digest']}-{args.target}"
     checkpoints = Checkpoints(lake.scratch(key))
     schedule = schedule_steps(
-        {"source": others or own, "target": own}, config, steps, stage.batch_size
-    )
+        {"source": others or own, "target": own}, config, steps, stage.batch_size,
+        site_balance=config.global_stage.site_balance,
+    )  # fmt: skip
     workers = args.workers or 1
     index = {name: i for i, name in enumerate(config.sequences)}
     extra = {

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass, field
 from functools import cache
@@ -74,6 +75,18 @@ def load_composition() -> Composition | None:
     """The composition model of the package; None if it was built without."""
     path = files("sgcd_core") / "weights" / "composition.safetensors"
     return composition_from_state(_load(path.read_bytes())[0]) if path.is_file() else None
+
+
+def start_digest(config: SgcdConfig, init: str) -> str | None:
+    """First 16 hex digits of the SHA-256 of what comes with the package and enters a training.
+
+    The composition model where scans are matched by it, and the network where `init` is `box`.
+    """
+    names = ["composition"] if config.condition.match == "composition" else []
+    names += [config.preset] if init == "box" else []
+    paths = [files("sgcd_core") / "weights" / f"{name}.safetensors" for name in names]
+    found = [path.read_bytes() for path in paths if path.is_file()]
+    return hashlib.sha256(b"".join(found)).hexdigest()[:16] if found else None
 
 
 def shape_of(config: SgcdConfig) -> dict[str, Any]:

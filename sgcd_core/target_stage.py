@@ -231,13 +231,17 @@ class TargetStage:
         if stage.backprop == "chain":
             backward(self._whole_chain(denoiser, latent, to_network(aligned)))
         else:
-            self._stepwise(denoiser, latent, backward)
+            self._stepwise(denoiser, latent, to_network(aligned), backward)
         return found
 
     def _stepwise(
-        self, denoiser: ConditionalDenoiser, x: Tensor, backward: Callable[[Tensor], None]
-    ) -> None:
-        """Loss on x̂0 at each of the last k steps, then step and detach: one graph in memory."""
+        self, denoiser: ConditionalDenoiser, x: Tensor, anchor: Tensor,
+        backward: Callable[[Tensor], None],
+    ) -> None:  # fmt: skip
+        """Loss on x̂0 at each of the last k steps, then step and detach: one graph in memory.
+
+        With kind `anchored` the walk is that of `generate_anchored`.
+        """
         grid = reverse_grid(self.config.target_sampler)
         first_trained = len(grid) - 1 - self.config.target_stage.last_k
         for position, (t, t_next) in enumerate(pairwise(grid)):
@@ -249,7 +253,10 @@ class TargetStage:
                     if t_next >= 0:
                         self._optimize()
             with torch.no_grad():
-                x = ddim_step(self.schedule, x0.detach(), eps.detach(), t_next)
+                if self.config.target_sampler.kind == "anchored":
+                    x = ddim_step(self.schedule, anchor, eps.detach(), max(t_next, 0))
+                else:
+                    x = ddim_step(self.schedule, x0.detach(), eps.detach(), t_next)
 
     def _whole_chain(self, denoiser: ConditionalDenoiser, x: Tensor, anchor: Tensor) -> Tensor:
         """The generated image with the graph of all steps, activations recomputed.

@@ -7,7 +7,14 @@ import pytest
 import torch
 from scipy import ndimage
 
-from sgcd_core.box import Box, find_box, load_box, load_composition, shape_of
+from sgcd_core.box import (
+    Box,
+    find_box,
+    load_box,
+    load_composition,
+    shape_of,
+    start_digest,
+)
 from sgcd_core.config import load_config
 from sgcd_core.diffusion.network import LookEmbedding, build_network, from_cells, to_cells
 from sgcd_core.errors import ModelError
@@ -354,3 +361,16 @@ def test_a_recoloured_scan_gives_its_site_its_own_texture():
         textures(got), textures(measure_look(soft, mask, 4.0, "T1w").vector()), atol=1e-5
     )
     assert np.abs(textures(got) - textures(look)).max() > 0.5
+
+
+@pytest.mark.parametrize("preset", ["tiny", "small"])
+def test_the_box_of_each_preset_fits_it_and_is_small(preset):
+    config = load_config(preset)
+    box = load_box(config)
+    build_network(config).load_state_dict(box.network)
+    assert len(box.to_bytes()) <= 16 * 2**20
+    assert box.meta["steps"] > 0
+    # what the package holds is part of what tells two trainings apart
+    digests = {start_digest(config, init) for init in ("box", "scratch")}
+    assert len(digests) == 2 and None not in digests
+    assert start_digest(load_config(preset, settings=["condition.match=none"]), "scratch") is None

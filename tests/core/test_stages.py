@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 import torch
 
+from sgcd_core import target_stage
 from sgcd_core.batch import make_batch, sample_seed
 from sgcd_core.config import load_config
+from sgcd_core.diffusion.schedule import Schedule
 from sgcd_core.errors import InputError, ModelError
 from sgcd_core.global_stage import GlobalStage, learning_rate, planned_steps
 from sgcd_core.harmonizer import Harmonizer
@@ -337,3 +339,64 @@ def test_learning_rate_warms_up_and_falls_to_zero():
     assert rates[50] < rates[10] and rates[100] < 1e-6
     assert planned_steps(50, None, 7, 2) == 50
     assert planned_steps(50, 3, 7, 2) == 12
+
+
+@pytest.mark.parametrize(
+    ("order", "calls"),
+    [("compare_then_update", ["loss", "update"]), ("update_then_compare", ["update", "loss"])],
+)
+def test_a_step_compares_with_the_record_and_updates_it_in_the_order_that_is_set(
+    order, calls, monkeypatch
+):
+    stage = GlobalStage(config(f"record.order={order}"), 1)
+    seen = []
+    for name in ("loss", "update"):
+        method = getattr(stage.record, name)
+
+        def noted(*given, name=name, method=method):
+            seen.append(name)
+            return method(*given)
+
+        monkeypatch.setattr(stage.record, name, noted)
+    stage.step(batch((0.5, 2.0)))
+    assert seen == calls
+
+
+def test_losses_on_the_estimate_count_by_its_trust_and_flat_counts_all_alike(monkeypatch):
+    monkeypatch.setattr(Schedule, "clean_weight", lambda self, kind, t: torch.zeros(t.shape))
+    found = {}
+    for weight in ("snr", "flat"):
+        cfg = config("network.prediction=epsilon", f"global_stage.x0_weight={weight}")
+        stage = GlobalStage(cfg, 1)
+        losses, _, trust = stage._losses(batch((0.5, 2.0)))
+        found[weight] = float(losses["gradient"].detach()), trust.tolist()
+    assert found["snr"] == (0.0, [0.0, 0.0])
+    assert found["flat"][0] > 0 and found["flat"][1] == [1.0, 1.0]
+
+
+def test_the_record_is_part_of_the_model():
+    stage, _, pack = trained(config(), 2)
+    kept = {k.removeprefix("record."): v for k, v in pack.state.items() if k.startswith("record.")}
+    for name, value in stage.record.state_dict().items():
+        assert torch.equal(kept[name], value)
+    assert float(kept["values"].abs().sum()) > 0
+
+
+def test_stage_two_walks_anchored_where_that_is_asked_for(monkeypatch):
+    """Each step of `_stepwise` starts from the aligned image, as `generate_anchored` does."""
+    settings = ("target_sampler.kind=anchored", "target_sampler.t_start=40",
+                "target_sampler.steps=3", "target_stage.last_k=3")  # fmt: skip
+    parent = trained(config(), 2)[2]
+    stage = TargetStage(parent, config(*settings), "A", load_encoder("statistics"), looks(0.5, 0.5))
+    stage.measure_target([batch((0.5,), first=100)])
+    bases = []
+    step = target_stage.ddim_step
+
+    def noted(schedule, x0, eps, t):
+        bases.append(x0.clone())
+        return step(schedule, x0, eps, t)
+
+    monkeypatch.setattr(target_stage, "ddim_step", noted)
+    stage.step(batch((2.0,)), batch((0.5,), first=200))
+    walks = [bases[i : i + 3] for i in range(0, len(bases), 3)]
+    assert walks and all(torch.equal(walk[0], x) for walk in walks for x in walk[1:])
