@@ -24,7 +24,7 @@ from pipelines.features import features_of, load_features
 from pipelines.lake import Lake
 from pipelines.prepare import load_prepared
 from sgcd_core.config import SgcdConfig
-from sgcd_core.errors import SgcdError
+from sgcd_core.errors import ConfigError, SgcdError
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +33,8 @@ Array = NDArray[np.float64]
 Words = NDArray[np.str_]
 Numbers = dict[str, float]
 
+#: A method on features, not on images: fit to the training scans of each partition.
+COMBAT = "combat"
 #: Random partitions into training and test subjects.
 REPEATS = 5
 TRAIN_SHARE = 0.7
@@ -135,15 +137,19 @@ def evaluate_downstream(
         version: Version in the registry.
         config: Settings of the run; `config.prepare` names the prepared scans.
         features: See `features.load_features`.
-        methods: Baselines beside the model; `raw` is always included.
+        methods: Baselines beside the model, and `combat`; `raw` is always included.
         progress: Called with (scans done, scans in all).
 
     Raises:
-        ConfigError: There is no network of this name.
+        ConfigError: There is no network of this name, or ComBat is asked for and not installed.
         ModelError: ENCODER-WEIGHTS, or MODEL-MISSING when this version harmonized nothing.
         StorageError: A table or the store cannot be reached.
     """
     network = load_features(features)
+    combat = COMBAT in methods
+    if combat:
+        _combat_class()  # missing, it is said before the work and not after
+    methods = [m for m in methods if m != COMBAT]
     catalog = Catalog(lake)
     scans = catalog.rows("scans").to_pylist()
     results = usable_results(catalog, model, version)
@@ -176,25 +182,31 @@ def evaluate_downstream(
     lines: list[DownstreamLine] = []
     notes: list[str] = []
     for sequence, sample in sorted(samples.items()):
-        more, said = score_sample(sequence, sample, seed=config.seed)
+        more, said = score_sample(sequence, sample, seed=config.seed, combat=combat)
         lines += more
         notes += said
     base = {"model": model, "model_version": version, "target": target}
     rows = [base | row for row in _site_rows(lines, network.name)]
-    digest = digest_of([recipe, features, network.name, *images.names], scans, results)
+    names = [*images.names, *([COMBAT] if combat else [])]
+    digest = digest_of([recipe, features, network.name, *names], scans, results)
     written = catalog.append("site_metrics", rows, txn=f"evaluate-down/{model}/{version}/{digest}")
     return DownstreamSummary(network.name, lines, notes, rows, skipped, written)
 
 
 def score_sample(
-    sequence: str, sample: Sample, *, seed: int = 0
+    sequence: str, sample: Sample, *, seed: int = 0, combat: bool = False
 ) -> tuple[list[DownstreamLine], list[str]]:
-    """Both tasks on the scans of one sequence; figures, and sentences about what was left out."""
+    """Both tasks on the scans of one sequence; figures, and sentences about what was left out.
+
+    With `combat` also from the raw features after ComBat.
+    """
     lines: list[DownstreamLine] = []
     subjects, sites = np.array(sample.subjects), np.array(sample.sites)
     ages = np.array(sample.ages)
     # A baseline that could not be fitted has no features.
     vectors = {m: np.stack(v) for m, v in sample.features.items() if len(v) == len(sites)}
+    if combat:
+        vectors[COMBAT] = vectors["raw"]
     kept, small = enough_subjects(subjects, sites)
     notes = []
     if small:
@@ -270,7 +282,10 @@ def _lines(
         if not test.any():
             continue
         for method, x in vectors.items():
-            found[method].append(score(x[train], wanted[train], x[test], wanted[test]))
+            given, asked = x[train], x[test]
+            if method == COMBAT:
+                given, asked = combat_features(given, sites[train], asked, sites[test])
+            found[method].append(score(given, wanted[train], asked, wanted[test]))
         rng = np.random.default_rng([seed, repeat, 1])
         for _ in range(SHUFFLES):
             mixed, x = rng.permutation(wanted), vectors["raw"]
@@ -297,6 +312,62 @@ def _lines(
             )
         )  # fmt: skip
     return lines
+
+
+def combat_features(
+    x: Array, sites: Words, x_test: Array, sites_test: Words
+) -> tuple[Array, Array]:
+    """Training and test features after ComBat that saw the training features alone.
+
+    Features of sites with fewer than two training scans stay as they are: nothing is known of
+    their spread. No covariate is kept, since the age of a test subject is what is asked for.
+    Source: Johnson 2007, Biostatistics 8:118; Fortin 2018, NeuroImage 167:104; the package
+    combatlearn.
+
+    Args:
+        x: (N, E), training.
+        sites: (N,).
+        x_test: (M, E).
+        sites_test: (M,).
+    """
+    import pandas as pd
+
+    counts = Counter(sites.tolist())
+    known = [site for site, count in counts.items() if count >= 2]
+    if len(known) < 2:
+        return x, x_test
+    frames, places = [], []
+    for values, of, mark in ((x, sites, "train"), (x_test, sites_test, "test")):
+        index = [f"{mark}-{n}" for n in range(len(of))]
+        frames.append(pd.DataFrame(values, index=index))
+        places.append(pd.Series(of, index=index))
+    combat = _combat_class()(batch=pd.concat(places), method="johnson")
+    out: list[Array] = []
+    for frame, place in zip(frames, places, strict=True):
+        mine = place.isin(known)
+        rows = frame[mine]
+        changed = frame.to_numpy(copy=True)
+        if len(rows):
+            done = combat.fit_transform(rows) if not out else combat.transform(rows)
+            changed[mine.to_numpy()] = np.asarray(done)
+        out.append(changed)
+    return out[0], out[1]
+
+
+def _combat_class() -> Any:
+    """The library's class.
+
+    Raises:
+        ConfigError: It is not installed.
+    """
+    try:
+        from combatlearn import ComBat
+    except ImportError as error:
+        raise ConfigError(
+            "ComBat needs the package combatlearn.", where="--methods combat",
+            hint="Install it with `pip install 'sgcd-lake[combat]'`, or leave combat out.",
+        ) from error  # fmt: skip
+    return ComBat
 
 
 def _repeated(values: Sequence[float]) -> Repeated:

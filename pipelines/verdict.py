@@ -17,7 +17,10 @@ from sgcd_core.metrics import MEASURES, bootstrap_interval
 METHOD_TITLES = {
     "raw": "raw", "nyul": "Nyúl", "sgcd": "SGCD", "minmax": "min-max", "zscore": "z-score",
     "whitestripe": "WhiteStripe", "histogram": "histogram matching",
+    "combat": "ComBat",
 }  # fmt: skip
+#: Methods that learn nothing but an intensity map.
+CLASSICAL = ("nyul", "minmax", "zscore", "whitestripe", "histogram")
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,16 @@ class Line:
         a, b = self.by_method[method].mean, self.by_method[other].mean
         return a > b if MEASURES[self.metric].higher_is_better else a < b
 
+    def best(self, methods: Iterable[str]) -> str | None:
+        """The best of those that are there, the first of equals; None when none is."""
+        there = [m for m in methods if m in self.by_method]
+        return max(there, key=self._gain, default=None)
+
+    def _gain(self, method: str) -> float:
+        mean = self.by_method[method].mean
+        better = mean if MEASURES[self.metric].higher_is_better else -mean
+        return -math.inf if math.isnan(better) else better
+
 
 @dataclass(frozen=True)
 class Summary:
@@ -77,11 +90,10 @@ class Summary:
     def headline(self) -> str:
         """One sentence that counts the comparisons of `groups`; empty when there are none."""
         parts = []
-        for rival in ("raw", "nyul"):
-            found = [line.closer("sgcd", rival) for line in self.groups]
+        for name, methods in _rivals(self.groups):
+            found = [line.closer("sgcd", line.best(methods) or "") for line in self.groups]
             known = [closer for closer in found if closer is not None]
             if known:
-                name = "the raw scans" if rival == "raw" else METHOD_TITLES[rival]
                 parts.append(f"than {name} in {sum(known)} of {len(known)}")
         if not parts:
             return ""
@@ -145,8 +157,8 @@ def verdict(groups: Sequence[Line]) -> list[str]:
         head = f"{sequence}, {sites.get(seen, 'all sites') if seen is not None else 'all sites'}"
         people = max(line.n for line in lines)
         head += f" ({people} {'subject' if people == 1 else 'subjects'})"
-        for rival in ("raw", "nyul"):
-            sentence = _compare(lines, rival)
+        for name, methods in _rivals(lines):
+            sentence = _compare(lines, name, methods)
             if sentence:
                 sentences.append(f"{head}: {sentence}")
     if not sentences:
@@ -157,26 +169,39 @@ def verdict(groups: Sequence[Line]) -> list[str]:
     return sentences
 
 
-def _compare(lines: Sequence[Line], rival: str) -> str:
-    """SGCD against one rival on every measure."""
-    name = "the raw scans" if rival == "raw" else METHOD_TITLES[rival]
+def _rivals(lines: Sequence[Line]) -> list[tuple[str, tuple[str, ...]]]:
+    """Whom SGCD is compared with: a name for sentences, and the methods, of which the best counts.
+
+    The raw scans, then the classical methods, together where there are several.
+    """
+    there = {method for line in lines for method in line.by_method}
+    found = tuple(m for m in CLASSICAL if m in there)
+    rivals: list[tuple[str, tuple[str, ...]]] = [("the raw scans", ("raw",))]
+    if found:
+        name = METHOD_TITLES[found[0]] if len(found) == 1 else "every classical method"
+        rivals.append((name, found))
+    return rivals
+
+
+def _compare(lines: Sequence[Line], name: str, methods: Sequence[str]) -> str:
+    """SGCD against the best of some methods on every measure."""
     wins: list[str] = []
     losses: list[str] = []
     for line in lines:
-        closer = line.closer("sgcd", rival)
-        if closer is None:
+        rival = line.best(methods)
+        if rival is None or "sgcd" not in line.by_method:
             continue
         ours, theirs = line.by_method["sgcd"].mean, line.by_method[rival].mean
-        text = (
-            f"{MEASURES[line.metric].title} "
-            f"({number(line.metric, ours)} against {number(line.metric, theirs)})"
-        )
-        (wins if closer else losses).append(text)
+        values = f"{number(line.metric, ours)} against {number(line.metric, theirs)}"
+        values += f" of {METHOD_TITLES[rival]}" if len(methods) > 1 else ""
+        text = f"{MEASURES[line.metric].title} ({values})"
+        (wins if line.closer("sgcd", rival) else losses).append(text)
     parts = []
     if wins:
         parts.append(f"SGCD is closer than {name} on {_and(wins)}")
     if losses:
-        parts.append(f"SGCD is NOT closer than {name} on {_and(losses)}")
+        best = name if len(methods) == 1 else "the best of the classical methods"
+        parts.append(f"SGCD is NOT closer than {best} on {_and(losses)}")
     return "; ".join(parts) + "." if parts else ""
 
 

@@ -42,7 +42,7 @@ def run(args: Any) -> Outcome:
             )  # fmt: skip
             model = ["--model", f"target-{target}"]
             harmonized = step(args.json, "harmonize", *words, *model)
-            evaluated = step(args.json, "evaluate", *words, *model)
+            evaluated = step(args.json, "evaluate", *words, *model, "--methods", "all")
             reported = step(args.json, "report", *words, *model)
     seconds = time.monotonic() - started
     lines = ["", f"Traveling subjects, against their own scan at {target}:", ""]

@@ -47,6 +47,11 @@ class _Question:
     config: SgcdConfig
     sites: list[str] | None
 
+    @property
+    def images(self) -> list[str]:
+        """The methods that are applied to images."""
+        return [method for method in self.args.methods if method != "combat"]
+
 
 def run(args: Any) -> Outcome:
     """`sgcd evaluate`: figures per scan and per site into the catalog, the verdict in words."""
@@ -107,8 +112,9 @@ def _voxels(q: _Question) -> _Part:
 
     with Progress("evaluate", None) as progress:
         found = evaluate(
-            q.lake, q.name, q.version, q.config, training_sites=q.sites, progress=progress.reach
-        )
+            q.lake, q.name, q.version, q.config, training_sites=q.sites, methods=q.images,
+            progress=progress.reach,
+        )  # fmt: skip
     shown = before_after(found.summary.lines)
     figures = write_figures(q.lake, found, code_version())
     return _Part(
@@ -127,7 +133,7 @@ def _tissues(q: _Question) -> _Part:
     with Progress("tissues", None) as progress:
         found = evaluate_tissue(
             q.lake, q.name, q.version, q.config, segmenter=q.args.segmenter or "gmm",
-            training_sites=q.sites, progress=progress.reach,
+            training_sites=q.sites, methods=q.images, progress=progress.reach,
         )  # fmt: skip
     shown = tissue_table(found.lines)
     if not shown:
@@ -149,7 +155,7 @@ def _downstream(q: _Question) -> _Part:
     with Progress("downstream", None) as progress:
         found = evaluate_downstream(
             q.lake, q.name, q.version, q.config, features=q.args.features or "auto",
-            progress=progress.reach,
+            methods=q.args.methods, progress=progress.reach,
         )  # fmt: skip
     shown = downstream_table(found.lines)
     scans = {line.sequence: line.scans for line in found.lines}

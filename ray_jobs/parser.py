@@ -166,6 +166,19 @@ def _tasks(text: str) -> tuple[int, ...]:
     return tuple(sorted({int(part) for part in parts}))
 
 
+def _methods(text: str) -> tuple[str, ...]:
+    from pipelines.baselines import BASELINES
+
+    names = [part.strip() for part in text.split(",")]
+    known = (*BASELINES, "combat")
+    if names == ["all"]:
+        return known
+    for name in names:
+        if name not in known:
+            raise argparse.ArgumentTypeError(f"no method {name!r}; there are {', '.join(known)}")
+    return tuple(dict.fromkeys(names))
+
+
 def _check(sub: Any) -> None:
     p = _command(
         sub, "check", "Say of each scan whether it can be used, and if not why.",
@@ -334,6 +347,11 @@ def _evaluate(sub: Any) -> None:
     p.add_argument(
         "--tasks", type=_tasks, default=(1,), metavar="1,2,3",
         help="1 voxels, 2 tissues, 3 sites and ages (default: 1)",
+    )  # fmt: skip
+    p.add_argument(
+        "--methods", type=_methods, default=("raw", "nyul"), metavar="A,B,…",
+        help="to compare with: raw, nyul, minmax, zscore, whitestripe, histogram, of task 3 also "
+        "combat; or all (default: raw,nyul)",
     )  # fmt: skip
     p.add_argument(
         "--segmenter",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,7 @@ from pipelines.catalog import Catalog
 from pipelines.downstream import (
     REPEATS,
     Sample,
+    combat_features,
     enough_subjects,
     evaluate_downstream,
     score_sample,
@@ -89,6 +92,45 @@ def test_features_that_tell_the_site_are_found_out_and_random_ones_are_not():
     assert accuracy.shuffled.mean < 0.5
     assert abs(found["random"]["site_balanced_accuracy"].by_method["raw"].mean - 1 / 3) < 0.15
     assert (accuracy.classes, accuracy.subjects, accuracy.scans) == (3, 60, 60)
+
+
+def test_combat_takes_the_site_out_of_features_and_leaves_the_age_in_them():
+    rng = np.random.default_rng(4)
+    pairs = people()
+    ages = rng.uniform(20, 80, len(pairs)).tolist()
+    shift = {site: rng.normal(0, 3, 6) for _, site in pairs}
+    numbers = iter(ages)
+
+    def features(number, site, rng):
+        return shift[site] + rng.normal(0, 0.3, 6) + next(numbers) / 20 * np.eye(6)[0]
+
+    sample = sample_of(pairs, features, ages)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lines, _ = score_sample("T1w", sample, combat=True)
+    found = by_measure(lines)
+    site, age = found["site_balanced_accuracy"], found["age_mae"]
+    assert site.by_method["raw"].mean > 0.95
+    assert site.by_method["combat"].mean < 2 * site.chance
+    assert age.by_method["combat"].mean < 0.5 * age.chance
+
+
+def test_combat_learns_from_training_features_alone_and_leaves_lone_scans():
+    rng = np.random.default_rng(5)
+    sites = np.array(["a"] * 6 + ["b"] * 6 + ["c"])
+    x = rng.normal(size=(13, 3)) + 2.0 * (sites == "b")[:, None]
+    asked = np.array(["a", "b", "c"])
+    x_test = rng.normal(size=(3, 3))
+    given, first = combat_features(x, sites, x_test, asked)
+    np.testing.assert_array_equal(given[-1], x[-1])
+    np.testing.assert_array_equal(first[-1], x_test[-1])
+    moved = x_test.copy()
+    moved[0] += 100
+    _, second = combat_features(x, sites, moved, asked)
+    np.testing.assert_array_equal(first[1:], second[1:])
+    few = np.array(["a"] * 6 + ["b"])
+    same, _ = combat_features(x[:7], few, x_test, asked)
+    np.testing.assert_array_equal(same, x[:7])
 
 
 def test_a_subject_that_is_recognized_does_not_tell_its_site():

@@ -154,3 +154,25 @@ def test_infinite_and_missing_values_are_summarized():
     summary = summarize(rows)
     assert "PSNR (∞ against 20.00)" in summary.verdict[0]
     assert summary.lines[0].closer("sgcd", "nyul") is False
+
+
+def test_against_several_classical_methods_the_best_of_each_measure_counts():
+    values = {
+        "raw": (20.0, 0.8), "nyul": (22.0, 0.9), "histogram": (25.0, 0.85), "sgcd": (24.0, 0.95),
+    }  # fmt: skip
+    rows = [
+        {"subject": subject, "site": "B", "sequence": "T1w", "seen": True, "method": method,
+         "metric": metric, "value": value + 0.01 * number}
+        for method, pair in values.items()
+        for metric, value in zip(("psnr", "ssim"), pair, strict=True)
+        for number, subject in enumerate("ab")
+    ]  # fmt: skip
+    summary = summarize(rows)
+    raw, classical = summary.verdict
+    assert "closer than the raw scans on" in raw and "NOT" not in raw
+    assert "closer than every classical method on SSIM (0.9550 against 0.9050 of Nyúl)" in classical
+    assert (
+        "NOT closer than the best of the classical methods on PSNR "
+        "(24.01 against 25.01 of histogram matching)" in classical
+    )
+    assert "the raw scans in 2 of 2 and than every classical method in 1 of 2" in summary.headline
