@@ -22,10 +22,11 @@ from pipelines.catalog import Catalog
 from pipelines.cohort.scanner import site_name
 from pipelines.evaluate import find_truth, load_output, usable_results
 from pipelines.lake import Lake
+from pipelines.pair import load_pair
 from pipelines.prepare import load_prepared
-from pipelines.truth import load_truth
+from pipelines.truth import load_truth, load_truth_on_scan
 from pipelines.verdict import METHOD_TITLES, Line, estimate, number, summarize
-from ray_jobs import cli
+from ray_jobs.steps import step
 from sgcd_core.config import SgcdConfig, load_config
 from sgcd_core.io.store import Store
 from sgcd_core.metrics import MEASURES, measure_all
@@ -36,7 +37,10 @@ TITLES = METHOD_TITLES | {
     "look": "the site's look alone", "filter": "the look and its filter, no U-Net",
     "stage1": "SGCD, Stage 1 alone", "paper": "SGCD `paper`",
     "sgcd": "**SGCD**", "rescan": "*a second scan at the target*",
+    "raw_native": "raw, on the scan's own voxels", "sgcd_native": "SGCD, on the scan's own voxels",
 }  # fmt: skip
+#: After the classical methods: parts of the method, the whole, and what it is held to.
+OURS = ("look", "filter", "stage1", "paper", "sgcd", "rescan", "raw_native", "sgcd_native")
 #: Subjects at each training site.
 EACH = 6
 #: Preset `paper` cut down to what two cores can do: a smaller network on the benchmark's grid,
@@ -71,15 +75,19 @@ def main() -> None:
     parser.add_argument("--set", dest="settings", action="append", default=[], metavar="K=V")
     args = parser.parse_args()
     started = time.monotonic()
-    lake = build(args)
-    found = rows(lake, args.target, paper=args.paper)
+    lake, versions = build(args)
+    found = rows(lake, args.target, versions)
     print(table(summarize(found, seed=args.seed).groups))
     print(against_best(found, args.seed))
     print(f"{(time.monotonic() - started) / 60:.1f} minutes")
 
 
-def build(args: argparse.Namespace) -> Lake:
-    """Cohort, model and harmonized scans; each step does only what is left to do."""
+def build(args: argparse.Namespace) -> tuple[Lake, dict[str, tuple[str, int]]]:
+    """Cohort, models and harmonized scans; each step does only what is left to do.
+
+    Returns:
+        The lake, and by method the name and version of its model.
+    """
     cohort, lake = args.work / "cohort", args.work / "lake"
     place = ["--anatomy", args.anatomy] if args.anatomy else []
     sets = [word for item in args.settings for word in ("--set", item)]
@@ -88,18 +96,24 @@ def build(args: argparse.Namespace) -> Lake:
         "--traveling", args.traveling, "--mm", 2, "--seed", args.seed, "--workers", 2)  # fmt: skip
     run("index", cohort, "--lake", lake)
     run("prepare", "--lake", lake, "--preset", args.preset, *sets)
-    run("train", "--lake", lake, "--preset", args.preset, "--init", "box", *sets)
-    run("tune", "--lake", lake, "--target", args.target, "--model", "global@1", "--set",
-        f"target_stage.steps={args.tune_steps}")  # fmt: skip
-    run("harmonize", "--lake", lake, "--model", "global@1")
-    run("harmonize", "--lake", lake, "--model", f"target-{args.target}@1")
+    first = run("train", "--lake", lake, "--preset", args.preset, "--init", "box", *sets)
+    tuned = tune(args, lake, first)
+    versions = {"stage1": ("global", first), "sgcd": (f"target-{args.target}", tuned)}
+    for name, version in versions.values():
+        run("harmonize", "--lake", lake, "--model", f"{name}@{version}")
     if args.paper:
-        build_paper(args, lake)
-    return Lake.open(str(lake))
+        versions["paper"] = (f"target-{args.target}", build_paper(args, lake))
+    return Lake.open(str(lake)), versions
 
 
-def build_paper(args: argparse.Namespace, lake: Path) -> None:
-    """Preset `paper`, cut down, as version 2 of both models; scans of one seen and the unseen site.
+def tune(args: argparse.Namespace, lake: Path, parent: int) -> int:
+    """Stage 2 from a version of the global model; the version it made."""
+    return run("tune", "--lake", lake, "--target", args.target, "--model", f"global@{parent}",
+               "--set", f"target_stage.steps={args.tune_steps}")  # fmt: skip
+
+
+def build_paper(args: argparse.Namespace, lake: Path) -> int:
+    """Preset `paper`, cut down; scans of one seen and the unseen site. The version of its model.
 
     Adam's rates of the authors are meant for 300 epochs and change nothing in so few steps; they
     are raised to those of the other rows.
@@ -116,37 +130,37 @@ def build_paper(args: argparse.Namespace, lake: Path) -> None:
     words = [word for item in sets for word in ("--set", item)]
     sites = [site_name(number) for number in range(args.sites + 1)]
     seen = next(site for site in sites if site != args.target)
-    run("train", "--lake", lake, "--preset", "paper", *words)
-    run("tune", "--lake", lake, "--target", args.target, "--model", "global@2", "--set",
-        f"target_stage.steps={args.tune_steps}")  # fmt: skip
-    run("harmonize", "--lake", lake, "--model", f"target-{args.target}@2",
+    made = tune(args, lake, run("train", "--lake", lake, "--preset", "paper", *words))
+    run("harmonize", "--lake", lake, "--model", f"target-{args.target}@{made}",
         "--sites", seen, sites[-1])  # fmt: skip
+    return made
 
 
-def run(*words: object) -> None:
-    """One command; a scan that fails is a row of its own and does not end the benchmark."""
-    line = [str(word) for word in words]
-    print("$ sgcd", *line, flush=True)
-    if cli.main(line) not in (0, 1):
-        raise SystemExit(f"sgcd {line[0]} failed")
+def run(*words: object) -> int:
+    """One command; the version of the model it made or found, 0 for other commands.
+
+    A scan that fails is a row of its own and does not end the benchmark; errors do.
+    """
+    return int(step(False, *(str(word) for word in words)).data.get("version") or 0)
 
 
-def rows(lake: Lake, target: str, *, paper: bool = True) -> list[Row]:
-    """Measures of every test scan by every method, against the subject's scan at the target."""
+def rows(lake: Lake, target: str, versions: Mapping[str, tuple[str, int]]) -> list[Row]:
+    """Measures of every test scan by every method, against the subject's scan at the target.
+
+    Also of what a user gets, the output on the scan's own voxels, and of the scan as it is there.
+    """
     catalog = Catalog(lake)
     scans = catalog.rows("scans").to_pylist()
     by_id = {scan["scan_id"]: scan for scan in scans}
-    name = f"target-{target}"
-    pack = load_modelpack(lake.model(name, 1), Store())
+    pack = load_modelpack(lake.model(*versions["sgcd"]), Store())
     recipe, seen = pack.config.prepare.digest(), pack.meta["training_sites"]
     fitted = _fitted(lake, scans, target, pack.config)
     out: list[Row] = []
-    models = {"stage1": ("global", 1)} | ({"paper": (name, 2)} if paper else {})
     others = {
         method: {r["scan_id"]: r for r in usable_results(catalog, model, version)}
-        for method, (model, version) in models.items()
-    }
-    for result in usable_results(catalog, name, 1):
+        for method, (model, version) in versions.items() if method != "sgcd"
+    }  # fmt: skip
+    for result in usable_results(catalog, *versions["sgcd"]):
         scan = by_id[result["scan_id"]]
         truth = find_truth(scan, scans, target)
         if truth is None:
@@ -158,8 +172,13 @@ def rows(lake: Lake, target: str, *, paper: bool = True) -> list[Row]:
         for method, found in others.items():
             if scan["scan_id"] in found:
                 images[method] = load_output(found[scan["scan_id"]], own.image.shape)
-        for method, image in images.items():
-            for metric, value in measure_all(image, goal, own.mask & inside).items():
+        scored = {m: measure_all(image, goal, own.mask & inside) for m, image in images.items()}
+        pair = load_pair(lake, pack.config.prepare, scan, result)
+        goal, inside = load_truth_on_scan(lake, pack.config.prepare, truth, own)
+        for method, native in (("raw_native", pair.before), ("sgcd_native", pair.after)):
+            scored[method] = measure_all(np.clip(native, 0, 1), goal, pair.mask & inside)
+        for method, measures in scored.items():
+            for metric, value in measures.items():
                 out.append({"subject": scan["subject"], "site": scan["site"], "value": value,
                             "sequence": scan["sequence"], "seen": scan["site"] in seen,
                             "method": method, "metric": metric})  # fmt: skip
@@ -207,9 +226,7 @@ def table(lines: list[Line], titles: Mapping[str, str] = TITLES) -> str:
 def _order(group: dict[str, Line]) -> Iterator[str]:
     """Classical methods, then ours, the whole of it last."""
     have = next(iter(group.values())).by_method
-    yield from (
-        m for m in (*BASELINES, "look", "filter", "stage1", "paper", "sgcd", "rescan") if m in have
-    )
+    yield from (m for m in (*BASELINES, *OURS) if m in have)
 
 
 def against_best(rows: Sequence[Row], seed: int = 0) -> str:
