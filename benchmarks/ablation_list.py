@@ -13,9 +13,8 @@ from sgcd_core.harmonizer import start_matters
 #: The grid of evaluations: timesteps t_0 that noise is added to, and evaluations from there.
 STARTS = (100, 180, 400, 999)
 STEPS = (1, 2, 4, 8, 16)
-#: The grid of inversions: t_0 as above, T_f evaluations up and T_r down.
-INVERSION_STARTS = (100, 400, 999)
-INVERSION_STEPS = (2, 8)
+#: The grid of inversions: t_0 as above, T_f evaluations up and T_r down; the last are the paper's.
+WALKS = ((2, 2), (2, 8), (8, 2), (8, 8), (35, 25))
 
 
 @dataclass(frozen=True)
@@ -142,7 +141,7 @@ INVERSIONS: tuple[Ablation, ...] = tuple(
                   f"target_sampler.invert_steps={up}", f"target_sampler.steps={down}"),
         group="inversion",
     )
-    for t in INVERSION_STARTS for up in INVERSION_STEPS for down in INVERSION_STEPS
+    for t in STARTS for up, down in WALKS
 )  # fmt: skip
 
 ABLATIONS: dict[str, Ablation] = {a.name: a for a in (*VARIANTS, *EVALUATIONS, *INVERSIONS)}

@@ -10,11 +10,10 @@ import numpy as np
 from ablation_list import (
     ABLATIONS,
     EVALUATIONS,
-    INVERSION_STARTS,
-    INVERSION_STEPS,
     STARTS,
     STEPS,
     VARIANTS,
+    WALKS,
     Ablation,
 )
 
@@ -127,12 +126,11 @@ def evaluations_table(results: Results) -> str:
 
 def inversion_table(results: Results) -> str:
     """PSNR by t_0, T_f and T_r, mean of the four groups."""
-    pairs = [(up, down) for up in INVERSION_STEPS for down in INVERSION_STEPS]
     rows = [
-        [str(t), *(_overall(results.get(f"inversion-t{t}-f{a}-r{b}")) for a, b in pairs)]
-        for t in INVERSION_STARTS
+        [str(t), *(_overall(results.get(f"inversion-t{t}-f{a}-r{b}")) for a, b in WALKS)]
+        for t in STARTS
     ]
-    return _table(["t_0; T_f, T_r:", *(f"{a}, {b}" for a, b in pairs)], rows)
+    return _table(["t_0; T_f, T_r:", *(f"{a}, {b}" for a, b in WALKS)], rows)
 
 
 def overall(result: Row | None, only: Iterable[Any] | None = None) -> float:
