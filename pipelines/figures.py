@@ -22,11 +22,14 @@ MUTED = "#7b8794"
 #: Okabe & Ito's palette.
 COLOURS = {
     "before": "#b0bac5", "after": "#0072b2", "target": "#d55e00",
-    "raw": "#7b8794", "nyul": "#e69f00", "sgcd": "#0072b2",
+    "raw": "#7b8794", "nyul": "#e69f00", "sgcd": "#0072b2", "minmax": "#cc79a7",
+    "zscore": "#009e73", "whitestripe": "#56b4e9", "histogram": "#1f2933",
 }  # fmt: skip
 
 
-MARKERS = {"raw": "s", "nyul": "^", "sgcd": "o"}
+MARKERS = {
+    "raw": "s", "nyul": "^", "sgcd": "o", "minmax": "v", "zscore": "P", "whitestripe": "X",
+}  # fmt: skip
 
 
 def _figure(width: float, height: float) -> Figure:

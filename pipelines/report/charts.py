@@ -19,8 +19,13 @@ from sgcd_core.metrics import MEASURES
 Histogram = NDArray[np.float64]
 
 WIDTH, PANEL_HEIGHT = 300, 110
-#: Methods that charts tell apart by shape as well as by colour; others share the last.
-_SHAPES = {"raw": "square", "nyul": "triangle", "sgcd": "circle"}
+#: Methods that have a colour; the marks of the others are hollow.
+_COLOURED = ("raw", "nyul", "sgcd")
+#: Charts tell methods apart by shape as well as by colour; what is not named here is a diamond.
+_SHAPES = {
+    "raw": "square", "nyul": "triangle", "sgcd": "circle",
+    "minmax": "square", "zscore": "triangle", "whitestripe": "circle",
+}  # fmt: skip
 
 
 def histogram_panel(
@@ -108,13 +113,13 @@ def measure_chart(lines: Sequence[Line], metric: str) -> Markup:
             if found is None or not math.isfinite(found.mean):
                 continue
             y = middle + (place - (len(methods) - 1) / 2) * 12
-            kind = method if method in _SHAPES else "other"
+            kind = _kind(method)
             if math.isfinite(found.low) and found.high > found.low:
                 parts.append(
                     f'<line class="m-{kind}" x1="{x(found.low):.1f}" x2="{x(found.high):.1f}" '
                     f'y1="{y:.1f}" y2="{y:.1f}"/>'
                 )
-            parts.append(_mark(kind, x(found.mean), y))
+            parts.append(_mark(method, x(found.mean), y))
     return _svg(f"{MEASURES[metric].title} by site: {_words(rows, methods)}", WIDTH, height, parts)
 
 
@@ -133,12 +138,16 @@ def _words(rows: Sequence[Line], methods: Sequence[str]) -> str:
 
 def method_mark(method: str) -> Markup:
     """The mark of a method, for a legend."""
-    kind = method if method in _SHAPES else "other"
-    return Markup(f'<svg viewBox="0 0 12 12" aria-hidden="true">{_mark(kind, 6, 6)}</svg>')
+    return Markup(f'<svg viewBox="0 0 12 12" aria-hidden="true">{_mark(method, 6, 6)}</svg>')
 
 
-def _mark(kind: str, x: float, y: float) -> str:
-    shape = _SHAPES.get(kind, "diamond")
+def _kind(method: str) -> str:
+    """The class that gives the method its colour."""
+    return method if method in _COLOURED else "other"
+
+
+def _mark(method: str, x: float, y: float) -> str:
+    shape, kind = _SHAPES.get(method, "diamond"), _kind(method)
     if shape == "circle":
         return f'<circle class="m-{kind}" cx="{x:.1f}" cy="{y:.1f}" r="4"/>'
     corners = {

@@ -17,7 +17,7 @@ from pipelines.report import charts
 from pipelines.report.source import UNUSABLE, WAITING, Source
 from pipelines.report.state import ScanPage
 from pipelines.schemas import STATUSES
-from pipelines.verdict import METHOD_TITLES, Line, number
+from pipelines.verdict import CLASSICAL, METHOD_TITLES, Line, number
 from sgcd_core.errors import CODES
 from sgcd_core.metrics import MEASURES
 
@@ -103,13 +103,17 @@ def _cells(line: Line) -> Row:
             "text": number(line.metric, found.mean), "interval": interval, "best": method == best,
         }  # fmt: skip
     unit = {"1": "", "intensity range": ""}.get(measure.unit, measure.unit)
-    rivals = [m for m in ("raw", "nyul") if line.closer("sgcd", m) is not None]
+    rivals = [m for m in ("raw", *CLASSICAL) if line.closer("sgcd", m) is not None]
     beaten = [METHOD_TITLES[m] for m in rivals if line.closer("sgcd", m)]
+    if len(rivals) > 2 and len(beaten) == len(rivals):
+        closer = f"all {len(rivals)}"
+    else:
+        closer = " and ".join(filter(None, [", ".join(beaten[:-1]), *beaten[-1:]]))
     return {
         "site": line.site, "sequence": line.sequence, "seen": line.seen, "n": line.n,
         "scans": line.scans, "measure": measure.title, "unit": unit,
         "arrow": "↑" if measure.higher_is_better else "↓", "values": values,
-        "closer": " and ".join(beaten) or ("neither" if len(rivals) > 1 else "none"),
+        "closer": closer or ("neither" if len(rivals) == 2 else "none"),
         "all": len(beaten) == len(rivals), "any": bool(beaten),
     }  # fmt: skip
 
