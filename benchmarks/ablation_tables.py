@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -17,7 +16,7 @@ from ablation_list import (
     Ablation,
 )
 
-from pipelines.figures import COLOURS, INK, MUTED
+from pipelines.figures import COLOURS, INK, MUTED, as_png, new_figure, plain_axes
 from pipelines.verdict import number
 from sgcd_core.metrics import MEASURES, bootstrap_interval
 
@@ -146,7 +145,7 @@ def _overall(result: Row | None) -> str:
 def chart(results: Results) -> bytes:
     """Bars of PSNR by variant, seen and unseen sites side by side, a panel a sequence. PNG."""
     shown = [a for a in VARIANTS if values(results.get(a.name), "psnr")]
-    figure = _figure(9.5, 1.2 + 0.34 * len(shown))
+    figure = new_figure(9.5, 1.2 + 0.34 * len(shown))
     panels = figure.subplots(1, 2, sharey=True)
     at = np.arange(len(shown))[::-1]
     for axes, sequence in zip(panels, ("T1w", "T2w"), strict=True):
@@ -154,7 +153,7 @@ def chart(results: Results) -> bytes:
             heights = [mean(results[a.name], "psnr", (sequence, seen)) for a in shown]
             axes.barh(at + shift, heights, 0.36, color=colour,
                       label=f"sites {'seen' if seen else 'not seen'} in training")  # fmt: skip
-        _plain(axes)
+        plain_axes(axes)
         axes.set_title(sequence, fontsize=9, color=INK)
         axes.set_xlabel("PSNR to the subject's scan at the target, dB", fontsize=8)
         pairs = [(a.name, (sequence, seen)) for a in shown for seen in (True, False)]
@@ -162,12 +161,12 @@ def chart(results: Results) -> bytes:
         axes.set_xlim(left=max(0.0, np.floor(low) - 1))
     panels[0].set_yticks(at, [f"{a.name}" for a in shown])
     panels[0].legend(fontsize=7, frameon=False, loc="lower left", bbox_to_anchor=(0, 1.04))
-    return _png(figure)
+    return as_png(figure)
 
 
 def evaluations_chart(results: Results) -> bytes:
     """PSNR against network evaluations of Stage 2, a line for each t_0. PNG."""
-    figure = _figure(6.4, 3.8)
+    figure = new_figure(6.4, 3.8)
     axes = figure.subplots()
     colours = ("#0072b2", "#e69f00", "#009e73", "#d55e00")
     for t, colour, marker in zip(STARTS, colours, "o^sD", strict=True):
@@ -183,27 +182,5 @@ def evaluations_chart(results: Results) -> bytes:
     axes.set_xlabel("network evaluations of Stage 2", fontsize=8)
     axes.set_ylabel("PSNR, dB, mean of both sequences, seen and unseen", fontsize=8)
     axes.legend(fontsize=7, frameon=False)
-    _plain(axes)
-    return _png(figure)
-
-
-def _figure(width: float, height: float) -> Any:
-    """A figure that needs no display."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _plain(axes: Any) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(MUTED)
-    axes.tick_params(colors=INK, labelsize=8)
-
-
-def _png(figure: Any) -> bytes:
-    out = io.BytesIO()
-    figure.savefig(out, format="png", dpi=130, metadata={"Software": None})
-    return out.getvalue()
+    plain_axes(axes)
+    return as_png(figure)

@@ -32,7 +32,7 @@ MARKERS = {
 }  # fmt: skip
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
     """A figure that needs no display and no pyplot state."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -42,14 +42,15 @@ def _figure(width: float, height: float) -> Figure:
     return figure
 
 
-def _png(figure: Figure, dpi: int = 130) -> bytes:
+def as_png(figure: Figure, dpi: int = 130) -> bytes:
+    """The figure as the bytes of a PNG."""
     out = io.BytesIO()
     # Without the software's name and version the bytes are the same on every machine.
     figure.savefig(out, format="png", dpi=dpi, metadata={"Software": None})
     return out.getvalue()
 
 
-def _plain(axes: Any) -> None:
+def plain_axes(axes: Any) -> None:
     """Only the lines that carry information."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(MUTED)
@@ -81,7 +82,7 @@ def contact_sheet(rows: Sequence[tuple[str, Image, Image]]) -> bytes:
         rows: Label, prepared scan and harmonized scan; float32, (X, Y, Z), RAS+, [0, 1]. The
             difference is output less input, from -0.5 (blue) to 0.5 (red).
     """
-    figure = _figure(11.0, 1.25 * max(1, len(rows)) + 0.3)
+    figure = new_figure(11.0, 1.25 * max(1, len(rows)) + 0.3)
     grid = figure.subplots(max(1, len(rows)), 3, squeeze=False)
     for axes, (label, before, after) in zip(grid, rows, strict=False):
         grey = {"cmap": "gray", "vmin": 0, "vmax": 1}
@@ -96,7 +97,7 @@ def contact_sheet(rows: Sequence[tuple[str, Image, Image]]) -> bytes:
         axes.set_title(title, fontsize=9, color=INK)
     for axes in grid.flat:
         axes.set_axis_off()
-    return _png(figure, dpi=100)
+    return as_png(figure, dpi=100)
 
 
 def outlines(rows: Sequence[tuple[str, Image, Image, Image, Image]]) -> bytes:
@@ -106,7 +107,7 @@ def outlines(rows: Sequence[tuple[str, Image, Image, Image, Image]]) -> bytes:
         rows: Label, input, the region found on it, output, the region found on that; volumes
             (X, Y, Z) RAS+, float32 in [0, 1] and bool.
     """
-    figure = _figure(6.4, 3.4 * max(1, len(rows)))
+    figure = new_figure(6.4, 3.4 * max(1, len(rows)))
     grid = figure.subplots(max(1, len(rows)), 2, squeeze=False)
     for axes, (label, before, found, after, again) in zip(grid, rows, strict=False):
         level = int(np.asarray(found).sum(axis=(0, 1)).argmax())
@@ -120,7 +121,7 @@ def outlines(rows: Sequence[tuple[str, Image, Image, Image, Image]]) -> bytes:
             axis.set_title(f"{label}, {title}", fontsize=8, color=INK, loc="left")
     for axes in grid.flat:
         axes.set_axis_off()
-    return _png(figure)
+    return as_png(figure)
 
 
 def histograms(
@@ -138,7 +139,7 @@ def histograms(
     """
     columns = min(3, max(1, len(sites)))
     lines = -(-max(1, len(sites)) // columns)
-    figure = _figure(3.2 * columns, 2.0 * lines + 0.5)
+    figure = new_figure(3.2 * columns, 2.0 * lines + 0.5)
     grid = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True)
     for axes in grid.flat[len(sites) :]:
         axes.set_axis_off()
@@ -151,7 +152,7 @@ def histograms(
         axes.set_title(site, fontsize=9, color=INK, loc="left")
         axes.set_yticks([])
         axes.set_xlim(0, 1)
-        _plain(axes)
+        plain_axes(axes)
         axes.spines["left"].set_visible(False)
     figure.supxlabel(f"{sequence} intensity inside the brain, prepared scan", fontsize=8, color=INK)
     if sites:
@@ -159,7 +160,7 @@ def histograms(
         figure.legend(
             handles, labels, loc="outside upper right", ncols=3, fontsize=8, frameon=False
         )
-    return _png(figure)
+    return as_png(figure)
 
 
 def measures(lines: Sequence[Line], *, sequence: str) -> bytes:
@@ -169,7 +170,7 @@ def measures(lines: Sequence[Line], *, sequence: str) -> bytes:
     """
     kept = [line for line in lines if line.sequence == sequence]
     metrics = [m for m in MEASURES if any(line.metric == m for line in kept)]
-    figure = _figure(3.1 * max(1, len(metrics)), 2.7)
+    figure = new_figure(3.1 * max(1, len(metrics)), 2.7)
     grid = figure.subplots(1, max(1, len(metrics)), squeeze=False)[0]
     for axes, metric in zip(grid, metrics, strict=False):
         rows = [line for line in kept if line.metric == metric]
@@ -195,14 +196,14 @@ def measures(lines: Sequence[Line], *, sequence: str) -> bytes:
         axes.margins(y=0.12)
         axes.grid(axis="y", color="#e4e7eb", linewidth=0.7)
         axes.set_axisbelow(True)
-        _plain(axes)
+        plain_axes(axes)
     figure.suptitle(sequence, x=0.01, ha="left", fontsize=10, color=INK)
     if metrics:
         handles, labels = grid[0].get_legend_handles_labels()
         figure.legend(
             handles, labels, loc="outside upper right", ncols=len(labels), fontsize=8, frameon=False
         )
-    return _png(figure)
+    return as_png(figure)
 
 
 def _spread(found: Sequence[Estimate]) -> NDArray[np.float64]:
@@ -227,7 +228,7 @@ def distance_matrix(
         sequence: For the title.
     """
     side = 1.1 + 0.5 * len(names)
-    figure = _figure(2 * side + 0.6, side + 0.5)
+    figure = new_figure(2 * side + 0.6, side + 0.5)
     grid = figure.subplots(1, 2)
     top = max(float(before.max()), float(after.max()), 1e-6)
     for axes, matrix, title in zip(grid, (before, after), ("before", "after"), strict=True):
@@ -242,4 +243,4 @@ def distance_matrix(
                 colour = "white" if value > 0.6 * top else INK
                 text = f"{value:.3f}".lstrip("0")
                 axes.text(j, i, text, ha="center", va="center", fontsize=7, color=colour)
-    return _png(figure)
+    return as_png(figure)

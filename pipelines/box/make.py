@@ -24,6 +24,7 @@ from pipelines.box.composition import (
     read_sites,
     score_composition,
 )
+from pipelines.box.curve import learning_curve
 from pipelines.box.network import train_network
 from pipelines.box.scans import SUBJECTS, Pool, SiteScans, produce, wait_for
 from pipelines.cohort import list_anatomies
@@ -95,6 +96,9 @@ def main(words: Sequence[str] | None = None) -> None:
     finally:
         for producer in producers:
             producer.terminate()
+    losses = args.work / args.preset / "losses.jsonl"
+    picture = args.work / args.preset / "curve.png"
+    picture.write_bytes(learning_curve(losses, f"the box of preset {args.preset}"))
     if args.install:
         goal = Path(__file__).parents[2] / "sgcd_core" / "weights"
         goal.mkdir(exist_ok=True)

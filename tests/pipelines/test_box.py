@@ -14,6 +14,7 @@ from pipelines.box.composition import (
     read_sites,
     score_composition,
 )
+from pipelines.box.curve import learning_curve
 from pipelines.box.filters import fit_look_filter, normals_of, score_look_filter
 from pipelines.box.network import (
     Samples,
@@ -153,6 +154,7 @@ def test_the_box_is_trained_on_from_where_it_was_left(tmp_path):
     assert [line["step"] for line in lines] == [2, 4]
     assert all(line["held_out"] > 0 for line in lines)
     assert lines[0]["held_out"] != lines[1]["held_out"]
+    assert learning_curve(folder / "losses.jsonl", "tiny").startswith(b"\x89PNG")
     box = Box.from_bytes(weights.read_bytes())
     assert box.meta["steps"] == 4 and box.meta["volumes"] == 8
     build_network(config).load_state_dict(box.network)
