@@ -37,7 +37,7 @@ KNOTS = np.linspace(0.0, 1.0, 33)
 MAX_SHIFT = 0.25
 #: Part of the predicted shift that is made. Fits have seen scans of one scanner restyled, never of
 #: two, so they take some of what scanners do to a profile for anatomy.
-BELIEF = 0.75
+BELIEF = 0.9
 
 
 class CompositionModel(nn.Module):
