@@ -30,7 +30,7 @@ from pipelines.box.scans import SUBJECTS, Pool, SiteScans, produce, wait_for
 from pipelines.cohort import list_anatomies
 from sgcd_core.box import composition_bytes, load_composition
 from sgcd_core.config import load_config
-from sgcd_core.style.composition import Composition
+from sgcd_core.style.composition import Composition, joined
 
 SEED = 2026
 #: One site in so many is kept for scoring the composition model.
@@ -66,6 +66,10 @@ def main(words: Sequence[str] | None = None) -> None:
         "--filter-samples", type=int, default=1500, help="whole scans the look filter is fitted to"
     )
     parser.add_argument("--refit", action="store_true", help="fit the composition model again")
+    parser.add_argument(
+        "--keep-fits", action="store_true",
+        help="with --refit: beside the fits of the package, which then must be of other sites",
+    )  # fmt: skip
     parser.add_argument("--set", dest="settings", action="append", default=[], metavar="K=V")
     parser.add_argument("--install", action="store_true", help="copy the weights into the package")
     args = parser.parse_args(words)
@@ -84,7 +88,7 @@ def main(words: Sequence[str] | None = None) -> None:
         producer.start()
     try:
         config = load_config(args.preset, settings=[*SETTINGS, *args.settings])
-        composition = _composition(args.work, pool, args.sites, args.refit)
+        composition = _composition(args.work, pool, args.sites, args.refit, args.keep_fits)
         wait_for(pool, 20)
         held = _held_out(args.work, found[args.anatomies :])
         weights = train_network(
@@ -104,7 +108,8 @@ def main(words: Sequence[str] | None = None) -> None:
         goal.mkdir(exist_ok=True)
         shutil.copy(weights, goal / weights.name)
         if args.refit:
-            meta = {"sites": len(read_sites(_profiles(args.work), SUBJECTS)) // 2, "seed": SEED}
+            meta = {"sites": len(read_sites(_profiles(args.work), SUBJECTS)) // 2, "seed": SEED,
+                    "fits": len(composition.members)}  # fmt: skip
             (goal / "composition.safetensors").write_bytes(composition_bytes(composition, meta))
     print(f"weights: {weights} ({weights.stat().st_size / 2**20:.1f} MiB)")
 
@@ -141,8 +146,10 @@ def _profiles(work: Path) -> list[Path]:
     return sorted(work.glob("profiles-*.f32"))
 
 
-def _composition(work: Path, pool: Pool, sites: int, refit: bool) -> Composition:
-    """The package's model, or one fitted now."""
+def _composition(
+    work: Path, pool: Pool, sites: int, refit: bool, keep: bool = False
+) -> Composition:
+    """The package's model, or one fitted now; with `keep`, the fits of both."""
     packaged = load_composition()
     if packaged is not None and not refit:
         return packaged
@@ -154,4 +161,6 @@ def _composition(work: Path, pool: Pool, sites: int, refit: bool) -> Composition
     scores = score_composition(model, rows[held])
     print(json.dumps({"composition": scores, "sites": len(rows) // 2}), flush=True)
     model = fit_composition(rows)
+    if keep and packaged is not None:
+        model = joined(packaged, model)
     return model

@@ -126,6 +126,11 @@ class Composition(nn.Module):
         return np.interp(LEVELS, KNOTS, np.maximum.accumulate(moved)).astype(np.float32)
 
 
+def joined(first: Composition, second: Composition) -> Composition:
+    """The members of both, which know different sites."""
+    return Composition([*first.members, *second.members]).requires_grad_(False)  # type: ignore[misc]
+
+
 def match(
     image: Array, mask: Array, mm: float, look: Look, source: Look, sequence: str, index: int = 0,
     model: Composition | None = None,
