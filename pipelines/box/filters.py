@@ -118,6 +118,15 @@ def fit_look_filter(
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         plan.step()
+    set_limits(look_filter, features)
+
+
+@torch.no_grad()
+def set_limits(look_filter: LookFilter, features: Tensor) -> None:
+    """Keep each coefficient within what is found for these features (N, F)."""
+    found = look_filter.perceptron(features)
+    look_filter.lowest.copy_(found.min(0).values)
+    look_filter.highest.copy_(found.max(0).values)
 
 
 @torch.no_grad()

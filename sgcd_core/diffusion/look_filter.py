@@ -52,9 +52,19 @@ class LookFilter(nn.Module):
         last = nn.Linear(hidden, 3 * self.count + KNOTS)
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)
-        self.coefficients = nn.Sequential(
+        self.perceptron = nn.Sequential(
             nn.Linear(inputs, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), last
         )
+        # what was found for the looks it was fitted to: looks unlike those must not run away
+        self.lowest: Tensor
+        self.highest: Tensor
+        self.register_buffer("lowest", torch.full((3 * self.count + KNOTS,), -torch.inf))
+        self.register_buffer("highest", torch.full((3 * self.count + KNOTS,), torch.inf))
+
+    def coefficients(self, features: Tensor) -> Tensor:
+        """(B, 3·groups + KNOTS) of features of two looks (B, inputs), within the limits."""
+        found: Tensor = self.perceptron(features)
+        return torch.minimum(torch.maximum(found, self.lowest), self.highest)
 
     def forward(self, content: Tensor, features: Tensor) -> Tensor:
         """(B, 1, X, Y, Z) in [-1, 1] of such content, -1 outside, and features (B, inputs)."""

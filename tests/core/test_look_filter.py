@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from pipelines.box.filters import set_limits
 from sgcd_core.config import load_config
 from sgcd_core.diffusion.look_filter import KNOTS, LOWEST, LookFilter, offset_groups
 from sgcd_core.diffusion.network import LookEmbedding, build_network
@@ -23,7 +24,7 @@ def with_coefficients(values: torch.Tensor, radius: int = 2) -> LookFilter:
     """A filter whose coefficients are `values`, whatever the looks."""
     out = LookFilter(FEATURES, radius)
     with torch.no_grad():
-        out.coefficients[-1].bias.copy_(values)
+        out.perceptron[-1].bias.copy_(values)
     return out
 
 
@@ -45,7 +46,7 @@ def test_a_fresh_filter_changes_nothing() -> None:
 @pytest.mark.parametrize("radius", [1, 2])
 def test_the_filter_is_the_sum_of_its_basis(radius: int) -> None:
     look_filter = LookFilter(FEATURES, radius)
-    torch.nn.init.normal_(look_filter.coefficients[-1].weight, std=0.02)
+    torch.nn.init.normal_(look_filter.perceptron[-1].weight, std=0.02)
     content, features = torch.cat([brain(1), brain(2)]), torch.randn(2, FEATURES)
     changed = look_filter(content, features)
     for before, after, found in zip(
@@ -106,7 +107,7 @@ def test_the_network_corrects_what_the_filter_gives() -> None:
     config = load_config("tiny", settings=["prepare.shape=[16, 16, 16]"])
     network = build_network(config)
     with torch.no_grad():
-        network.look_filter.coefficients[-1].bias[: 3 * len(offset_groups(2))] = 0.02
+        network.look_filter.perceptron[-1].bias[: 3 * len(offset_groups(2))] = 0.02
     x = 2 * torch.rand((1, 3, 16, 16, 16), generator=torch.Generator().manual_seed(2)) - 1
     labels = LookEmbedding.labels_of(torch.tensor([1]), *torch.zeros(2, 1, LOOK_SIZE))
     out = network(x, torch.tensor([999]), labels)
@@ -115,7 +116,7 @@ def test_the_network_corrects_what_the_filter_gives() -> None:
     torch.testing.assert_close(out, changed - x[:, 2, None], atol=1e-6, rtol=0)
     assert out.abs().max() > 0.01
     out.square().sum().backward()
-    assert network.look_filter.coefficients[-1].bias.grad.abs().max() > 0
+    assert network.look_filter.perceptron[-1].bias.grad.abs().max() > 0
 
 
 def test_other_predictions_have_no_such_filter() -> None:
@@ -125,3 +126,15 @@ def test_other_predictions_have_no_such_filter() -> None:
     off = load_config("tiny", settings=["network.look_filter_radius=0"])
     assert build_network(off).look_filter is None
     assert build_network(load_config("tiny")).look_filter is not None
+
+
+def test_looks_unlike_those_it_was_fitted_to_do_not_run_away() -> None:
+    look_filter = LookFilter(FEATURES, 2)
+    torch.nn.init.normal_(look_filter.perceptron[-1].weight, std=0.1)
+    known = torch.randn(50, FEATURES, generator=torch.Generator().manual_seed(1))
+    set_limits(look_filter, known)
+    inside = look_filter.coefficients(known)
+    torch.testing.assert_close(inside, look_filter.perceptron(known))
+    far = look_filter.coefficients(100 * known)
+    assert not torch.equal(far, look_filter.perceptron(100 * known))
+    assert (far <= inside.max(0).values).all() and (far >= inside.min(0).values).all()

@@ -182,7 +182,7 @@ def test_the_normals_tell_the_error_of_any_coefficients(tmp_path):
     (sample,) = take(Samples(filled(tmp_path), config, small_model(), 3, 0), 1)
     batch, condition = collate([sample])
     network = build_network(config)
-    torch.nn.init.normal_(network.look_filter.coefficients[-1].bias, std=0.003)
+    torch.nn.init.normal_(network.look_filter.perceptron[-1].bias, std=0.003)
     normals = normals_of(network.look_filter, batch, condition)
     features = network.embedding.features(normals.labels)
     changed = network.look_filter(condition.content, features)
