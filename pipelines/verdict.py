@@ -15,9 +15,9 @@ import numpy as np
 from sgcd_core.metrics import MEASURES, bootstrap_interval
 
 METHOD_TITLES = {
-    "raw": "raw", "nyul": "Nyúl", "sgcd": "SGCD", "minmax": "min-max", "zscore": "z-score",
+    "raw": "raw", "nyul": "Nyúl", "minmax": "min-max", "zscore": "z-score",
     "whitestripe": "WhiteStripe", "histogram": "histogram matching",
-    "combat": "ComBat",
+    "combat": "ComBat", "sgcd": "SGCD",
 }  # fmt: skip
 #: Methods that learn nothing but an intensity map.
 CLASSICAL = ("nyul", "minmax", "zscore", "whitestripe", "histogram")

@@ -105,10 +105,14 @@ def _cells(line: Line) -> Row:
     unit = {"1": "", "intensity range": ""}.get(measure.unit, measure.unit)
     rivals = [m for m in ("raw", *CLASSICAL) if line.closer("sgcd", m) is not None]
     beaten = [METHOD_TITLES[m] for m in rivals if line.closer("sgcd", m)]
-    if len(rivals) > 2 and len(beaten) == len(rivals):
-        closer = f"all {len(rivals)}"
+    if len(rivals) > 2:
+        closer = (
+            f"all {len(rivals)}"
+            if len(beaten) == len(rivals)
+            else f"{len(beaten)} of {len(rivals)}"
+        )
     else:
-        closer = " and ".join(filter(None, [", ".join(beaten[:-1]), *beaten[-1:]]))
+        closer = " and ".join(beaten)
     return {
         "site": line.site, "sequence": line.sequence, "seen": line.seen, "n": line.n,
         "scans": line.scans, "measure": measure.title, "unit": unit,
