@@ -57,7 +57,8 @@ def run(case, rank=0, world=1, accumulate=1):
     """Losses of every step, and the state at the end."""
     number, settings = CASES[case]
     name = "global_stage" if number == 1 else "target_stage"
-    cfg = config(*settings, f"{name}.accumulate={accumulate}")
+    # A fresh look filter's first gradients are rounding errors, which Adam makes whole steps of.
+    cfg = config(*settings, f"{name}.accumulate={accumulate}", "network.look_filter_radius=0")
     stage = GlobalStage(cfg, STEPS) if number == 1 else target_stage(cfg)
     if world > 1:
         stage.wrap(DistributedDataParallel)
@@ -101,7 +102,7 @@ def same_losses(ours, theirs):
     for one, other in zip(ours, theirs, strict=True):
         assert set(one) == set(other)
         for name in one:
-            assert one[name] == pytest.approx(other[name], abs=1e-5, rel=1e-5), name
+            assert one[name] == pytest.approx(other[name], abs=1e-5), name
 
 
 def same_record(ours, theirs):
