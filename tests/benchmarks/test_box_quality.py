@@ -18,8 +18,8 @@ def test_every_method_is_scored_against_the_truth_and_scans_are_kept(tmp_path, c
     (folder,) = tmp_path.iterdir()
     made = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     assert len(made) == 3
-    # 2 sequences, seen and unseen, 6 classical methods and our two,
-    assert first.count("\n| T") == 4 * 9 + 4  # a second scan at the target; paired differences
+    # 2 sequences, seen and unseen: raw, 5 classical methods and our three, a second scan at the
+    assert first.count("\n| T") == 4 * 10 + 4  # target; then the paired differences
     assert box_quality.main([*words, "--workers", "1"]) == 0
     again = capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == made
