@@ -281,10 +281,7 @@ def from_the_box(
     """The network of the box, asked for the target's look; without its U-Net, its look filter."""
     stage = GlobalStage(config, 1, box=load_box(config))
     if not unet:
-        with torch.no_grad():
-            for name, values in stage.network.named_parameters():
-                if name.startswith("network.out.2."):
-                    values.zero_()
+        stage.network.silence()
     looks = torch.from_numpy(target_looks(cohort))
     outliers = OutlierModel.fit(cohort.survey.features, cohort.survey.sequences)
     return _by_model(stage.pack(outliers, looks, {}), cohort)

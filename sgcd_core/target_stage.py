@@ -240,7 +240,6 @@ class TargetStage:
     ) -> None:  # fmt: skip
         """Loss on x̂0 at each of the last k steps, then step and detach: one graph in memory.
 
-        With kind `anchored` the walk is that of `generate_anchored`.
         """
         grid = reverse_grid(self.config.target_sampler)
         first_trained = len(grid) - 1 - self.config.target_stage.last_k
@@ -252,27 +251,25 @@ class TargetStage:
                     backward(x0)
                     if t_next >= 0:
                         self._optimize()
-            with torch.no_grad():
-                if self.config.target_sampler.kind == "anchored":
-                    x = ddim_step(self.schedule, anchor, eps.detach(), max(t_next, 0))
-                else:
-                    x = ddim_step(self.schedule, x0.detach(), eps.detach(), t_next)
+            x = self._next(x0.detach(), eps.detach(), anchor, t_next)
 
     def _whole_chain(self, denoiser: ConditionalDenoiser, x: Tensor, anchor: Tensor) -> Tensor:
-        """The generated image with the graph of all steps, activations recomputed.
-
-        With kind `anchored` the last step would return the anchor whatever the network does
-        (Eq. 11 at t = 0), so the last noisy image is returned, as in `generate_anchored`.
-        """
-        config = self.config.target_sampler
-        for t, t_next in pairwise(reverse_grid(config)):
+        """The generated image with the graph of all steps, activations recomputed."""
+        for t, t_next in pairwise(reverse_grid(self.config.target_sampler)):
             steps = torch.full((x.shape[0],), t, dtype=torch.long, device=x.device)
             x0, eps = checkpoint(denoiser, x, steps, use_reentrant=False)
-            if config.kind == "anchored":
-                x = ddim_step(self.schedule, anchor, eps, max(t_next, 0))
-            else:
-                x = ddim_step(self.schedule, x0, eps, t_next)
+            x = self._next(x0, eps, anchor, t_next)
         return x
+
+    def _next(self, x0: Tensor, eps: Tensor, anchor: Tensor, t_next: int) -> Tensor:
+        """The image at `t_next`; with kind `anchored` as in `generate_anchored`.
+
+        There a last step would return the anchor whatever the network does (Eq. 11 at t = 0), so
+        the walk ends at the last noisy image.
+        """
+        if self.config.target_sampler.kind == "anchored":
+            return ddim_step(self.schedule, anchor, eps, max(t_next, 0))
+        return ddim_step(self.schedule, x0, eps, t_next)
 
     @torch.no_grad()
     def _inverted(self, batch: Batch) -> tuple[Tensor, Tensor | None]:

@@ -135,11 +135,12 @@ def score_look_filter(
 ) -> dict[str, list[float]]:
     """By sequence index, dB of the mean over samples: no filter, this one, the best of each."""
     found = normals.error(look_filter.coefficients(embedding.features(normals.labels)))
+    best = normals.best()
     index = normals.labels[:, 0].long()
     out = {}
     for sequence in sorted(set(index.tolist())):
         mine = index == sequence
-        errors = (normals.squares[mine], found[mine], normals.best()[mine])
+        errors = (normals.squares[mine], found[mine], best[mine])
         out[str(sequence)] = [
             round(float((-10 * torch.log10(e.clamp(min=1e-9) / 4)).mean()), 3) for e in errors
         ]

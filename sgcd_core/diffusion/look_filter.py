@@ -32,6 +32,18 @@ def offset_groups(radius: int) -> list[tuple[int, int, int]]:
     return list(itertools.product(span, span, span))[1:]
 
 
+def group_cube(radius: int) -> tuple[Tensor, Tensor]:
+    """For each voxel of the cube its group, from 1, and its share of the group's weight.
+
+    int64 and float32, (2·radius + 1)³; both 0 in the middle.
+    """
+    far = torch.arange(-radius, radius + 1).abs()
+    distances = torch.stack(torch.meshgrid(far, far, far, indexing="ij"))
+    side = radius + 1
+    group = (distances * torch.tensor([side * side, side, 1]).reshape(3, 1, 1, 1)).sum(0)
+    return group, torch.where(group > 0, 0.5 ** (distances > 0).sum(0), 0.0)
+
+
 class LookFilter(nn.Module):
     """Content of one look's resolution → the resolution of another.
 
@@ -60,6 +72,11 @@ class LookFilter(nn.Module):
         self.highest: Tensor
         self.register_buffer("lowest", torch.full((3 * self.count + KNOTS,), -torch.inf))
         self.register_buffer("highest", torch.full((3 * self.count + KNOTS,), torch.inf))
+        group, share = group_cube(radius)
+        self.group: Tensor
+        self.share: Tensor
+        self.register_buffer("group", group, persistent=False)
+        self.register_buffer("share", share, persistent=False)
 
     def coefficients(self, features: Tensor) -> Tensor:
         """(B, 3·groups + KNOTS) of features of two looks (B, inputs), within the limits."""
@@ -95,16 +112,7 @@ class LookFilter(nn.Module):
 
     def _kernel(self, weights: Tensor) -> Tensor:
         """A cube of weights, each group's shared by its neighbours; 0 in the middle."""
-        index = torch.zeros([2 * self.radius + 1] * 3, dtype=torch.long)
-        share = torch.zeros_like(index)
-        span = range(-self.radius, self.radius + 1)
-        for number, group in enumerate(offset_groups(self.radius), start=1):
-            for i, j, k in itertools.product(span, repeat=3):
-                if (abs(i), abs(j), abs(k)) == group:
-                    at = (i + self.radius, j + self.radius, k + self.radius)
-                    index[at], share[at] = number, 2 ** sum(d > 0 for d in group)
-        share = share.clamp(min=1).to(weights)
-        return F.pad(weights, [1, 0])[index.to(weights.device)] / share
+        return F.pad(weights, [1, 0])[self.group] * self.share
 
     def basis(self, content: Tensor) -> Tensor:
         """What each coefficient is multiplied by, (3·groups + KNOTS, X, Y, Z), of (1, X, Y, Z)."""

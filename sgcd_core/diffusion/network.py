@@ -122,6 +122,12 @@ class CellNetwork(nn.Module):
         assert isinstance(found, LookEmbedding)
         return found
 
+    @torch.no_grad()
+    def silence(self) -> None:
+        """Let the U-Net add nothing: its output layer becomes 0, as in a fresh network."""
+        for values in self.network.out[2].parameters():
+            values.zero_()
+
     def forward(self, x: Tensor, timesteps: Tensor, class_labels: Tensor) -> Tensor:
         """(B, 1, X, Y, Z) of (B, C, X, Y, Z)."""
         if self.look_filter is None:

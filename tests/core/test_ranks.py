@@ -30,7 +30,7 @@ CHAIN = [
 #: Several optimizer steps in one.
 LAST_TWO = [
     "target_sampler.steps=3", "target_stage.last_k=2", "target_stage.style_every=1",
-    "target_stage.learning_rate=0.0001",
+    "target_stage.learning_rate=0.00003",
 ]  # fmt: skip
 #: Name → stage, settings.
 CASES = {
@@ -57,9 +57,12 @@ def run(case, rank=0, world=1, accumulate=1):
     """Losses of every step, and the state at the end."""
     number, settings = CASES[case]
     name = "global_stage" if number == 1 else "target_stage"
-    # A fresh look filter's first gradients are rounding errors, which Adam makes whole steps of.
-    cfg = config(*settings, f"{name}.accumulate={accumulate}", "network.look_filter_radius=0")
+    cfg = config(*settings, f"{name}.accumulate={accumulate}")
     stage = GlobalStage(cfg, STEPS) if number == 1 else target_stage(cfg)
+    # A fresh look filter's first gradients are rounding errors, which Adam makes whole steps of.
+    generator = torch.Generator().manual_seed(5)
+    last = stage.network.look_filter.perceptron[-1].weight
+    torch.nn.init.normal_(last, std=0.02, generator=generator)
     if world > 1:
         stage.wrap(DistributedDataParallel)
     losses = []
