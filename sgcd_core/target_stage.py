@@ -238,9 +238,7 @@ class TargetStage:
         self, denoiser: ConditionalDenoiser, x: Tensor, anchor: Tensor,
         backward: Callable[[Tensor], None],
     ) -> None:  # fmt: skip
-        """Loss on x̂0 at each of the last k steps, then step and detach: one graph in memory.
-
-        """
+        """Loss on x̂0 at each of the last k steps, then step and detach: one graph in memory."""
         grid = reverse_grid(self.config.target_sampler)
         first_trained = len(grid) - 1 - self.config.target_stage.last_k
         for position, (t, t_next) in enumerate(pairwise(grid)):
