@@ -125,7 +125,7 @@ class CellNetwork(nn.Module):
     @torch.no_grad()
     def silence(self) -> None:
         """Let the U-Net add nothing: its output layer becomes 0, as in a fresh network."""
-        for values in self.network.out[2].parameters():
+        for values in self.get_submodule("network.out.2").parameters():
             values.zero_()
 
     def forward(self, x: Tensor, timesteps: Tensor, class_labels: Tensor) -> Tensor:
