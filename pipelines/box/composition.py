@@ -17,6 +17,7 @@ from pipelines.box.scans import GRIDS, SEQUENCES, SiteScans
 from sgcd_core.config import ConditionConfig
 from sgcd_core.style.composition import Composition, CompositionModel, true_shift
 from sgcd_core.style.look import LEVELS, LOOK_SIZE, PROFILE_SIZE, measure_look, rising
+from sgcd_core.style.shading import SHADING_SIZE, SIDES
 from sgcd_core.volume.condition import augment_contrast
 
 Array = NDArray[Any]
@@ -26,6 +27,10 @@ STYLES = 3
 #: Part of the sites that a member is fitted to.
 PART = 0.75
 _ROW = 1 + LOOK_SIZE + STYLES * PROFILE_SIZE
+_PROFILE = 1 + len(LEVELS)
+_SHADING = _PROFILE + PROFILE_SIZE
+#: Weight that keeps the regression of shadings on profiles small; profiles are of length 1.
+RIDGE = 0.1
 
 
 def measure_site(scans: SiteScans, config: ConditionConfig, seed: int) -> NDArray[np.float32]:
@@ -81,7 +86,32 @@ def fit_composition(
         mine = np.sort(rng.permutation(count)[: max(1, round(PART * count))])
         rows = np.concatenate([len(SEQUENCES) * mine + k for k in range(len(SEQUENCES))])
         fits.append(_fit(sites[rows], steps=steps, hidden=hidden, seed=seed + member))
-    return Composition(fits).requires_grad_(False)
+    return Composition(fits, *fit_anatomy(sites)).requires_grad_(False)
+
+
+def fit_anatomy(sites: Array) -> tuple[torch.Tensor, torch.Tensor]:
+    """What anatomy adds to a fitted shading, from what differs between the scans of one site.
+
+    A site's scans share a coil, so what their profiles tell about their shadings is anatomy. A
+    profile knows no left and right; neither does what it tells.
+
+    Args:
+        sites: From `read_sites`.
+
+    Returns:
+        Mean profiles (sequences, PROFILE_SIZE) and slopes (sequences, PROFILE_SIZE, SHADING_SIZE).
+    """
+    means, slopes = [], []
+    for index in range(len(SEQUENCES)):
+        mine = sites[sites[:, 0, 0] == index].astype(np.float64)
+        inner = mine - mine.mean(1, keepdims=True)
+        profiles = inner[..., _PROFILE:_SHADING].reshape(-1, PROFILE_SIZE)
+        shadings = inner[..., _SHADING : _SHADING + SHADING_SIZE].reshape(-1, SHADING_SIZE)
+        left = profiles.T @ profiles + RIDGE * np.eye(PROFILE_SIZE)
+        slopes.append(np.linalg.solve(left, profiles.T @ shadings) * (SIDES > 0))
+        means.append(mine[..., _PROFILE:_SHADING].mean((0, 1)))
+    mean, slope = (torch.from_numpy(np.stack(x).astype(np.float32)) for x in (means, slopes))
+    return mean, slope
 
 
 def _fit(sites: Array, *, steps: int, hidden: int, seed: int, batch: int = 128) -> CompositionModel:

@@ -27,7 +27,7 @@ from sgcd_core.style.look import (
     rising,
     through,
 )
-from sgcd_core.style.shading import contrast_of, shading_field
+from sgcd_core.style.shading import SHADING_SIZE, contrast_of, shading_field
 
 Array = NDArray[Any]
 
@@ -38,6 +38,9 @@ MAX_SHIFT = 0.25
 #: Part of the predicted shift that is made. Fits have seen scans of one scanner restyled, never of
 #: two, so they take some of what scanners do to a profile for anatomy.
 BELIEF = 0.9
+#: Part of what the profile tells about a shading that is taken for anatomy; the rest may be what
+#: scanners do to a profile.
+ANATOMY_PART = 0.75
 
 
 class CompositionModel(nn.Module):
@@ -92,15 +95,35 @@ class Composition(nn.Module):
     """Several `CompositionModel`s, fitted from different starts to different sites.
 
     The mean of their shifts counts, times the part of its square that is not their disagreement,
-    times `BELIEF`.
+    times `BELIEF`. It also knows what anatomy adds to a fitted shading: large ventricles are dark
+    in T1w and lie in the middle, which looks like a coil that is weak there.
 
     Args:
         members: At least one, of equal size.
+        profiles: (sequences, PROFILE_SIZE), mean profiles; zeros by default.
+        anatomy: (sequences, PROFILE_SIZE, SHADING_SIZE), what a profile adds to the shading for
+            being unlike the mean; zeros by default.
     """
 
-    def __init__(self, members: Sequence[CompositionModel]) -> None:
+    def __init__(
+        self, members: Sequence[CompositionModel], profiles: Tensor | None = None,
+        anatomy: Tensor | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.members = nn.ModuleList(members)
+        sequences = len(members[0].linear)
+        self.profiles: Tensor
+        self.anatomy: Tensor
+        none = torch.zeros(sequences, PROFILE_SIZE)
+        self.register_buffer("profiles", none if profiles is None else profiles)
+        none = torch.zeros(sequences, PROFILE_SIZE, SHADING_SIZE)
+        self.register_buffer("anatomy", none if anatomy is None else anatomy)
+
+    def shading(self, look: Look, sequence: int) -> NDArray[np.float32]:
+        """The shading of a look without what its subjects' anatomy adds, (SHADING_SIZE,)."""
+        mean, added = self.profiles[sequence].numpy(), self.anatomy[sequence].numpy()
+        part = ANATOMY_PART * ((look.profile - mean) @ added)
+        return np.asarray(look.shading - part, np.float32)
 
     @torch.no_grad()
     def shift(
@@ -127,8 +150,9 @@ class Composition(nn.Module):
 
 
 def joined(first: Composition, second: Composition) -> Composition:
-    """The members of both, which know different sites."""
-    return Composition([*first.members, *second.members]).requires_grad_(False)  # type: ignore[misc]
+    """The members of both, which know different sites; the anatomy of the second."""
+    members: list[Any] = [*first.members, *second.members]
+    return Composition(members, second.profiles, second.anatomy).requires_grad_(False)
 
 
 def match(
@@ -145,8 +169,8 @@ def match(
         source: The look the scan has: its site's, or its own where no site is known.
         sequence: BIDS suffix.
         index: Of the sequence in `model`.
-        model: Corrects the ranks for composition; None is plain histogram matching of the mean
-            quantile functions.
+        model: Corrects ranks and shadings for composition; None is plain histogram matching of the
+            mean quantile functions.
 
     Returns:
         (X, Y, Z) float32 in [0, 1], 0 outside the mask.
@@ -157,15 +181,17 @@ def match(
     own, goal = rising(source.quantiles), rising(look.quantiles)
     shown = contrast_of(sequence, LEVELS)
     there = shown = own if shown is None else shown
+    shadings = source.shading, look.shading
     if model is not None:
+        shadings = model.shading(source, index), model.shading(look, index)
         identity = true_shift(source.quantiles, look.quantiles)
         ranks = model.ranks(source.profile, look.profile, identity, index)
         there = np.interp(ranks, LEVELS, shown)
     # own contrast → average contrast, where shadings act → ranks of the look → its contrast
     values = through(image[mask], source.quantiles, shown)
-    values = values / shading_field(source.shading, image.shape, mm)[mask]
+    values = values / shading_field(shadings[0], image.shape, mm)[mask]
     values = np.interp(values, shown, there)
-    values = values * shading_field(look.shading, image.shape, mm)[mask]
+    values = values * shading_field(shadings[1], image.shape, mm)[mask]
     out[mask] = np.clip(np.interp(values, shown, goal), 0, 1)
     return out
 
@@ -195,8 +221,8 @@ def composition_from_state(state: Mapping[str, Tensor]) -> Composition | None:
              if k.startswith("composition.")}  # fmt: skip
     if not found:
         return None
-    count = len({name.split(".")[1] for name in found})
+    count = len({name.split(".")[1] for name in found if name.startswith("members.")})
     sequences, _, hidden = found["members.0.enter"].shape
     model = Composition([CompositionModel(sequences, hidden) for _ in range(count)])
-    model.load_state_dict(found)
+    model.load_state_dict(model.state_dict() | found)  # models from before know no anatomy
     return model.requires_grad_(False)

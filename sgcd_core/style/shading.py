@@ -79,10 +79,13 @@ def shading_field(coefficients: Array, shape: tuple[int, ...], mm: float) -> NDA
     return np.asarray(1 + np.clip(field, -LIMIT, LIMIT), np.float32)
 
 
+#: 1 for terms that are alike on the left and on the right, -1 for those that change sign.
+SIDES = np.array([-1.0 if i % 2 else 1.0 for i, _, _ in _POWERS])
+
+
 def mirrored(coefficients: Array) -> NDArray[np.float32]:
     """Coefficients (SHADING_SIZE,) of the field with left and right exchanged."""
-    signs = [-1.0 if i % 2 else 1.0 for i, _, _ in _POWERS]
-    return np.asarray(np.asarray(coefficients) * signs, np.float32)
+    return np.asarray(np.asarray(coefficients) * SIDES, np.float32)
 
 
 def estimate_shading(image: Array, mask: Array, mm: float) -> NDArray[np.float32]:

@@ -19,6 +19,7 @@ from sgcd_core.config import load_config
 from sgcd_core.diffusion.network import LookEmbedding, build_network, from_cells, to_cells
 from sgcd_core.errors import ModelError
 from sgcd_core.style.composition import (
+    ANATOMY_PART,
     BELIEF,
     KNOTS,
     MAX_SHIFT,
@@ -43,7 +44,13 @@ from sgcd_core.style.look import (
     restyled,
     textures,
 )
-from sgcd_core.style.shading import SHADING_SIZE, estimate_shading, mirrored, shading_field
+from sgcd_core.style.shading import (
+    SHADING_SIZE,
+    SIDES,
+    estimate_shading,
+    mirrored,
+    shading_field,
+)
 from sgcd_core.style.texture import TEXTURE_SIZE, measure_texture
 
 
@@ -224,6 +231,37 @@ def test_fits_are_believed_as_far_as_they_agree():
     assert again is not None and len(again.members) == 2
     first = Composition(members).shift(scan, look, identity, 0)
     np.testing.assert_array_equal(again.shift(scan, look, identity, 0), first)
+
+
+def test_what_anatomy_adds_to_a_shading_is_taken_out_of_both_looks():
+    image, mask = brain(0)
+    look = measure_look(image, mask, 8.0, "T1w")
+    slopes = torch.zeros(1, PROFILE_SIZE, SHADING_SIZE)
+    slopes[0, 5, 2] = 1.0
+    profiles = torch.from_numpy(look.profile)[None]
+    model = Composition([CompositionModel(1, hidden=4)], profiles, slopes)
+    np.testing.assert_array_equal(model.shading(look, 0), look.shading)  # an average brain
+    other = replace(look, profile=look.profile + 0.2 * np.eye(PROFILE_SIZE, dtype=np.float32)[5])
+    step = np.eye(SHADING_SIZE, dtype=np.float32)[2]
+    change = model.shading(other, 0) - look.shading
+    np.testing.assert_allclose(change, -0.2 * ANATOMY_PART * step, atol=1e-7)
+    # A source that looks unevenly lit for its anatomy is matched as one that is lit evenly.
+    lit = replace(other, shading=other.shading + np.float32(0.2 * ANATOMY_PART) * step)
+    known, plain = (match(image, mask, 8.0, look, lit, "T1w", 0, m) for m in (model, None))
+    np.testing.assert_allclose(known, match(image, mask, 8.0, look, look, "T1w"), atol=2e-3)
+    assert np.abs(plain - known)[mask].max() > 0.01
+    # A model from before it knew anatomy loads, and knows none.
+    state = {k: v for k, v in composition_state(model).items() if ".members." in k}
+    former = composition_from_state(state)
+    assert former is not None and not former.anatomy.any()
+    kept = composition_from_state(composition_state(model))
+    assert kept is not None and torch.equal(kept.anatomy, slopes)
+
+
+def test_what_the_packaged_model_knows_of_anatomy_has_no_sides():
+    model = load_composition()
+    assert model is not None
+    assert (model.anatomy.abs().amax((0, 1)).numpy() > 0).tolist() == (SIDES > 0).tolist()
 
 
 def test_a_fitted_composition_model_spares_another_composition():

@@ -9,6 +9,7 @@ import torch
 from pipelines.box import scans
 from pipelines.box.composition import (
     _ROW,
+    fit_anatomy,
     fit_composition,
     measure_site,
     read_sites,
@@ -30,7 +31,8 @@ from sgcd_core.config import load_config
 from sgcd_core.diffusion.network import build_network
 from sgcd_core.global_stage import GlobalStage
 from sgcd_core.style.composition import Composition, CompositionModel
-from sgcd_core.style.look import measure_look
+from sgcd_core.style.look import LEVELS, PROFILE_SIZE, measure_look
+from sgcd_core.style.shading import SHADING_SIZE, SIDES
 from sgcd_core.volume.condition import to_network
 
 
@@ -175,6 +177,26 @@ def test_the_composition_model_is_fitted_to_what_was_measured(tmp_path):
         assert torch.equal(mine.linear, same.linear) and mine.linear.abs().sum() > 0
     assert not torch.equal(one.members[0].linear, one.members[1].linear)
     assert score_composition(one, sites).keys() == {"T1w", "T2w"}
+    assert one.anatomy.shape == (2, PROFILE_SIZE, SHADING_SIZE) and one.anatomy.any()
+
+
+def test_anatomy_is_what_differs_between_the_scans_of_one_site():
+    rng = np.random.default_rng(0)
+    sites = np.zeros((120, 5, _ROW), np.float32)
+    sites[1::2, :, 0] = 1  # every other one is T2w
+    slopes = np.zeros((PROFILE_SIZE, SHADING_SIZE))
+    slopes[:4] = rng.normal(0, 0.3, (4, SHADING_SIZE))
+    profiles = np.zeros((120, 5, PROFILE_SIZE))
+    profiles[..., :4] = rng.normal(0, 1, (120, 1, 4)) + rng.normal(0, 1, (120, 5, 4))
+    # A coil that goes with the site's mean profile, the other way: it must not be learned.
+    shadings = profiles @ slopes - 2 * profiles.mean(1, keepdims=True) @ slopes
+    at = 1 + len(LEVELS)
+    sites[..., at : at + PROFILE_SIZE] = profiles
+    sites[..., at + PROFILE_SIZE : at + PROFILE_SIZE + SHADING_SIZE] = shadings
+    means, found = fit_anatomy(sites)
+    np.testing.assert_allclose(means[0, :4], profiles[::2, :, :4].mean((0, 1)), atol=1e-5)
+    for index in range(2):
+        np.testing.assert_allclose(found[index], slopes * (SIDES > 0), atol=2e-3)
 
 
 def test_the_normals_tell_the_error_of_any_coefficients(tmp_path):
