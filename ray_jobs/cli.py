@@ -51,8 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         text = "stopped; run the same command again to go on from here."
         _fail(args, "STOPPED", text, STOPPED)
         return STOPPED
-    except BrokenPipeError:  # `sgcd … | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:
+        _nobody_reads()
         return 0
     except Exception as error:
         if getattr(args, "debug", False):
@@ -63,8 +63,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         _fail(args, "INTERNAL", text, SgcdError.exit_code)
         return SgcdError.exit_code
-    print_outcome(args, outcome)
+    try:
+        print_outcome(args, outcome)
+    except BrokenPipeError:
+        _nobody_reads()
     return outcome.exit_code
+
+
+def _nobody_reads() -> None:
+    """Let what is still printed go nowhere: the reader of `sgcd … | head` has gone."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def execute(words: Sequence[str]) -> tuple[Any, Outcome]:

@@ -34,6 +34,21 @@ def sgcd(capsys: pytest.CaptureFixture[str]) -> Run:
     return run
 
 
+def test_a_reader_that_goes_away_is_no_failure() -> None:
+    code = (
+        "import sys, argparse; from ray_jobs import cli; from ray_jobs.outcome import Outcome; "
+        "cli._run = lambda args: Outcome('', lines=['x' * 100] * 10_000, exit_code=3); "
+        "sys.exit(cli.main(['doctor']))"
+    )
+    words = [sys.executable, "-c", code]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.read(10)
+        process.stdout.close()
+        errors = process.stderr.read()
+    assert (process.returncode, errors) == (3, b"")
+
+
 def test_help_is_fast_and_loads_nothing_heavy() -> None:
     code = (
         "import sys; from ray_jobs.cli import main; code = main(['--help']); "
