@@ -78,7 +78,8 @@ class GlobalStage:
         self.total_steps = total_steps
         self.device = torch.device(device)
         self.schedule = Schedule.from_config(config.schedule)
-        self.network: nn.Module = build_network(config).to(self.device)
+        network = build_network(config).to(self.device)
+        self.network: nn.Module = network
         if composition is None and config.condition.match == "composition":
             composition = load_composition()
         self.composition = composition
@@ -89,6 +90,10 @@ class GlobalStage:
         if box is not None:
             self.network.load_state_dict(box.network)
             self.rate = config.global_stage.box_rate
+        elif network.look_filter is not None:
+            # Its 87 coefficients are fitted in closed form (`make box`): steps of Adam from fresh
+            # weights throw the whole image about. It lets the content through as it is.
+            network.look_filter.requires_grad_(False)
         self.record = Record(len(config.sequences), config.record)
         self.optimizer = torch.optim.Adam(
             self.network.parameters(), lr=config.global_stage.learning_rate

@@ -105,6 +105,7 @@ def fit_look_filter(
         batch: Samples a step.
         seed: Of their order.
     """
+    look_filter.requires_grad_(True)
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(look_filter.parameters(), lr=2e-3, weight_decay=1e-2)
     plan = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, eta_min=1e-5)

@@ -4,9 +4,11 @@ import pytest
 import torch
 
 from pipelines.box.filters import set_limits
+from sgcd_core.box import load_box
 from sgcd_core.config import load_config
 from sgcd_core.diffusion.look_filter import KNOTS, LOWEST, LookFilter, offset_groups
 from sgcd_core.diffusion.network import LookEmbedding, build_network
+from sgcd_core.global_stage import GlobalStage
 from sgcd_core.style.look import LOOK_SIZE
 
 FEATURES = 7
@@ -117,6 +119,17 @@ def test_the_network_corrects_what_the_filter_gives() -> None:
     assert out.abs().max() > 0.01
     out.square().sum().backward()
     assert network.look_filter.perceptron[-1].bias.grad.abs().max() > 0
+
+
+def test_a_training_from_fresh_weights_leaves_the_filter_at_rest() -> None:
+    config = load_config("tiny")
+    box = load_box(config)
+    assert box is not None
+    for start, trained in ((None, False), (box, True)):
+        stage = GlobalStage(config, 1, box=start)
+        look_filter = stage.network.look_filter
+        assert {p.requires_grad for p in look_filter.parameters()} == {trained}
+    assert look_filter.perceptron[-1].weight.abs().max() > 0
 
 
 def test_other_predictions_have_no_such_filter() -> None:

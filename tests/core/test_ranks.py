@@ -63,6 +63,7 @@ def run(case, rank=0, world=1, accumulate=1):
     generator = torch.Generator().manual_seed(5)
     last = stage.network.look_filter.perceptron[-1].weight
     torch.nn.init.normal_(last, std=0.02, generator=generator)
+    stage.network.look_filter.requires_grad_(True)
     if world > 1:
         stage.wrap(DistributedDataParallel)
     losses = []
