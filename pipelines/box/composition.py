@@ -164,7 +164,7 @@ def _examples(sites: Array, picks: Array, rng: np.random.Generator) -> list[torc
     Returns:
         The model's arguments, then the shift it is to predict.
     """
-    count, first = sites.shape[1], 1 + len(LEVELS)
+    count, first = sites.shape[1], _PROFILE
     styles = [first, *(1 + LOOK_SIZE + k * PROFILE_SIZE for k in range(STYLES))]
     groups = [np.flatnonzero(sites[:, 0, 0] == index) for index in range(len(SEQUENCES))]
     rows: list[list[Array]] = [[], [], [], []]
