@@ -49,17 +49,19 @@ class Plan:
         anatomies: Addresses by name.
         prepare: How scans are brought onto the model grid.
         rescanned: Site at which traveling subjects are scanned twice; empty: none.
+        shaded: False for coils without a bias field, what a perfect correction would leave.
     """
 
     request: CohortRequest
     anatomies: dict[str, str]
     prepare: PrepareConfig
     rescanned: str = ""
+    shaded: bool = True
 
     @classmethod
     def of(
         cls, anatomy: str | None, prepare: PrepareConfig, *, sites: int, each: int, traveling: int,
-        seed: int, mm: float = 2.0, rescanned: str = "",
+        seed: int, mm: float = 2.0, rescanned: str = "", shaded: bool = True,
     ) -> Plan:  # fmt: skip
         """Plan `each` training subjects at every one of `sites`, and one unseen site."""
         found, train, test = choose_anatomies(anatomy, None, None)
@@ -68,7 +70,7 @@ class Plan:
             anatomies=tuple(sorted(found)), train_anatomies=train, test_anatomies=test, mm=mm,
             seed=seed,
         )  # fmt: skip
-        return cls(request, found, prepare, rescanned)
+        return cls(request, found, prepare, rescanned, shaded)
 
     @property
     def members(self) -> list[Member]:
@@ -78,11 +80,15 @@ class Plan:
     @property
     def scanners(self) -> list[Scanner]:
         """Scanners, the unseen one last."""
-        return plan_members(self.request)[1]
+        found = plan_members(self.request)[1]
+        if self.shaded:
+            return found
+        return [s.model_copy(update={"bias": (0.0,) * len(s.bias)}) for s in found]
 
     def digest(self) -> str:
         """16 hex digits that any change of the scans changes."""
         text = self.request.model_dump_json() + self.prepare.digest() + self.rescanned
+        text += "" if self.shaded else " unshaded"
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -47,12 +47,16 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--target", default="siteA")
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--unshaded", action="store_true",
+                        help="coils without a bias field and no correction of one: what a perfect "
+                        "correction would leave every method")  # fmt: skip
     args = parser.parse_args(words)
     started = time.monotonic()
-    config = load_config(args.preset)
+    unshaded = ("prepare.bias_correction=none",) if args.unshaded else ()
+    config = load_config(args.preset, settings=unshaded)
     plan = Plan.of(
         args.anatomy, config.prepare, sites=args.sites, each=args.each,
-        traveling=args.traveling, seed=args.seed, rescanned=args.target,
+        traveling=args.traveling, seed=args.seed, rescanned=args.target, shaded=not args.unshaded,
     )  # fmt: skip
     folder = args.work / f"{args.preset}-{plan.digest()}"
     render(folder, plan, args.workers)
