@@ -115,7 +115,8 @@ def look_at(
     if lesions:
         print("\nLesions by one rule on input and output: overlap, volume after by before")
         rows, drawn = lesion_rows(lesions)
-        print("\n".join(table(["subject", "sequence", "ml", "ml after", "ratio", "dice"], rows)))
+        head = ["subject", "sequence", "ml", "ml after", "ratio", "dice", "larger elsewhere"]
+        print("\n".join(table(head, rows)))
         (out / f"{name}-v{version}-lesions.png").write_bytes(figures.outlines(drawn))
     print(f"pictures: {out}")
 
@@ -181,7 +182,9 @@ def identity_text(sequence: str, found: Sequence[tuple[str, float, float]]) -> s
     return text + (f"; not {', '.join(wrong)}" if wrong else "")
 
 
-def lesion(image: Image, mask: Mask, affine: NDArray[np.float64], *, dark: bool) -> Mask:
+def lesion(
+    image: Image, mask: Mask, affine: NDArray[np.float64], *, dark: bool, known: Mask | None = None
+) -> Mask:
     """The largest region deep in the brain that is darker (or brighter) than its mirror image.
 
     Only ranks inside the brain are compared, so any rising map of all intensities leaves the
@@ -192,6 +195,7 @@ def lesion(image: Image, mask: Mask, affine: NDArray[np.float64], *, dark: bool)
         mask: (X, Y, Z) bool.
         affine: (4, 4), voxel → template mm RAS+; x = 0 is the middle of the brain.
         dark: Whether the lesion is dark (T1w) or bright (T2w).
+        known: Where it was in another image; then the region that overlaps it most, if any does.
     """
     sides = np.abs(np.diag(affine)[:3])
     # Ranks first: smoothing intensities would not commute with a change of contrast.
@@ -205,8 +209,9 @@ def lesion(image: Image, mask: Mask, affine: NDArray[np.float64], *, dark: bool)
     labels, count = ndimage.label(unlike & deep)
     if count == 0:
         return np.zeros(mask.shape, bool)
-    sizes = np.bincount(labels.reshape(-1))[1:]
-    out: Mask = labels == int(sizes.argmax()) + 1
+    counted = labels if known is None else labels[known]
+    sizes = np.bincount(counted.reshape(-1), minlength=2)[1:]
+    out: Mask = (labels == int(sizes.argmax()) + 1) & bool(sizes.max())
     return out
 
 
@@ -229,18 +234,22 @@ def mirror(volume: Image, affine: NDArray[np.float64]) -> Image:
 
 
 def lesion_rows(pairs: Sequence[Pair]) -> tuple[list[list[Any]], list[tuple[Any, ...]]]:
-    """Volume before and after, ratio and Dice of each scan's lesion; and what to draw."""
+    """Of each scan's lesion: volume before and after, ratio, Dice, whether a larger region is now
+    elsewhere; and what to draw.
+    """
     rows: list[list[Any]] = []
     drawn: list[tuple[Any, ...]] = []
     for pair in pairs:
         dark = pair.sequence == "T1w"
-        first, second = (lesion(image, pair.mask, pair.affine, dark=dark)
-                         for image in (pair.before, pair.after))  # fmt: skip
+        first = lesion(pair.before, pair.mask, pair.affine, dark=dark)
+        second = lesion(pair.after, pair.mask, pair.affine, dark=dark, known=first)
+        largest = lesion(pair.after, pair.mask, pair.affine, dark=dark)
         voxel = abs(float(np.linalg.det(pair.affine[:3, :3]))) / 1000
         before, after = float(first.sum()) * voxel, float(second.sum()) * voxel
         ratio = after / before if before else None
         rows.append([pair.subject, pair.sequence, before, after, ratio,
-                     dice(first, second) if before else None])  # fmt: skip
+                     dice(first, second) if before else None,
+                     "yes" if (largest & ~second).any() else "no"])  # fmt: skip
         drawn.append((f"{pair.subject} {pair.sequence}", pair.before, first, pair.after, second))
     return rows, drawn
 

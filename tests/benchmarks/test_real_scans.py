@@ -11,7 +11,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 from PIL import Image as Picture
-from scipy.ndimage import gaussian_filter
+from scipy.ndimage import binary_dilation, gaussian_filter
 
 FILE = Path(__file__).parents[2] / "benchmarks" / "real_scans.py"
 SHAPE = (40, 48, 40)
@@ -91,12 +91,24 @@ def test_a_lesion_that_shrinks_or_goes_is_in_the_row(real: ModuleType) -> None:
     kept = real.Pair("kept", "A", "T1w", image, image**2, mask, GRID)
     gone = real.Pair("gone", "A", "T1w", image, plain, mask, GRID)
     rows, drawn = real.lesion_rows([kept, gone])
-    subject, sequence, before, after, ratio, overlap = rows[0]
+    subject, sequence, before, after, ratio, overlap, elsewhere = rows[0]
     assert (subject, sequence) == ("kept", "T1w")
     assert before == after == pytest.approx(ball.sum() * 0.064, rel=0.4)
-    assert (ratio, overlap) == (1.0, 1.0)
+    assert (ratio, overlap, elsewhere) == (1.0, 1.0, "no")
     assert rows[1][5] < 0.2
     assert len(drawn) == 2
+
+
+def test_a_lesion_is_found_again_beside_a_larger_one(real: ModuleType) -> None:
+    plain, mask = head(5)
+    image, ball = with_lesion(plain, 0.12)
+    both = np.where(binary_dilation(np.roll(ball, 12, axis=1), iterations=2), 0.12, image)
+    both = np.where(mask, both, 0).astype(np.float32)
+    ((*_, ratio, overlap, elsewhere),), _ = real.lesion_rows(
+        [real.Pair("x", "A", "T1w", image, both, mask, GRID)]
+    )
+    assert overlap > 0.8 and ratio == pytest.approx(1, abs=0.3)
+    assert elsewhere == "yes"
 
 
 def test_histograms_of_sites_are_means_and_the_goal_is_the_targets_own(real: ModuleType) -> None:
