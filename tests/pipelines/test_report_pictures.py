@@ -109,7 +109,14 @@ def test_colours_say_what_they_should() -> None:
     assert below[2] > below[0] + 40 and above[0] > above[2] + 40  # blue, red
     assert zero.max() < 40
     assert magnitude(np.array([[0.0]], np.float32)).max() < 20
-    assert grey(np.array([[-1.0, 0.5, 2.0]], np.float32)).tolist() == [[0, 128, 255]]
+
+
+def test_what_is_brighter_than_white_matter_stays_brighter() -> None:
+    intensities = np.array([[-1.0, 0.0, 0.5, 1.0, 1.5, 2.0, 9.0]], np.float32)
+    found = grey(intensities)[0].astype(int)
+    assert found[0] == found[1] == 0 and found[-1] == found[-2] == 255
+    assert found[2] * 2 == pytest.approx(found[3], abs=1)  # linear up to 1
+    assert (np.diff(found[1:6]) >= 15).all()
 
 
 def test_an_empty_mask_is_still_drawn() -> None:

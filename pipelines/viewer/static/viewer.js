@@ -15,7 +15,7 @@ function trouble(text) {
 }
 
 const volume = (kind, more = {}) => ({
-  url: url(kind), name: `${kind}.nii.gz`, colormap: "gray", cal_min: 0, cal_max: 1, opacity: 1, ...more,
+  url: url(kind), name: `${kind}.nii.gz`, colormap: "gray", cal_min: 0, cal_max: 1.25, opacity: 1, ...more,
 });
 
 async function start() {
