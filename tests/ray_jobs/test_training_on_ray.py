@@ -31,7 +31,7 @@ STEPS = 30
 SETTINGS = [
     "prepare.shape=[24,24,24]", "prepare.mm=8", "prepare.bias_correction=none",
     "prepare.registration=none", "network.channels=[8,16]", "network.attention_levels=[false,true]",
-    "network.head_channels=8", "network.look_filter_radius=0", "condition.match=histogram",
+    "network.head_channels=8", "condition.match=histogram",
     f"global_stage.steps={STEPS}",
     "global_stage.precision=fp32", "target_stage.precision=fp32", "target_stage.steps=4",
     "global_stage.learning_rate=1e-4",  # differences of rounding grow with it, step by step
