@@ -28,8 +28,8 @@ UNCERTAINTY_LIMIT = 0.1
 #: Black at zero, like the background: blue below and red above.
 CHANGE_COLOURS = ("#c4e1ff", "#2f7fd6", "#000000", "#d9552b", "#ffdcc0")
 UNCERTAINTY_COLOURS = ("#000000", "#6a1b5f", "#d8453c", "#f9a825", "#fff6c8")
-#: Intensities and their greys. Vessels and enhancing lesions lie above 1 and must stay brighter than
-#: white matter, which a harmonized scan may hold just below it.
+#: Intensities and their greys. Vessels and enhancing lesions lie above 1 and must stay brighter
+#: than white matter, which a harmonized scan may hold just below it.
 TONES = ((0.0, 1.0, 2.0), (0.0, 215.0, 255.0))
 _MARGIN_MM = 4.0
 _LONG_SIDE = 300  # pixels of the brain's longest side
