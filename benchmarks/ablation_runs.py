@@ -240,7 +240,7 @@ def score(work: Work, ablation: Ablation) -> None:
     scans = work.cohort.test if ablation.group == "variant" else work.cohort.few
     started = time.perf_counter()
     result["rows"] = [
-        row for scan in scans for row in _measures(ablation.name, work.cohort, scan, method(scan))
+        row for scan in scans for row in measures(ablation.name, work.cohort, scan, method(scan))
     ]
     result["scan_seconds"] = round((time.perf_counter() - started) / len(scans), 2)
     _write(work.result_file(ablation), result)
@@ -294,7 +294,7 @@ def target_looks(cohort: Cohort) -> NDArray[np.float32]:
     return np.stack(found).astype(np.float32)
 
 
-def _measures(name: str, cohort: Cohort, scan: Scan, image: NDArray[np.float32]) -> list[Row]:
+def measures(name: str, cohort: Cohort, scan: Scan, image: NDArray[np.float32]) -> list[Row]:
     """Rows as `pipelines.verdict.summarize` takes them."""
     goal = cohort.truth(scan)
     return [

@@ -7,6 +7,9 @@ In one process, without Ray and without a lake; what is rendered is kept, so a r
 stopped. `quality.py` does the same through the commands, both stages included.
 
     python benchmarks/box_quality.py WORK --anatomy FOLDER_OF_LABEL_MAPS [--preset small]
+
+With `--evaluations PNG` instead: PSNR by noise level and number of network evaluations, on one seen
+and the unseen site, and its plot.
 """
 
 from __future__ import annotations
@@ -22,7 +25,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from ablation_cohort import Cohort, Plan, Scan, make_member
-from ablation_runs import by_matching, from_the_box
+from ablation_list import EVALUATIONS
+from ablation_runs import WITHOUT_NETWORK, by_matching, from_the_box, measures
+from ablation_tables import Results, evaluations_chart, evaluations_table
 from numpy.typing import NDArray
 from quality import TITLES, Row, against_best, table
 
@@ -50,6 +55,8 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--unshaded", action="store_true",
                         help="coils without a bias field and no correction of one: what a perfect "
                         "correction would leave every method")  # fmt: skip
+    parser.add_argument("--evaluations", type=Path, metavar="PNG",
+                        help="what more evaluations are worth, by noise, and a plot")  # fmt: skip
     args = parser.parse_args(words)
     started = time.monotonic()
     unshaded = ("prepare.bias_correction=none",) if args.unshaded else ()
@@ -61,6 +68,11 @@ def main(words: Sequence[str] | None = None) -> int:
     folder = args.work / f"{args.preset}-{plan.digest()}"
     render(folder, plan, args.workers)
     cohort = Cohort(folder, plan, args.target)
+    if args.evaluations is not None:
+        results = by_evaluations(cohort, args.preset, unshaded)
+        args.evaluations.write_bytes(evaluations_chart(results))
+        print(evaluations_table(results))
+        return 0
     found = rows(cohort, config)
     print(table(summarize(found, seed=args.seed).groups, TITLES))
     print(against_best(found, args.seed))
@@ -80,6 +92,25 @@ def render(folder: Path, plan: Plan, workers: int) -> None:
     ) as pool:
         for path in pool.map(make, plan.members):
             print(f"cohort {path.stem}", flush=True)
+
+
+def by_evaluations(cohort: Cohort, preset: str, settings: Sequence[str] = ()) -> Results:
+    """Results of the grid of evaluations as the ablations keep them, but of the box as it is."""
+    out = {}
+    for ablation in EVALUATIONS:
+        sampling = [s.replace("target_sampler", "global_sampler") for s in ablation.sampling]
+        config = load_config(preset, settings=(*settings, *sampling))
+        out[ablation.name] = _scored(ablation.name, cohort, from_the_box(config, cohort))
+        print(ablation.title, flush=True)
+    config = load_config(preset, settings=tuple(settings))
+    for name in ("raw", "matched"):
+        out[name] = _scored(name, cohort, WITHOUT_NETWORK[name](config, cohort))
+    return out
+
+
+def _scored(name: str, cohort: Cohort, method: Method) -> Row:
+    scans = cohort.few
+    return {"rows": [row for s in scans for row in measures(name, cohort, s, method(s))]}
 
 
 def rows(cohort: Cohort, config: SgcdConfig) -> list[Row]:
