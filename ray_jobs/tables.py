@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import asdict
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from ray_jobs.context import absolute, open_lake, quoted
@@ -48,6 +48,7 @@ def optimize(args: Any) -> Outcome:
     """`sgcd optimize`: compaction, and removal of what nobody can be reading any more."""
     from pipelines.catalog import Catalog
     from pipelines.optimize import optimize as run
+    from sgcd_core.io.store import Store
 
     catalog = Catalog(open_lake(args.lake))
     done = run(
@@ -61,8 +62,12 @@ def optimize(args: Any) -> Outcome:
     verb = "would make" if args.dry_run else "made"
     text = f"{verb} {before} files {after}, and {'remove' if args.dry_run else 'removed'} {removed}"
     text += f" replaced more than {args.keep_days:g} days ago"
+    limit = datetime.now(UTC) - timedelta(days=args.keep_days)
+    left = Store().remove_leftovers(catalog.lake.uri, limit, dry_run=args.dry_run)
+    if left:
+        text += f"; {left} unfinished files of killed writers as old as that"
     follow = f"sgcd optimize --lake {quoted(args.lake)}" if args.dry_run else ""
-    return Outcome(text, next=follow, lines=lines, data={"tables": rows})
+    return Outcome(text, next=follow, lines=lines, data={"tables": rows, "leftovers": left})
 
 
 def export(args: Any) -> Outcome:

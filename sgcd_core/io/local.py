@@ -163,6 +163,21 @@ def delete(uri: str, path: str) -> None:
         raise _problem(uri, error, writing=True) from error
 
 
+def leftovers(uri: str, path: str, before: datetime) -> Iterator[str]:
+    """What writers that were killed in the middle of a write left under a folder before a time."""
+
+    def complain(error: OSError) -> None:
+        raise _problem(uri, error) from error
+
+    for folder, _, names in os.walk(path, onerror=complain):
+        for name in names:
+            found = os.path.join(folder, name)
+            if name.startswith(_TEMPORARY):
+                with contextlib.suppress(FileNotFoundError):
+                    if os.stat(found).st_mtime < before.timestamp():
+                        yield found
+
+
 def walk(uri: str, path: str) -> Iterator[tuple[str, int, str]]:
     """(path, size, etag) of every file under a folder, sorted by path; links are followed once."""
     root = path.rstrip("/") or "/"

@@ -206,6 +206,30 @@ class Store:
 
         local.delete(uri, local_path(uri))
 
+    def remove_leftovers(self, prefix: str, before: datetime, *, dry_run: bool = False) -> int:
+        """Remove what writers that were killed in the middle of a write left; how many files.
+
+        No other method sees these files, and on S3 there are none: an object is whole or absent.
+
+        Args:
+            prefix: A folder; everything below it is looked through.
+            before: Only files last written before this: a living writer's are younger.
+            dry_run: Count, change nothing.
+
+        Raises:
+            StorageError: STORE-DENIED, STORE-WRITE, STORE-UNREACHABLE.
+        """
+        if is_s3(prefix):
+            return 0
+        from sgcd_core.io import local
+
+        found = 0
+        for path in local.leftovers(prefix, local_path(prefix), before):
+            found += 1
+            if not dry_run:
+                local.delete(path, path)
+        return found
+
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
         """Every object under the folder `prefix`, at any depth, sorted by address.
 

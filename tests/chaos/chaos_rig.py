@@ -7,7 +7,6 @@ computes and then does what `chaos.json` in the lake says: kill the process, han
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 import os
 import random
@@ -179,9 +178,13 @@ def read_faults(lake: Path) -> dict[str, Any]:
 
 
 def outputs(lake: Path) -> dict[str, str]:
-    """Path below the lake → digest, of every subject's volumes and sidecars."""
-    files = [p for p in sorted((lake / "derivatives").glob("*/sub-*/**/*")) if p.is_file()]
-    return {str(p.relative_to(lake)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+    """Path below the lake → digest, of every subject's volumes and sidecars.
+
+    What a writer killed in the middle of a write left (`Store.remove_leftovers`) is none.
+    """
+    store = Store()
+    files = [i.uri for d in (lake / "derivatives").glob("*/sub-*") for i in store.list(str(d))]
+    return {str(Path(f).relative_to(lake)): sha256_hex(store.read_bytes(f)) for f in files}
 
 
 def harmonize(lake: Path | str, *words: str) -> int:

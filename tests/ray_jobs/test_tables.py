@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -70,6 +71,27 @@ def test_a_refusal_is_one_line_with_a_code(lake: str, capsys: pytest.CaptureFixt
     assert err.startswith("sgcd query: [QUERY-REFUSED]") and err.count("\n") == 1
     code, _, err = run(capsys, "query", "--lake", lake)
     assert code == 2 and "--tables" in err
+
+
+def test_optimize_removes_what_killed_writers_left(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lake = Lake.open(str(tmp_path / "lake"), create=True)
+    folder = tmp_path / "lake" / "derivatives" / "global-v1" / "sub-1"
+    folder.mkdir(parents=True)
+    old, young, kept = (folder / n for n in (".sgcd-tmp-1-a", ".sgcd-tmp-2-b", "sub-1_T1w.json"))
+    for file in (old, young, kept):
+        file.write_bytes(b"{")
+    for file in (old, kept):
+        os.utime(file, (0, 0))
+    code, out, _ = run(capsys, "optimize", "--lake", lake.uri, "--dry-run")
+    assert code == 0 and "1 unfinished files of killed writers" in out
+    assert old.exists()
+    code, out, _ = run(capsys, "optimize", "--lake", lake.uri, "--json")
+    assert (code, json.loads(out)["leftovers"]) == (0, 1)
+    assert not old.exists() and young.exists() and kept.exists()
+    code, out, _ = run(capsys, "optimize", "--lake", lake.uri)
+    assert code == 0 and "unfinished" not in out
 
 
 def test_optimize_and_export(lake: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
