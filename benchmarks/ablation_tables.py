@@ -181,6 +181,6 @@ def evaluations_chart(results: Results) -> bytes:
     axes.set_xticks(STEPS, [str(n) for n in STEPS])
     axes.set_xlabel("network evaluations", fontsize=8)
     axes.set_ylabel("PSNR, dB, mean of both sequences, seen and unseen", fontsize=8)
-    axes.legend(fontsize=7, frameon=False, loc="center right")
+    axes.legend(fontsize=7, frameon=False, ncols=3, loc="lower left", bbox_to_anchor=(0, 1.01))
     plain_axes(axes)
     return as_png(figure)
