@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from importlib.resources import files
@@ -239,9 +239,7 @@ def score(work: Work, ablation: Ablation) -> None:
         method = WITHOUT_NETWORK[ablation.name](used, work.cohort)
     scans = work.cohort.test if ablation.group == "variant" else work.cohort.few
     started = time.perf_counter()
-    result["rows"] = [
-        row for scan in scans for row in measures(ablation.name, work.cohort, scan, method(scan))
-    ]
+    result["rows"] = scored(ablation.name, work.cohort, scans, method)
     result["scan_seconds"] = round((time.perf_counter() - started) / len(scans), 2)
     _write(work.result_file(ablation), result)
 
@@ -294,8 +292,14 @@ def target_looks(cohort: Cohort) -> NDArray[np.float32]:
     return np.stack(found).astype(np.float32)
 
 
-def measures(name: str, cohort: Cohort, scan: Scan, image: NDArray[np.float32]) -> list[Row]:
-    """Rows as `pipelines.verdict.summarize` takes them."""
+def scored(
+    name: str, cohort: Cohort, scans: Iterable[Scan], method: Callable[[Scan], NDArray[np.float32]]
+) -> list[Row]:
+    """Measures of scans by one method, rows as `pipelines.verdict.summarize` takes them."""
+    return [row for scan in scans for row in _measures(name, cohort, scan, method(scan))]
+
+
+def _measures(name: str, cohort: Cohort, scan: Scan, image: NDArray[np.float32]) -> list[Row]:
     goal = cohort.truth(scan)
     return [
         {"subject": scan.subject, "site": scan.site, "sequence": scan.sequence,

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from ablation_cohort import Cohort, Plan, Scan, make_member
 from ablation_list import EVALUATIONS
-from ablation_runs import WITHOUT_NETWORK, by_matching, from_the_box, measures
+from ablation_runs import WITHOUT_NETWORK, by_matching, from_the_box, scored
 from ablation_tables import Results, evaluations_chart, evaluations_table
 from numpy.typing import NDArray
 from quality import TITLES, Row, against_best, table
@@ -100,17 +100,14 @@ def by_evaluations(cohort: Cohort, preset: str, settings: Sequence[str] = ()) ->
     for ablation in EVALUATIONS:
         sampling = [s.replace("target_sampler", "global_sampler") for s in ablation.sampling]
         config = load_config(preset, settings=(*settings, *sampling))
-        out[ablation.name] = _scored(ablation.name, cohort, from_the_box(config, cohort))
+        method = from_the_box(config, cohort)
+        out[ablation.name] = {"rows": scored(ablation.name, cohort, cohort.few, method)}
         print(ablation.title, flush=True)
     config = load_config(preset, settings=tuple(settings))
     for name in ("raw", "matched"):
-        out[name] = _scored(name, cohort, WITHOUT_NETWORK[name](config, cohort))
+        method = WITHOUT_NETWORK[name](config, cohort)
+        out[name] = {"rows": scored(name, cohort, cohort.few, method)}
     return out
-
-
-def _scored(name: str, cohort: Cohort, method: Method) -> Row:
-    scans = cohort.few
-    return {"rows": [row for s in scans for row in measures(name, cohort, s, method(s))]}
 
 
 def rows(cohort: Cohort, config: SgcdConfig) -> list[Row]:

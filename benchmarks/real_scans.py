@@ -182,10 +182,23 @@ def identity_text(sequence: str, found: Sequence[tuple[str, float, float]]) -> s
     return text + (f"; not {', '.join(wrong)}" if wrong else "")
 
 
-def lesion(
-    image: Image, mask: Mask, affine: NDArray[np.float64], *, dark: bool, known: Mask | None = None
-) -> Mask:
-    """The largest region deep in the brain that is darker (or brighter) than its mirror image.
+def lesion(image: Image, mask: Mask, affine: NDArray[np.float64], *, dark: bool) -> Mask:
+    """The largest of `unlike_regions`; none where there is none. Arguments as there."""
+    regions = unlike_regions(image, mask, affine, dark=dark)
+    return most(regions, regions > 0)
+
+
+def most(regions: NDArray[np.int32], where: Mask) -> Mask:
+    """Of labelled regions the one that fills most of `where`; none where none lies there."""
+    sizes = np.bincount(regions[where], minlength=2)[1:]
+    out: Mask = (regions == int(sizes.argmax()) + 1) & bool(sizes.max())
+    return out
+
+
+def unlike_regions(
+    image: Image, mask: Mask, affine: NDArray[np.float64], *, dark: bool
+) -> NDArray[np.int32]:
+    """Regions deep in the brain that are darker (or brighter) than their mirror image, from 1.
 
     Only ranks inside the brain are compared, so any rising map of all intensities leaves the
     result as it is. It finds lesions of one side; those alike on both sides cancel.
@@ -195,7 +208,6 @@ def lesion(
         mask: (X, Y, Z) bool.
         affine: (4, 4), voxel → template mm RAS+; x = 0 is the middle of the brain.
         dark: Whether the lesion is dark (T1w) or bright (T2w).
-        known: Where it was in another image; then the region that overlaps it most, if any does.
     """
     sides = np.abs(np.diag(affine)[:3])
     # Ranks first: smoothing intensities would not commute with a change of contrast.
@@ -206,13 +218,8 @@ def lesion(
     mirrored, other_depth = mirror(rank, affine), mirror(depth.astype(np.float32), affine)
     deep = (depth > DEPTH_MM) & (other_depth > DEPTH_MM)
     unlike = (mirrored - rank if dark else rank - mirrored) > ASYMMETRY
-    labels, count = ndimage.label(unlike & deep)
-    if count == 0:
-        return np.zeros(mask.shape, bool)
-    counted = labels if known is None else labels[known]
-    sizes = np.bincount(counted.reshape(-1), minlength=2)[1:]
-    out: Mask = (labels == int(sizes.argmax()) + 1) & bool(sizes.max())
-    return out
+    labels: NDArray[np.int32] = ndimage.label(unlike & deep)[0]
+    return labels
 
 
 def ranks(image: Image, mask: Mask) -> Image:
@@ -242,8 +249,8 @@ def lesion_rows(pairs: Sequence[Pair]) -> tuple[list[list[Any]], list[tuple[Any,
     for pair in pairs:
         dark = pair.sequence == "T1w"
         first = lesion(pair.before, pair.mask, pair.affine, dark=dark)
-        second = lesion(pair.after, pair.mask, pair.affine, dark=dark, known=first)
-        largest = lesion(pair.after, pair.mask, pair.affine, dark=dark)
+        regions = unlike_regions(pair.after, pair.mask, pair.affine, dark=dark)
+        second, largest = most(regions, first), most(regions, regions > 0)
         voxel = abs(float(np.linalg.det(pair.affine[:3, :3]))) / 1000
         before, after = float(first.sum()) * voxel, float(second.sum()) * voxel
         ratio = after / before if before else None

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 Image = NDArray[np.float32]
 
+#: Intensity drawn white: vessels and enhancing lesions lie above 1, white matter just below it.
+WHITE = 1.2
 INK = "#1f2933"
 MUTED = "#7b8794"
 #: Okabe & Ito's palette.
@@ -85,7 +87,7 @@ def contact_sheet(rows: Sequence[tuple[str, Image, Image]]) -> bytes:
     figure = new_figure(11.0, 1.25 * max(1, len(rows)) + 0.3)
     grid = figure.subplots(max(1, len(rows)), 3, squeeze=False)
     for axes, (label, before, after) in zip(grid, rows, strict=False):
-        grey = {"cmap": "gray", "vmin": 0, "vmax": 1.2}
+        grey = {"cmap": "gray", "vmin": 0, "vmax": WHITE}
         axes[0].imshow(three_planes(before), **grey)
         axes[1].imshow(three_planes(after), **grey)
         axes[2].imshow(three_planes(after - before), cmap="RdBu_r", vmin=-0.5, vmax=0.5)
@@ -114,7 +116,7 @@ def outlines(rows: Sequence[tuple[str, Image, Image, Image, Image]]) -> bytes:
         for axis, image, region, title in zip(
             axes, (before, after), (found, again), ("input", "output"), strict=True
         ):
-            axis.imshow(np.rot90(image[:, :, level]), cmap="gray", vmin=0, vmax=1.2)
+            axis.imshow(np.rot90(image[:, :, level]), cmap="gray", vmin=0, vmax=WHITE)
             edge = np.rot90(np.asarray(region[:, :, level], np.float32))
             if edge.any():
                 axis.contour(edge, levels=[0.5], colors=[COLOURS["target"]], linewidths=1.0)
