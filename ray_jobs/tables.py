@@ -62,8 +62,10 @@ def optimize(args: Any) -> Outcome:
     verb = "would make" if args.dry_run else "made"
     text = f"{verb} {before} files {after}, and {'remove' if args.dry_run else 'removed'} {removed}"
     text += f" replaced more than {args.keep_days:g} days ago"
-    limit = datetime.now(UTC) - timedelta(days=args.keep_days)
-    left = Store().remove_leftovers(catalog.lake.uri, limit, dry_run=args.dry_run)
+    left = 0
+    if not args.tables:  # they lie beside volumes as well as in tables
+        limit = datetime.now(UTC) - timedelta(days=args.keep_days)
+        left = Store().remove_leftovers(catalog.lake.uri, limit, dry_run=args.dry_run)
     if left:
         text += f"; {left} unfinished files of killed writers as old as that"
     follow = f"sgcd optimize --lake {quoted(args.lake)}" if args.dry_run else ""

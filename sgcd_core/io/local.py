@@ -9,7 +9,7 @@ import io
 import os
 import secrets
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 
 from sgcd_core.errors import InputError, SgcdError, StorageError
@@ -46,6 +46,15 @@ def _problem(uri: str, error: OSError | ValueError, *, writing: bool = False) ->
         )  # fmt: skip
     reason = os.strerror(number) if number else type(error).__name__
     return StorageError(f"reading failed: {reason}.", code="STORE-UNREACHABLE", where=uri)
+
+
+def _complain(uri: str) -> Callable[[OSError], None]:
+    """For `os.walk`, which would pass over a folder it may not list."""
+
+    def complain(error: OSError) -> None:
+        raise _problem(uri, error) from error
+
+    return complain
 
 
 def chunks(
@@ -165,17 +174,11 @@ def delete(uri: str, path: str) -> None:
 
 def leftovers(uri: str, path: str, before: datetime) -> Iterator[str]:
     """What writers that were killed in the middle of a write left under a folder before a time."""
-
-    def complain(error: OSError) -> None:
-        raise _problem(uri, error) from error
-
-    for folder, _, names in os.walk(path, onerror=complain):
-        for name in names:
-            found = os.path.join(folder, name)
-            if name.startswith(_TEMPORARY):
-                with contextlib.suppress(FileNotFoundError):
-                    if os.stat(found).st_mtime < before.timestamp():
-                        yield found
+    for folder, _, names in os.walk(path, onerror=_complain(uri)):
+        for found in (os.path.join(folder, n) for n in names if n.startswith(_TEMPORARY)):
+            with contextlib.suppress(InputError):  # its writer has moved it since
+                if modified(uri, found) < before:
+                    yield found
 
 
 def walk(uri: str, path: str) -> Iterator[tuple[str, int, str]]:
@@ -195,10 +198,7 @@ def walk(uri: str, path: str) -> Iterator[tuple[str, int, str]]:
     found: list[str] = []
     seen: set[tuple[int, int]] = set()
 
-    def complain(error: OSError) -> None:
-        raise _problem(uri, error) from error
-
-    for folder, subfolders, names in os.walk(root, onerror=complain, followlinks=True):
+    for folder, subfolders, names in os.walk(root, onerror=_complain(uri), followlinks=True):
         here = os.stat(folder)
         if (here.st_dev, here.st_ino) in seen:  # a link back to a folder above
             subfolders.clear()

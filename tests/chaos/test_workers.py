@@ -17,6 +17,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from pipelines.catalog import Catalog
 from pipelines.lake import Lake
 from ray_jobs.harmonize_stream import IN_FLIGHT
 from ray_jobs.session import session
+from sgcd_core.io.store import Store
 
 pytestmark = [pytest.mark.chaos, pytest.mark.slow, pytest.mark.ray]
 
@@ -56,14 +58,20 @@ class Case:
         found: list[str] = Catalog(Lake(str(self.lake))).rows("scans")["scan_id"].to_pylist()
         return found
 
-    def check(self, without: tuple[str, ...] = ()) -> None:
-        """One row for each scan, outputs as in the calm run but for those of `without`."""
+    def check(self, without: tuple[str, ...] = (), deaths: int = 0) -> None:
+        """One row for each scan, outputs as in the calm run but for those of `without`.
+
+        Each of `deaths` may leave a file half written for what was in flight, and no more.
+        """
         rows = self.rows()
         good = {key: row for key, row in rows.items() if key not in without}
         assert {row["status"] for row in good.values()} <= {"ok", "flagged"}
         lost = {f"sub-{rows[key]['subject']}" for key in without}
         wanted = {path: d for path, d in self.calm.items() if not lost & set(path.split("/"))}
         assert outputs(self.lake) == wanted
+        now = datetime.now(UTC) + timedelta(minutes=1)
+        left = Store().remove_leftovers(str(self.lake / "derivatives"), now, dry_run=True)
+        assert left <= deaths * IN_HAND
         # A worker that outlives its node a little may leave the row of a try that is settled.
         for file in (self.lake / "scratch" / "attempts").rglob("1.json"):
             assert "row" in json.loads(file.read_text()) or file.parent.name in without
@@ -126,7 +134,7 @@ def test_a_scan_that_kills_its_worker_is_set_aside_alone(
     set_faults(case.lake, kill=[killer])
     with session():
         assert harmonize(case.lake, *WORKERS) == 1
-    case.check(without=(killer,))
+    case.check(without=(killer,), deaths=3)
     row = case.rows()[killer]
     assert (row["status"], row["code"]) == ("quarantined", "SCAN-QUARANTINED")
     tries = Catalog(Lake(str(case.lake))).rows("attempts").to_pylist()
@@ -147,7 +155,7 @@ def test_a_scan_that_hangs_is_failed_at_its_deadline(
     with session():
         assert harmonize(case.lake, *WORKERS, "--scan-deadline", "15") == 1
         seconds = time.monotonic() - started
-        case.check(without=(hangs,))
+        case.check(without=(hangs,), deaths=1)
         assert case.rows()[hangs]["code"] == "SCAN-DEADLINE"
         assert case.redone() <= IN_HAND
         set_faults(case.lake)
@@ -196,7 +204,7 @@ def test_a_worker_killed_every_five_seconds(case: Case, figure: Callable[[str], 
             over.set()
             thread.join()
     assert len(killed) >= 3
-    case.check()
+    case.check(deaths=len(killed))
     assert case.redone() <= len(killed) * IN_HAND
     figure(f"a worker killed every 5 s: {len(killed)} killed, {case.redone()} scans redone")
 
@@ -228,7 +236,7 @@ def test_a_node_of_three_is_killed(case: Case, figure: Callable[[str], None]) ->
         ray.shutdown()
         cluster.shutdown()
     assert gone and len(gone[0]) < SCANS, "the node died before the end"
-    case.check()
+    case.check(deaths=1)
     assert case.redone() <= 3 * IN_FLIGHT + 1
     figure(f"a node of three killed after {len(gone[0])} scans: {case.redone()} redone")
 
@@ -261,7 +269,7 @@ def test_a_driver_killed_at_10_50_and_90_percent(case: Case, figure: Callable[[s
     before = case.redone()
     assert subprocess.run(command, env=environment, check=False, timeout=240).returncode == 0
     redone = [*redone[1:], case.redone() - before]
-    case.check()
+    case.check(deaths=3)
     assert max(redone) <= IN_HAND
     figure(f"driver killed at 10, 50 and 90 %: {', '.join(map(str, redone))} scans redone")
 

@@ -87,6 +87,8 @@ def test_optimize_removes_what_killed_writers_left(
     code, out, _ = run(capsys, "optimize", "--lake", lake.uri, "--dry-run")
     assert code == 0 and "1 unfinished files of killed writers" in out
     assert old.exists()
+    assert run(capsys, "optimize", "--lake", lake.uri, "--tables", "scans")[0] == 0
+    assert old.exists()  # only what was named
     code, out, _ = run(capsys, "optimize", "--lake", lake.uri, "--json")
     assert (code, json.loads(out)["leftovers"]) == (0, 1)
     assert not old.exists() and young.exists() and kept.exists()
