@@ -6,7 +6,6 @@ of the calm run, and no more scans were computed twice than were in flight when 
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
 import os
@@ -24,6 +23,7 @@ from typing import Any
 import psutil
 import pytest
 from chaos_rig import build_lake, harmonize, noted, outputs, set_faults
+from processes import started
 
 from pipelines.catalog import Catalog
 from pipelines.lake import Lake
@@ -276,12 +276,7 @@ def test_a_driver_killed_at_10_50_and_90_percent(case: Case, figure: Callable[[s
 
 def map_workers() -> list[psutil.Process]:
     """The actors of this process's Ray, the oldest first."""
-    found = []
-    for process in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.Error):
-            if process.cmdline()[:1] and process.cmdline()[0].startswith("ray::MapWorker"):
-                found.append(process)
-    return sorted(found, key=lambda process: process.create_time())
+    return started("ray::MapWorker")
 
 
 def computed(lake: Path, goal: float) -> bool:

@@ -16,8 +16,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
+from processes import started
 
 from pipelines.catalog import Catalog
 from pipelines.lake import Lake
@@ -145,8 +145,7 @@ def ended(lake: Lake, sql: str) -> UsageError | None:
         run_query(lake, sql, limits=SMALL)
     except UsageError as error:
         problem = error
-    children = psutil.Process().children(recursive=True)
-    assert not [c for c in children if "pipelines.query_child" in " ".join(c.cmdline())]
+    assert not started("pipelines.query_child")
     assert not list(Path(tempfile.gettempdir()).glob("sgcd-query-*"))
     return problem
 

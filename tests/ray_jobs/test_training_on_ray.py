@@ -18,6 +18,7 @@ from typing import Any
 import psutil
 import pytest
 from fake_lake import CURVES, add_scan, brain
+from processes import started
 
 from pipelines.catalog import Catalog
 from pipelines.lake import Lake
@@ -185,11 +186,7 @@ def slow_worker(
 
 def train_workers() -> list[psutil.Process]:
     """Processes of Ray Train's workers that this program started."""
-    return [
-        process
-        for process in psutil.Process().children(recursive=True)
-        if any("RayTrainWorker" in word for word in process.cmdline())
-    ]
+    return started("RayTrainWorker")
 
 
 def kill_workers() -> list[int]:
