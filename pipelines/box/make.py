@@ -1,7 +1,8 @@
 """`python -m pipelines.box WORK --anatomy FOLDER`: make, or go on making, the weights of the box.
 
-Producers render random sites without end; with `--refit` the composition model is fitted once
-enough of them are measured; the network is then trained for `--minutes`. Run again to go on.
+Producers render random sites as they are wanted: each scan serves once, for the look filter or the
+network of one preset. With `--refit` the composition model is fitted once enough of them are
+measured; the network is then trained for `--minutes`. Run again to go on.
 Anatomies beyond the first `--anatomies` show the error on heads and sites never trained on.
 """
 
@@ -37,6 +38,8 @@ SEED = 2026
 HELD_OUT = 7
 #: Random sites of anatomies that nothing here is fitted to, for the held-out error.
 HELD_SITES = 6
+#: Files of the pool that the usual textures are taken from.
+FIRST = 20
 #: What is different from training on scans: these scans have no noise, so voxels can be compared,
 #: and they can be sharpened; a window's histogram is no brain's, so there is no record.
 SETTINGS = (
@@ -81,7 +84,11 @@ def main(words: Sequence[str] | None = None) -> None:
     anatomies = [*found[: args.anatomies], *list_anatomies(None)]
     context = multiprocessing.get_context("spawn")
     producers = [
-        context.Process(target=_produce, args=(args.work, anatomies, n), daemon=True)
+        context.Process(
+            target=_produce,
+            daemon=True,
+            args=(args.work, anatomies, n, args.producers, args.sites if args.refit else 0),
+        )
         for n in range(args.producers)
     ]
     for producer in producers:
@@ -89,7 +96,7 @@ def main(words: Sequence[str] | None = None) -> None:
     try:
         config = load_config(args.preset, settings=[*SETTINGS, *args.settings])
         composition = _composition(args.work, pool, args.sites, args.refit, args.keep_fits)
-        wait_for(pool, 20)
+        wait_for(lambda: len(pool.files()) >= FIRST, f"{FIRST} files")
         held = _held_out(args.work, found[args.anatomies :])
         weights = train_network(
             pool, config, composition, args.work / args.preset, minutes=args.minutes,
@@ -114,30 +121,31 @@ def main(words: Sequence[str] | None = None) -> None:
     print(f"weights: {weights} ({weights.stat().st_size / 2**20:.1f} MiB)")
 
 
-def _produce(work: Path, anatomies: list[str], worker: int) -> None:
+def _produce(work: Path, anatomies: list[str], worker: int, workers: int, at_least: int) -> None:
     """One producer, at low priority, until it is ended."""
     os.nice(10)
     torch.set_num_threads(1)
     threadpool_limits(1)  # threads of two producers wait for each other, five times longer
     condition = load_config().condition
-    count = 0
     with (work / f"profiles-{worker}.f32").open("ab") as stream:
 
-        def measured(scans: SiteScans) -> None:
-            nonlocal count
-            count += 1
-            stream.write(measure_site(scans, condition, SEED + 1000 * count).tobytes())
+        def measured(number: int, site: Sequence[SiteScans]) -> None:
+            seeds = (SEED + 1000 * (len(site) * number + k) for k in range(len(site)))
+            rows = [measure_site(x, condition, s) for x, s in zip(site, seeds, strict=True)]
+            stream.write(b"".join(row.tobytes() for row in rows))
             stream.flush()
 
-        produce(Pool(work / "pool"), anatomies, SEED, worker, measured=measured)
+        produce(
+            Pool(work / "pool"), anatomies, SEED, worker, workers, at_least=at_least,
+            measured=measured,
+        )  # fmt: skip
 
 
 def _held_out(work: Path, anatomies: list[str]) -> Pool | None:
     """Sites of other anatomies than those trained on; None where no anatomy is left for them."""
     pool = Pool(work / "held-out")
-    missing = HELD_SITES - len(pool.files()) // 2
-    if anatomies and missing > 0:
-        produce(pool, anatomies, SEED + 1, 0, sites=missing)
+    if anatomies:
+        produce(pool, anatomies, SEED + 1, sites=HELD_SITES)
     return pool if pool.files() else None
 
 
@@ -153,7 +161,7 @@ def _composition(
     packaged = load_composition()
     if packaged is not None and not refit:
         return packaged
-    wait_for(pool, min(2 * sites, pool.keep), seconds=24 * 3600)
+    wait_for(lambda: len(pool.files()) >= 2 * sites, f"{sites} sites", seconds=24 * 3600)
     rows = read_sites(_profiles(work), SUBJECTS)
     # a site's two sequences follow each other and stay on one side
     held = (torch.arange(len(rows)) // 2 % HELD_OUT == 0).numpy()

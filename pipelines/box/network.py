@@ -5,6 +5,7 @@ The look filter in front of the U-Net is fitted first, in closed form, and stays
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from pipelines.box.filters import Normals, fit_look_filter, normals_of, score_look_filter
-from pipelines.box.scans import SUBJECTS, Pool
+from pipelines.box.scans import SUBJECTS, Pool, wait_for
 from sgcd_core.batch import Batch, make_batch, sample_seed
 from sgcd_core.box import Box, shape_of
 from sgcd_core.config import SgcdConfig
@@ -29,8 +30,9 @@ from sgcd_core.volume.condition import Condition, LookMatcher
 
 #: Samples of sites that are not trained on, and the seed that fixes them.
 HELD_SAMPLES, HELD_SEED = 48, 7
-#: Windows cut from a scan once its condition is taken, which costs half of training on one.
-WINDOWS = 2
+#: Windows cut from a scan once its condition is taken, which costs as much as training on one, and
+#: scans whose windows take turns.
+WINDOWS, TURNS = 4, 16
 #: The seed of the samples that the look filter is fitted to, and how many are kept at a time.
 FILTER_SEED, FILTER_PART = 77, 100
 
@@ -39,21 +41,24 @@ class Samples(IterableDataset[dict[str, Any]]):
     """Endless samples from the pool: random sites, mirrored at random, each with the look of
     others there. A brain's mirror image is a brain, and no label depends on the side.
 
+    Each scan serves once, in as many windows as are cut from it.
+
     Args:
         pool: Producers may go on filling it.
         config: Settings of the preset.
         composition: The fitted composition model.
         seed: Of everything.
-        start: Number of the first scan.
+        user: Whose scans: nobody else is given them. None: any of those that are there.
+        start: Samples that were taken before; the rest are the same ones.
         windows: Samples of each scan, where windows are trained on.
     """
 
     def __init__(
-        self, pool: Pool, config: SgcdConfig, composition: Composition, seed: int, start: int,
-        windows: int = 1,
+        self, pool: Pool, config: SgcdConfig, composition: Composition, seed: int,
+        user: str | None = None, start: int = 0, windows: int = 1,
     ) -> None:  # fmt: skip
-        self.pool, self.config, self.seed, self.start = pool, config, seed, start
-        self.windows = windows
+        self.pool, self.config, self.seed, self.user = pool, config, seed, user
+        self.start, self.windows = start, windows
         self.matcher = LookMatcher(
             config.condition.match, config.prepare.mm, config.sequences, composition
         )
@@ -63,25 +68,36 @@ class Samples(IterableDataset[dict[str, Any]]):
         torch.set_num_threads(1)
         worker = get_worker_info()
         first, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        number = self.start + first
-        before: list[dict[str, Any]] = []
-        while True:
-            rng = np.random.default_rng([self.seed, number])
-            files = self.pool.files()
-            try:
-                found = self.sample(files[int(rng.integers(len(files)))], number, rng)
-            except FileNotFoundError:  # a producer took the file away
-                continue
-            # the first goes with one of the scan before, so that a batch holds different scans
-            yield found[0]
-            yield from before
-            before = found[1:]
-            number += step
+        before, skip = divmod(self.start // step, TURNS * self.windows)
+        for turn in itertools.count(first + before * step, step):
+            yield from self._turn(TURNS * turn, skip)
+            skip = 0
 
-    def sample(self, path: Path, number: int, rng: np.random.Generator) -> list[dict[str, Any]]:
+    def _turn(self, number: int, skip: int) -> Iterator[dict[str, Any]]:
+        """A window of each of so many scans, then another of each: a batch holds several scans."""
+        found: dict[int, list[dict[str, Any]]] = {}
+        for at in range(skip, TURNS * self.windows):
+            window, place = divmod(at, TURNS)
+            if place not in found:
+                found[place] = self.numbered(number + place)
+            yield found[place][window]
+
+    def numbered(self, number: int) -> list[dict[str, Any]]:
+        """Samples of the scan that is this user's `number`-th; waits until it is there."""
+        rng = np.random.default_rng([self.seed, number])
+        if self.user is None:
+            files = self.pool.files()
+            path, index = files[int(rng.integers(len(files)))], int(rng.integers(SUBJECTS))
+        else:
+            path, index = self.pool.scan(self.pool.take(self.user, number + 1)[number])
+            wait_for(path.exists, path.name)
+        return self.sample(path, index, number, rng)
+
+    def sample(
+        self, path: Path, index: int, number: int, rng: np.random.Generator
+    ) -> list[dict[str, Any]]:
         """One scan of a file: as many batches of one as it gives windows, and their conditions."""
         config, name = self.config, path.name.split("-")[0]
-        index = int(rng.integers(SUBJECTS))
         image, mask, looks = self.pool.read(path, config.preset, index)
         others = rng.permutation(np.delete(np.arange(len(looks)), index))
         look = looks[others[: int(rng.integers(2, len(looks)))]].mean(0)
@@ -143,31 +159,33 @@ def fixed_samples(
 
     Windows are cut and styles drawn as in training; which are told by the number of the sample.
     """
-    samples, files = Samples(pool, config, composition, HELD_SEED, 0), pool.files()
-    return [
-        collate(samples.sample(files[n % len(files)], n, np.random.default_rng([HELD_SEED, n])))
-        for n in range(count if files else 0)
-    ]
+    samples, files = Samples(pool, config, composition, HELD_SEED), pool.files()
+    found = []
+    for number in range(count if files else 0):
+        rng = np.random.default_rng([HELD_SEED, number])
+        index = int(rng.integers(SUBJECTS))
+        found.append(collate(samples.sample(files[number % len(files)], index, number, rng)))
+    return found
 
 
 def filter_normals(
-    pool: Pool, config: SgcdConfig, composition: Composition, path: Path, count: int
-) -> Normals:
+    pool: Pool, config: SgcdConfig, composition: Composition, path: Path, count: int,
+    user: str | None = None,
+) -> Normals:  # fmt: skip
     """What `count` whole samples say about the look filter; `path` keeps those that are there."""
     whole = config.model_copy(
         update={"global_stage": config.global_stage.model_copy(update={"crop": None})}
     )
-    samples = Samples(pool, whole, composition, FILTER_SEED, 0)
+    samples = Samples(pool, whole, composition, FILTER_SEED, user)
     look_filter = build_network(config).look_filter
     assert look_filter is not None
     found = Normals.load(path) if path.exists() else None
     while found is None or len(found) < count:
         start = 0 if found is None else len(found)
-        files, rows = pool.files(), []
-        for number in range(start, min(count, start + FILTER_PART)):
-            rng = np.random.default_rng([FILTER_SEED, number])
-            path_of = files[int(rng.integers(len(files)))]
-            rows.append(normals_of(look_filter, *collate(samples.sample(path_of, number, rng))))
+        rows = [
+            normals_of(look_filter, *collate(samples.numbered(number)))
+            for number in range(start, min(count, start + FILTER_PART))
+        ]
         found = Normals.joined([*([] if found is None else [found]), *rows])
         found.save(path)
     return found
@@ -218,17 +236,21 @@ def train_network(
             start_weights(network, Box.from_bytes(start_from.read_bytes()))
         set_textures(network, pool, config)
         if filter_samples:
-            parts = [(pool, "filter", filter_samples)]
-            parts += [] if held is None else [(held, "filter-held", FILTER_PART)]
-            normals = [
-                filter_normals(where, config, composition, folder / f"{name}.pt", count)
-                for where, name, count in parts
-            ]
-            fit_look_filter(look_filter, network.embedding, normals[0])
-            for (_, name, _), some in zip(parts, normals, strict=True):
-                report({name: score_look_filter(look_filter, network.embedding, some)})
+            user = f"{config.preset}-filter"
+            normals = filter_normals(
+                pool, config, composition, folder / "filter.pt", filter_samples, user
+            )
+            fit_look_filter(look_filter, network.embedding, normals)
+            report({"filter": score_look_filter(look_filter, network.embedding, normals)})
+            if held is not None:
+                normals = filter_normals(
+                    held, config, composition, folder / "filter-held.pt", FILTER_PART
+                )
+                report({"filter-held": score_look_filter(look_filter, network.embedding, normals)})
     look_filter.requires_grad_(False)
     fixed = [] if held is None else fixed_samples(held, config, composition, HELD_SAMPLES)
+    size = config.global_stage.batch_size
+    windows = WINDOWS if config.global_stage.crop else 1
     end = time.monotonic() + 60 * minutes
     rows: list[dict[str, float]] = []
 
@@ -238,7 +260,7 @@ def train_network(
         temporary.replace(checkpoint)
         meta = {
             "shape": shape_of(config), "steps": stage.done, "seed": config.seed,
-            "volumes": stage.done * config.global_stage.batch_size,
+            "volumes": stage.done * size // windows,
             "condition": config.condition.model_dump(mode="json"),
         }  # fmt: skip
         box = Box(unwrapped(stage.network).state_dict(), meta)
@@ -253,10 +275,9 @@ def train_network(
             report(line)
         rows.clear()
 
-    size = config.global_stage.batch_size
-    windows = WINDOWS if config.global_stage.crop else 1
-    start = size * stage.done // windows
-    samples = Samples(pool, config, composition, config.seed, start, windows)
+    samples = Samples(
+        pool, config, composition, config.seed, config.preset, size * stage.done, windows
+    )
     source = iter(DataLoader(
         samples, batch_size=size, num_workers=loaders, collate_fn=collate,
         prefetch_factor=4 if loaders else None,

@@ -3,10 +3,15 @@
 A site is a random scanner that a few random subjects visit once each; no subject visits two sites,
 so no pair of scans of one brain exists. What the network learns to make is the acquisition without
 its noise: from noisy scans it would learn to copy their noise.
+
+Scans are numbered, sites after sites, and handed out by number: each serves once.
 """
 
 from __future__ import annotations
 
+import fcntl
+import itertools
+import json
 import os
 import tempfile
 import time
@@ -35,12 +40,17 @@ from sgcd_core.volume.resample import resample_masked
 Array = NDArray[Any]
 
 SUBJECTS = 5
-#: Sites made before other anatomies are read.
+#: Sites in a row that are made of the same few anatomies, which are read once.
 SITES_PER_LOAD = 12
+#: Sites in a row whose scans are handed out mixed, and sites made before they are asked for.
+MIXED, AHEAD = 10, 30
 ANATOMIES_AT_ONCE = 4
 #: Part of the sites whose subjects are all of one anatomy, as alike as a narrow study's are.
 ALIKE = 0.4
 SEQUENCES = ("T1w", "T2w")
+SCANS_PER_SITE = SUBJECTS * len(SEQUENCES)
+#: Scans that a user of the pool is given at once.
+HANDFUL = 100
 #: Grids a scan is kept on: name → (voxel side in mm, shape).
 GRIDS: dict[str, tuple[float, tuple[int, int, int]]] = {
     name: (grid.mm, grid.shape)
@@ -119,23 +129,29 @@ def _on_grids(
 
 
 class Pool:
-    """A folder of random sites: producers add, the trainer reads the newest, old ones go.
+    """A folder of numbered random sites: producers add, and no scan is handed out twice.
+
+    Files stay (11 MB a site); `taken.json` tells which scans are whose.
 
     Args:
         folder: Where the files lie.
-        keep: Files each producer leaves.
+        mixed: Sites in a row whose scans are handed out mixed.
     """
 
-    def __init__(self, folder: str | Path, keep: int = 200) -> None:
+    def __init__(self, folder: str | Path, mixed: int = MIXED) -> None:
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.keep = keep
+        self.mixed = mixed
 
     def files(self) -> list[Path]:
-        """Complete files, oldest first."""
+        """Complete files by the number of their site."""
         return sorted(self.folder.glob("*.npz"), key=lambda path: path.name.split("-")[::-1])
 
-    def add(self, name: str, scans: SiteScans) -> None:
+    def path(self, sequence: str, site: int) -> Path:
+        """File of one site and sequence, there or not."""
+        return self.folder / f"{sequence}-{site:07d}.npz"
+
+    def add(self, site: int, scans: SiteScans) -> None:
         """Write one file, complete or not at all: what scans without noise are, in 254 steps with
         0 outside, and the looks of the scans as they are.
         """
@@ -150,7 +166,42 @@ class Pool:
         handle, temporary = tempfile.mkstemp(dir=self.folder, suffix=".tmp")
         with os.fdopen(handle, "wb") as stream:
             np.savez(stream, **arrays)  # type: ignore[arg-type]
-        os.replace(temporary, self.folder / f"{name}.npz")
+        os.replace(temporary, self.path(scans.sequence, site))
+
+    def take(self, user: str, count: int) -> list[int]:
+        """Numbers of the first `count` scans that are this user's, the same at every call.
+
+        Scans are given for good, in handfuls and in turn, so none is given to two.
+        """
+        with (self.folder / "taken.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            users = self._taken()
+            mine = [n for n, name in enumerate(users) if name == user]
+            missing = -(-count // HANDFUL) - len(mine)
+            if missing > 0:
+                mine += range(len(users), len(users) + missing)
+                temporary = self.folder / "taken.tmp"
+                temporary.write_text(json.dumps([*users, *[user] * missing]))
+                os.replace(temporary, self.folder / "taken.json")
+        return [HANDFUL * n + k for n in mine for k in range(HANDFUL)][:count]
+
+    def wanted(self) -> int:
+        """Sites that users have been given scans of, and some more."""
+        block = self.mixed * SCANS_PER_SITE
+        return -(-HANDFUL * len(self._taken()) // block) * self.mixed + AHEAD
+
+    def _taken(self) -> list[str]:
+        """Whose each handful is."""
+        taken = self.folder / "taken.json"
+        return list(json.loads(taken.read_text())) if taken.exists() else []
+
+    def scan(self, number: int) -> tuple[Path, int]:
+        """File and place in it of a numbered scan, there or not."""
+        block, place = divmod(number, self.mixed * SCANS_PER_SITE)
+        order = np.random.default_rng(block).permutation(self.mixed * SCANS_PER_SITE)
+        site, rest = divmod(int(order[place]), SCANS_PER_SITE)
+        sequence, index = divmod(rest, SUBJECTS)
+        return self.path(SEQUENCES[sequence], block * self.mixed + site), index
 
     @staticmethod
     def read(path: Path, grid: str, index: int) -> tuple[Array, Array, Array]:
@@ -163,46 +214,48 @@ class Pool:
 
 
 def produce(
-    pool: Pool, anatomies: Sequence[str], seed: int, worker: int, *, sites: int | None = None,
-    measured: Callable[[SiteScans], None] | None = None,
+    pool: Pool, anatomies: Sequence[str], seed: int, worker: int = 0, workers: int = 1, *,
+    sites: int | None = None, at_least: int = 0,
+    measured: Callable[[int, Sequence[SiteScans]], None] | None = None,
 ) -> None:  # fmt: skip
-    """Add random sites to the pool, without end or until `sites` of them.
+    """Add the random sites that the pool lacks: `sites` of them, or for ever as they are wanted.
 
-    Numbers go on after those that are there, so no site is made twice.
+    What a site is follows from `seed`, its number and the anatomies, not from who makes it.
 
     Args:
         pool: Where to.
         anatomies: Addresses of label maps; the last is always among those in use.
         seed: Of everything.
-        worker: Number of this producer; each has its own sites.
-        sites: How many; None for ever.
-        measured: Called with each site's scans as well.
+        worker: Number of this producer; it makes every so-manieth site.
+        workers: How many producers there are.
+        sites: How many the pool is to hold; None for ever.
+        at_least: Made before any is wanted.
+        measured: Called with the number of each site and its scans as well.
     """
-    mine = [p for p in pool.files() if p.name.split("-")[1] == str(worker)]
-    number = 1 + max((int(p.stem.split("-")[2]) for p in mine), default=-1)
     loaded: list[Anatomy] = []
-    made = 0
-    while sites is None or made < sites:
-        rng = np.random.default_rng([seed, worker, number])
-        if not loaded or made % SITES_PER_LOAD == 0:
+    block = -1
+    for number in itertools.count(worker, workers) if sites is None else range(sites):
+        while sites is None and number >= max(at_least, pool.wanted()):
+            time.sleep(1.0)
+        if all(pool.path(sequence, number).exists() for sequence in SEQUENCES):
+            continue
+        if number // SITES_PER_LOAD != block:
+            block = number // SITES_PER_LOAD
             count = min(ANATOMIES_AT_ONCE, len(anatomies) - 1)
+            rng = np.random.default_rng([seed, 0, block])
             picks = [*rng.choice(len(anatomies) - 1, count, replace=False), -1]
             loaded = [load_anatomy(anatomies[int(i)]) for i in picks]
-        for scans in random_site(loaded, rng):
-            pool.add(f"{scans.sequence}-{worker}-{number:07d}", scans)
-            if measured is not None:
-                measured(scans)
-        made += 1
-        number += 1
-        mine = [p for p in pool.files() if p.name.split("-")[1] == str(worker)]
-        for path in mine[: -pool.keep]:
-            path.unlink(missing_ok=True)
+        site = list(random_site(loaded, np.random.default_rng([seed, 1, number])))
+        for scans in site:
+            pool.add(number, scans)
+        if measured is not None:
+            measured(number, site)
 
 
-def wait_for(pool: Pool, files: int, seconds: float = 600.0) -> None:
-    """Until the pool holds so many files."""
+def wait_for(there: Callable[[], bool], what: str, seconds: float = 600.0) -> None:
+    """Until something is in the pool; raises `TimeoutError`, which says what."""
     end = time.monotonic() + seconds
-    while len(pool.files()) < files:
+    while not there():
         if time.monotonic() > end:
-            raise TimeoutError(f"the pool has {len(pool.files())} of {files} files")
-        time.sleep(1.0)
+            raise TimeoutError(f"after {seconds:.0f} s the pool has no {what}; is it produced?")
+        time.sleep(0.2)

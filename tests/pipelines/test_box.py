@@ -1,6 +1,7 @@
 """The pool of random sites, and training from it; balls stand for brains."""
 
 import itertools
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -35,6 +36,12 @@ from sgcd_core.style.look import LEVELS, PROFILE_SIZE, measure_look
 from sgcd_core.style.shading import SHADING_SIZE, SIDES
 from sgcd_core.volume.condition import to_network
 
+#: A network that trains in no time.
+NARROW = [
+    "network.channels=[8, 16]", "network.attention_levels=[false, false]",
+    "network.norm_groups=4", "network.head_channels=8", "network.patch=4",
+]  # fmt: skip
+
 
 def ball(seed, shape, gamma):
     rng = np.random.default_rng(seed)
@@ -56,16 +63,16 @@ def site(number, sequence="T1w", subjects=5):
 
 
 def filled(folder, sites=3):
-    pool = Pool(folder)
+    pool = Pool(folder, mixed=sites)
     for number in range(sites):
         for sequence in ("T1w", "T2w"):
-            pool.add(f"{sequence}-0-{number:07d}", site(number, sequence))
+            pool.add(number, site(number, sequence))
     return pool
 
 
 def test_a_pool_gives_back_what_was_put_in(tmp_path):
     pool, scans = Pool(tmp_path), site(1)
-    pool.add("T1w-0-0000001", scans)
+    pool.add(1, scans)
     (path,) = pool.files()
     image, mask, looks = Pool.read(path, "tiny", 2)
     np.testing.assert_array_equal(mask, scans.masks["tiny"][2])
@@ -85,8 +92,8 @@ def take(samples, count):
 
 def test_samples_are_the_same_for_a_seed_and_a_number(tmp_path):
     pool, config, model = filled(tmp_path), load_config("tiny"), small_model()
-    first, second = take(Samples(pool, config, model, 3, 0), 2)
-    (again,) = take(Samples(pool, config, model, 3, 1), 1)
+    first, second = take(Samples(pool, config, model, 3), 2)
+    (again,) = take(Samples(pool, config, model, 3, start=1), 1)
     assert torch.equal(second["image"], again["image"])
     assert torch.equal(second["look"], again["look"])
     assert torch.equal(second["condition"][0], again["condition"][0])
@@ -109,31 +116,122 @@ def test_a_window_is_cut_from_scan_and_condition_alike(tmp_path):
     pool, model = filled(tmp_path), small_model()
     settings = ["condition.contrast_augmentation=false", "global_stage.crop=[16, 24, 16]"]
     config = load_config("tiny", settings=settings)
-    (sample,) = take(Samples(pool, config, model, 3, 0), 1)
+    (sample,) = take(Samples(pool, config, model, 3), 1)
     batch, condition = collate([sample, sample])
     assert batch["image"].shape == condition.content.shape == (2, 1, 16, 24, 16)
     image, content = batch["image"][batch["mask"]], condition.content[batch["mask"]]
     assert np.corrcoef(image, content)[0, 1] > 0.9
 
 
-def test_windows_of_one_scan_go_into_different_batches(tmp_path):
+def test_windows_of_one_scan_go_into_different_batches(tmp_path, monkeypatch):
+    monkeypatch.setattr("pipelines.box.network.TURNS", 3)
     pool, model = filled(tmp_path), small_model()
     config = load_config("tiny", settings=["global_stage.crop=[16, 24, 16]"])
-    found = take(Samples(pool, config, model, 3, 0, windows=2), 5)
+    found = take(Samples(pool, config, model, 3, windows=2), 9)
     seeds = [int(sample["seed"]) for sample in found]
-    a, b, a2, _, b2 = seeds
-    assert (a2, b2) == (a + 1, b + 1) and len(set(seeds)) == 5
-    assert torch.equal(found[0]["look"], found[2]["look"])
-    assert not torch.equal(found[0]["image"], found[2]["image"])
+    assert seeds[3:6] == [seed + 1 for seed in seeds[:3]] and len(set(seeds)) == 9
+    assert torch.equal(found[0]["look"], found[3]["look"])
+    assert not torch.equal(found[0]["image"], found[3]["image"])
+    for start in (2, 5, 7):  # they go on wherever they were left
+        again = take(Samples(pool, config, model, 3, start=start, windows=2), 9 - start)
+        assert [int(sample["seed"]) for sample in again] == seeds[start:]
+        assert torch.equal(again[-1]["image"], found[-1]["image"])
 
 
-def test_the_box_is_trained_on_from_where_it_was_left(tmp_path):
+def test_no_scan_is_handed_out_twice(tmp_path):
+    pool = Pool(tmp_path)
+    one, other = pool.take("one", 130), pool.take("other", 250)
+    more = Pool(tmp_path).take("one", 230)  # another process, later
+    assert more[:130] == one and len(more) == 230
+    assert len({*more, *other}) == 480
+    assert sorted(pool.take("one", 300) + pool.take("other", 300)) == list(range(600))
+    found = [pool.scan(number) for number in range(600)]
+    assert len(set(found)) == 600
+    assert {path.stem for path, _ in found} == {
+        f"{sequence}-{site:07d}" for sequence in ("T1w", "T2w") for site in range(60)
+    }
+    first = Counter(path.stem for path, _ in found[:100])  # mixed
+    assert len(first) == 20 and len({path for path, _ in found[:4]}) > 1
+    assert pool.wanted() == 60 + scans.AHEAD
+
+
+def test_a_scan_serves_the_filter_or_the_network_and_once(tmp_path, monkeypatch):
+    """By what is read, over a run that is broken off and goes on."""
+    read = []
+    usual = Pool.read
+
+    def reading(path, grid, index):
+        read.append((path.name, index))
+        return usual(path, grid, index)
+
+    monkeypatch.setattr(Pool, "read", staticmethod(reading))
+    monkeypatch.setattr(scans, "HANDFUL", 6)
+    config, model = load_config("tiny", settings=NARROW), small_model()
     pool = filled(tmp_path / "pool")
-    settings = [
-        "network.channels=[8, 16]", "network.attention_levels=[false, false]",
-        "network.norm_groups=4", "network.head_channels=8", "network.patch=4",
-    ]  # fmt: skip
-    config = load_config("tiny", settings=settings)
+    for steps in (2, 4):
+        train_network(
+            pool, config, model, tmp_path / "tiny", minutes=5, total_steps=steps, loaders=0,
+            filter_samples=6,
+        )  # fmt: skip
+    size = config.global_stage.batch_size
+    assert len(read) == len(set(read)) == 6 + 4 * size
+
+
+def test_a_site_is_the_same_whoever_makes_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(scans, "load_anatomy", lambda name: name)
+
+    def made(folder, *workers):
+        """Anatomies and the first random number of each site."""
+        found = {}
+
+        def random(anatomies, rng):
+            found[len(found)] = (tuple(anatomies), float(rng.uniform()))
+            yield from (site(1, sequence) for sequence in ("T1w", "T2w"))
+
+        monkeypatch.setattr(scans, "random_site", random)
+        for given in workers:
+            scans.produce(Pool(folder), [*"abcdefg"], 5, sites=given)
+        return found
+
+    monkeypatch.setattr(Pool, "add", lambda pool, n, x: pool.path(x.sequence, n).touch())
+    whole = made(tmp_path / "whole", 15)
+    assert made(tmp_path / "parts", 4, 15) == whole and len(whole) == 15
+    assert len({value for _, value in whole.values()}) == 15
+    assert len({names for names, _ in whole.values()}) == 2  # read once for twelve sites
+    assert all(names[-1] == "g" for names, _ in whole.values())
+
+
+def test_producers_stop_when_nobody_wants_more(tmp_path, monkeypatch):
+    monkeypatch.setattr(scans, "load_anatomy", lambda name: name)
+    monkeypatch.setattr(scans, "AHEAD", 5)
+    monkeypatch.setattr(
+        scans, "random_site", lambda *_: [site(1, sequence) for sequence in ("T1w", "T2w")]
+    )
+    monkeypatch.setattr(Pool, "add", lambda pool, n, x: pool.path(x.sequence, n).touch())
+
+    def idle(seconds):
+        raise InterruptedError
+
+    monkeypatch.setattr(scans.time, "sleep", idle)
+    pool = Pool(tmp_path)
+    for goal, at_least in ((5, 0), (7, 7), (15, 0)):
+        for worker in range(2):
+            with pytest.raises(InterruptedError):
+                scans.produce(pool, "ab", 5, worker, 2, at_least=at_least)
+        assert len(pool.files()) == 2 * goal
+        if goal == 7:
+            pool.take("one", 3)
+
+
+def test_who_waits_in_vain_is_told_for_what(tmp_path):
+    with pytest.raises(TimeoutError, match=r"no T1w-0000003\.npz"):
+        scans.wait_for(lambda: False, "T1w-0000003.npz", seconds=0.1)
+
+
+def test_the_box_is_trained_on_from_where_it_was_left(tmp_path, monkeypatch):
+    monkeypatch.setattr(scans, "HANDFUL", 6)
+    pool = filled(tmp_path / "pool")
+    config = load_config("tiny", settings=NARROW)
     folder = tmp_path / "tiny"
     model = small_model()
     lines = []
@@ -201,7 +299,7 @@ def test_anatomy_is_what_differs_between_the_scans_of_one_site():
 
 def test_the_normals_tell_the_error_of_any_coefficients(tmp_path):
     config = load_config("tiny")
-    (sample,) = take(Samples(filled(tmp_path), config, small_model(), 3, 0), 1)
+    (sample,) = take(Samples(filled(tmp_path), config, small_model(), 3), 1)
     batch, condition = collate([sample])
     network = build_network(config)
     torch.nn.init.normal_(network.look_filter.perceptron[-1].bias, std=0.003)
