@@ -9,11 +9,13 @@ table `site_metrics`. Nobody needs to have been scanned twice.
 from __future__ import annotations
 
 import argparse
+import gzip
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
@@ -33,6 +35,7 @@ from sgcd_core.metrics import dice, histogram_distance, masked_histogram, pcc
 from sgcd_core.modelpack import load_modelpack
 
 Row = dict[str, Any]
+Nifti = nib.nifti1.Nifti1Image
 Image = NDArray[np.float32]
 Mask = NDArray[np.bool_]
 
@@ -43,6 +46,11 @@ ASYMMETRY = 0.25
 #: Depth below the brain's surface where lesions are looked for, mm: sulci are never symmetric.
 DEPTH_MM = 8.0
 SMOOTH_MM = 1.5
+#: What says where the voxels lie.
+GEOMETRY = (
+    "pixdim", "qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x",
+    "qoffset_y", "qoffset_z", "srow_x", "srow_y", "srow_z",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,6 +104,7 @@ def look_at(
     found = evaluate_downstream(lake, name, version, config, features=features)
     print(f"\nSite and age from features of {found.features}; lower accuracy: less site is left")
     print("\n".join([*downstream_table(found.lines), *found.notes]))
+    print("\n" + geometry_text([compare_files(*files) for files in own_grids(lake, name, version)]))
     target, pairs = read_pairs(lake, name, version, config.prepare.digest())
     for sequence in sorted({pair.sequence for pair in pairs}):
         mine = [pair for pair in pairs if pair.sequence == sequence]
@@ -115,7 +124,8 @@ def look_at(
     if lesions:
         print("\nLesions by one rule on input and output: overlap, volume after by before")
         rows, drawn = lesion_rows(lesions)
-        head = ["subject", "sequence", "ml", "ml after", "ratio", "dice", "larger elsewhere"]
+        head = ["subject", "sequence", "ml", "ml after", "ratio", "dice", "larger elsewhere, ml",
+                "its rank : mirrored", "after"]  # fmt: skip
         print("\n".join(table(head, rows)))
         (out / f"{name}-v{version}-lesions.png").write_bytes(figures.outlines(drawn))
     print(f"pictures: {out}")
@@ -137,6 +147,51 @@ def read_pairs(lake: Lake, name: str, version: int, recipe: str) -> tuple[str | 
         out.append(Pair(row["subject"] or row["scan_id"], row["site"] or "-", row["sequence"],
                         own.image, after, own.mask, grid, row["status"]))  # fmt: skip
     return next((r["target"] for r in results if r["target"]), None), out
+
+
+def own_grids(lake: Lake, name: str, version: int) -> list[tuple[Nifti, Nifti]]:
+    """Every scan that was harmonized and its output, as nibabel reads the files."""
+    uris = {row["scan_id"]: row["uri"] for row in Catalog(lake).rows("scans").to_pylist()}
+    out = []
+    for row in usable_results(Catalog(lake), name, version):
+        found = []
+        for uri in (uris[row["scan_id"]], row["output_uri"]):
+            data = Store().read_bytes(uri)
+            data = gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
+            found.append(Nifti.from_bytes(data))
+        out.append((found[0], found[1]))
+    return out
+
+
+def compare_files(scan: Nifti, output: Nifti) -> tuple[bool, bool, float, float]:
+    """Whether the output's voxels lie where the scan's do, by every field of the header that says
+    so; whether all are finite; correlation where the output is above 0, and with the output
+    mirrored along the axis that goes from left to right.
+    """
+    one, other = scan.header, output.header
+    shape = output.shape[:3]
+    same = scan.shape[:3] == shape and all(np.array_equal(one[k], other[k]) for k in GEOMETRY)
+    if scan.shape[:3] != shape:
+        return False, False, float("nan"), float("nan")
+    before, after = (np.reshape(x.get_fdata(dtype=np.float32), shape) for x in (scan, output))
+    mirrored = np.flip(after, int(np.argmax(np.abs(scan.affine[0, :3]))))
+    brain = after > 0
+    finite = bool(np.isfinite(after).all())
+    return same, finite, pcc(after, before, brain), pcc(mirrored, before, brain)
+
+
+def geometry_text(found: Sequence[tuple[bool, bool, float, float]]) -> str:
+    """What `compare_files` says about all outputs."""
+    same, finite = (sum(x[k] for x in found) for k in (0, 1))
+    own, mirrored = ([x[k] for x in found] for k in (2, 3))
+    straight, across = (
+        f"{min(x, default=np.nan):.3f} to {max(x, default=np.nan):.3f}" for x in (own, mirrored)
+    )
+    return (
+        f"{same} of {len(found)} outputs have the shape, voxel sides, qform, sform and codes of "
+        f"their scan, bit for bit, {finite} only finite voxels; correlation on the scan's own "
+        f"voxels {straight}, with the output mirrored left to right {across}"
+    )
 
 
 def site_histograms(pairs: Sequence[Pair], target: str | None) -> tuple[dict[str, Any], Any]:
@@ -241,8 +296,9 @@ def mirror(volume: Image, affine: NDArray[np.float64]) -> Image:
 
 
 def lesion_rows(pairs: Sequence[Pair]) -> tuple[list[list[Any]], list[tuple[Any, ...]]]:
-    """Of each scan's lesion: volume before and after, ratio, Dice, whether a larger region is now
-    elsewhere; and what to draw.
+    """Of each scan's lesion: volume before and after, ratio, Dice; of a larger region that is now
+    elsewhere its volume, and its mean rank and its mirror image's before and after; and what
+    to draw.
     """
     rows: list[list[Any]] = []
     drawn: list[tuple[Any, ...]] = []
@@ -254,9 +310,15 @@ def lesion_rows(pairs: Sequence[Pair]) -> tuple[list[list[Any]], list[tuple[Any,
         voxel = abs(float(np.linalg.det(pair.affine[:3, :3]))) / 1000
         before, after = float(first.sum()) * voxel, float(second.sum()) * voxel
         ratio = after / before if before else None
+        elsewhere: list[Any] = ["no", None, None]
+        if (largest & ~second).any():
+            elsewhere = [float(largest.sum()) * voxel]
+            for image in (pair.before, pair.after):
+                rank = ranks(image, pair.mask)
+                both = (x[largest].mean() for x in (rank, mirror(rank, pair.affine)))
+                elsewhere.append("{:.2f} : {:.2f}".format(*both))
         rows.append([pair.subject, pair.sequence, before, after, ratio,
-                     dice(first, second) if before else None,
-                     "yes" if (largest & ~second).any() else "no"])  # fmt: skip
+                     dice(first, second) if before else None, *elsewhere])  # fmt: skip
         drawn.append((f"{pair.subject} {pair.sequence}", pair.before, first, pair.after, second))
     return rows, drawn
 

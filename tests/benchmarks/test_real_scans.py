@@ -91,7 +91,7 @@ def test_a_lesion_that_shrinks_or_goes_is_in_the_row(real: ModuleType) -> None:
     kept = real.Pair("kept", "A", "T1w", image, image**2, mask, GRID)
     gone = real.Pair("gone", "A", "T1w", image, plain, mask, GRID)
     rows, drawn = real.lesion_rows([kept, gone])
-    subject, sequence, before, after, ratio, overlap, elsewhere = rows[0]
+    subject, sequence, before, after, ratio, overlap, elsewhere, *_ = rows[0]
     assert (subject, sequence) == ("kept", "T1w")
     assert before == after == pytest.approx(ball.sum() * 0.064, rel=0.4)
     assert (ratio, overlap, elsewhere) == (1.0, 1.0, "no")
@@ -104,11 +104,37 @@ def test_a_lesion_is_found_again_beside_a_larger_one(real: ModuleType) -> None:
     image, ball = with_lesion(plain, 0.12)
     both = np.where(binary_dilation(np.roll(ball, 12, axis=1), iterations=2), 0.12, image)
     both = np.where(mask, both, 0).astype(np.float32)
-    ((*_, ratio, overlap, elsewhere),), _ = real.lesion_rows(
+    ((*_, ratio, overlap, elsewhere, was, now),), _ = real.lesion_rows(
         [real.Pair("x", "A", "T1w", image, both, mask, GRID)]
     )
     assert overlap > 0.8 and ratio == pytest.approx(1, abs=0.3)
-    assert elsewhere == "yes"
+    assert elsewhere == pytest.approx(0.064 * (both != image).sum(), rel=0.5)
+    here, there = (float(x) for x in now.split(" : "))
+    assert here < 0.3 < 0.6 < there  # dark now, as its mirror image is not
+    assert abs(np.subtract(*(float(x) for x in was.split(" : ")))) < 0.2
+
+
+def test_an_output_that_is_moved_mirrored_or_damaged_is_told(real: ModuleType) -> None:
+    image, _ = with_lesion(head(5)[0], 0.88)
+    skewed = np.array([[0, -3.0, 0, 50], [-2.9, 0, 0.1, 40], [0.1, 0, 4, -60], [0, 0, 0, 1]])
+    scan = real.Nifti(image, skewed)
+    good = real.Nifti((image**2)[..., None], skewed)  # a fourth axis of one is nothing
+    same, finite, own, mirrored = real.compare_files(scan, good)
+    assert (same, finite) == (True, True) and own > 0.9 > mirrored + 0.02
+    flipped = real.compare_files(scan, real.Nifti(image[:, ::-1] ** 2, skewed))
+    assert flipped[2:] == pytest.approx((mirrored, own), abs=0.02)
+    moved = skewed + np.array([[0, 0, 0, 1e-3], *np.zeros((3, 4))])
+    assert not real.compare_files(scan, real.Nifti(image, moved))[0]
+    coded = real.Nifti(image, skewed)
+    coded.set_qform(skewed, code=1)
+    assert not real.compare_files(scan, coded)[0]
+    assert real.compare_files(scan, real.Nifti(image[1:], skewed))[:2] == (False, False)
+    holed = image.copy()
+    holed[20, 20, 20] = np.nan
+    bad = real.compare_files(scan, real.Nifti(holed, skewed))
+    assert bad[:2] == (True, False)
+    text = real.geometry_text([(same, finite, own, mirrored), (False, True, 0.5, 0.1)])
+    assert text.startswith("1 of 2") and "2 only finite" in text and "0.500 to" in text
 
 
 def test_histograms_of_sites_are_means_and_the_goal_is_the_targets_own(real: ModuleType) -> None:
