@@ -15,11 +15,13 @@ if TYPE_CHECKING:
     from pipelines.evaluate import EvaluationSummary
     from pipelines.lake import Lake
     from pipelines.tissue import TissueLine
-    from pipelines.verdict import Line
+    from pipelines.verdict import Estimate, Line
     from sgcd_core.config import SgcdConfig
 
 Row = dict[str, Any]
 
+#: The last column of tables of means over subjects.
+INTERVAL = "sgcd, 95 %"
 _SEEN = {True: "yes", False: "no", None: "-"}
 
 
@@ -169,45 +171,49 @@ def _downstream(q: _Question) -> _Part:
 
 
 def before_after(lines: Sequence[Line]) -> list[str]:
-    """One row per site, sequence and measure: every method's mean over subjects."""
-    from pipelines.verdict import number
-
+    """One row per site, sequence and measure: every method's mean over subjects, and the bootstrap
+    interval of the model's.
+    """
     if not lines:  # no traveling subject: the verdict says so
         return []
     methods = _methods(line.by_method for line in lines)
     rows = [
         [
             line.site, line.sequence, _SEEN[line.seen], line.metric, line.n,
-            *(
-                number(line.metric, line.by_method[m].mean) if m in line.by_method else "-"
-                for m in methods
-            ),
+            *_cells(line.metric, line.n, line.by_method, methods),
         ]
         for line in lines
     ]  # fmt: skip
-    return table(["site", "sequence", "seen", "measure", "subjects", *methods], rows)
+    return table(["site", "sequence", "seen", "measure", "subjects", *methods, INTERVAL], rows)
 
 
 def tissue_table(lines: Sequence[TissueLine]) -> list[str]:
-    """One row per site, sequence, tissue, measure and reference: every method's mean."""
-    from pipelines.verdict import number
-
+    """One row per site, sequence, tissue, measure and reference; as `before_after`."""
     if not lines:
         return []
     methods = _methods(line.by_method for line in lines)
     rows = [
         [
             line.site, line.sequence, _SEEN[line.seen], line.region, line.measure, line.against,
-            line.n,
-            *(
-                number(line.measure, line.by_method[m].mean) if m in line.by_method else "-"
-                for m in methods
-            ),
+            line.n, *_cells(line.measure, line.n, line.by_method, methods),
         ]
         for line in lines
     ]  # fmt: skip
     head = ["site", "sequence", "seen", "tissue", "measure", "against", "subjects", *methods]
-    return table(head, rows)
+    return table([*head, INTERVAL], rows)
+
+
+def _cells(
+    measure: str, subjects: int, by_method: dict[str, Estimate], methods: Sequence[str]
+) -> list[str]:
+    """Every method's mean, then the interval of the model's; none of one subject."""
+    from pipelines.verdict import number
+
+    means = [number(measure, by_method[m].mean) if m in by_method else "-" for m in methods]
+    model = by_method.get("sgcd")
+    if model is None or subjects < 2:
+        return [*means, "-"]
+    return [*means, f"{number(measure, model.low)} to {number(measure, model.high)}"]
 
 
 def downstream_table(lines: Sequence[DownstreamLine]) -> list[str]:
