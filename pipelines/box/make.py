@@ -13,6 +13,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -108,8 +109,9 @@ def main(words: Sequence[str] | None = None) -> None:
         for producer in producers:
             producer.terminate()
     losses = args.work / args.preset / "losses.jsonl"
-    picture = args.work / args.preset / "curve.png"
-    picture.write_bytes(learning_curve(losses, f"the box of preset {args.preset}"))
+    if losses.exists():
+        picture = args.work / args.preset / "curve.png"
+        picture.write_bytes(learning_curve(losses, f"the box of preset {args.preset}"))
     if args.install:
         goal = Path(__file__).parents[2] / "sgcd_core" / "weights"
         goal.mkdir(exist_ok=True)
@@ -121,8 +123,21 @@ def main(words: Sequence[str] | None = None) -> None:
     print(f"weights: {weights} ({weights.stat().st_size / 2**20:.1f} MiB)")
 
 
+def end_with_parent() -> None:
+    """End this spawned process when the one that started it is gone, however it went."""
+
+    def follow() -> None:
+        parent = multiprocessing.parent_process()
+        assert parent is not None
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
 def _produce(work: Path, anatomies: list[str], worker: int, workers: int, at_least: int) -> None:
-    """One producer, at low priority, until it is ended."""
+    """One producer, at low priority, until it is ended or who started it is gone."""
+    end_with_parent()
     os.nice(10)
     torch.set_num_threads(1)
     threadpool_limits(1)  # threads of two producers wait for each other, five times longer

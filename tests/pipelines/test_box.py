@@ -1,9 +1,16 @@
 """The pool of random sites, and training from it; balls stand for brains."""
 
 import itertools
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -18,6 +25,7 @@ from pipelines.box.composition import (
 )
 from pipelines.box.curve import learning_curve
 from pipelines.box.filters import fit_look_filter, normals_of, score_look_filter
+from pipelines.box.make import end_with_parent
 from pipelines.box.network import (
     Samples,
     collate,
@@ -221,6 +229,35 @@ def test_producers_stop_when_nobody_wants_more(tmp_path, monkeypatch):
         assert len(pool.files()) == 2 * goal
         if goal == 7:
             pool.take("one", 3)
+
+
+def wait_to_be_ended(told):
+    end_with_parent()
+    told.send(os.getpid())
+    time.sleep(600)
+
+
+def start_and_wait():
+    """What `make box` is to a producer."""
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    context.Process(target=wait_to_be_ended, args=(there,), daemon=True).start()
+    print(here.recv(), flush=True)
+    time.sleep(600)
+
+
+def test_a_producer_ends_with_who_started_it_even_killed():
+    code = "import test_box; test_box.start_and_wait()"
+    parent = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=Path(__file__).parent, stdout=subprocess.PIPE, text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+    )  # fmt: skip
+    child = psutil.Process(int(parent.stdout.readline()))
+    assert child.is_running()
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    assert not psutil.wait_procs([child], timeout=30)[1]
 
 
 def test_who_waits_in_vain_is_told_for_what(tmp_path):
