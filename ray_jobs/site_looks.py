@@ -26,14 +26,16 @@ from sgcd_core.io.store import Store, join
 
 #: Scans measured of each site and sequence; the mean of more would hardly move.
 MOST_SCANS = 32
-_FORMAT = 2
+#: Raised when a look is measured in another way: those kept are measured again.
+_FORMAT = 3
 
 Look = NDArray[np.float32]
 
 
 def look_uri(lake: Lake, recipe: str, site: str, sequence: str) -> str:
     """Where the look of a site and sequence is kept."""
-    return join(lake.prepared(recipe), "looks", f"{quote(site, safe='')}_{sequence}.json")
+    name = f"{quote(site, safe='')}_{sequence}.json"
+    return join(lake.prepared(recipe), f"looks-{_FORMAT}", name)
 
 
 def site_looks(

@@ -24,7 +24,7 @@ SHAPING = ("network", "schedule", "sequences")
 #: And of the condition, those that decide what goes in.
 INPUTS = ("gradient_channel", "content_channel", "look_label")
 #: What the code around the U-Net makes of its weights; raised when that changes.
-LAYOUT = 2
+LAYOUT = 3
 
 
 @dataclass(frozen=True)

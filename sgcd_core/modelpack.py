@@ -19,7 +19,7 @@ from sgcd_core.errors import InputError, ModelError, StorageError
 from sgcd_core.io.store import Store, join, sha256_hex
 from sgcd_core.model_card import model_card
 
-FORMAT = 5
+FORMAT = 6
 _PACK = "pack.json"
 #: Settings younger than some models, and what such models have.
 LATER = {"network": {"look_filter_radius": 0}}

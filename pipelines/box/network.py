@@ -25,7 +25,7 @@ from sgcd_core.diffusion.network import CellNetwork, LookEmbedding, build_networ
 from sgcd_core.errors import SgcdError
 from sgcd_core.global_stage import GlobalStage, conditioned, draw, unwrapped, windowed
 from sgcd_core.style.composition import Composition
-from sgcd_core.style.look import blend, mirrored_look, textures
+from sgcd_core.style.look import blend, details, mirrored_look
 from sgcd_core.volume.condition import Condition, LookMatcher
 
 #: Samples of sites that are not trained on, and the seed that fixes them.
@@ -129,14 +129,14 @@ def collate(samples: list[dict[str, Any]]) -> tuple[Batch, Condition]:
     return batch, Condition(*parts)  # type: ignore[arg-type]
 
 
-def set_textures(network: torch.nn.Module, pool: Pool, config: SgcdConfig) -> None:
-    """Write what the pool's textures are like into the network's label embedding."""
+def set_details(network: torch.nn.Module, pool: Pool, config: SgcdConfig) -> None:
+    """Write what the details of the pool's looks are like into the network's label embedding."""
     found = [np.load(path)[f"{config.preset}_looks"] for path in pool.files()]
-    values = torch.from_numpy(textures(np.concatenate(found)))
+    values = torch.from_numpy(details(np.concatenate(found)))
     for module in network.modules():
         if isinstance(module, LookEmbedding):
-            module.texture_mean.copy_(values.mean(0))
-            module.texture_std.copy_(values.std(0).clamp(min=0.05))
+            module.detail_mean.copy_(values.mean(0))
+            module.detail_std.copy_(values.std(0).clamp(min=0.02))
 
 
 def start_weights(network: CellNetwork, box: Box) -> None:
@@ -234,7 +234,7 @@ def train_network(
     else:
         if start_from is not None:
             start_weights(network, Box.from_bytes(start_from.read_bytes()))
-        set_textures(network, pool, config)
+        set_details(network, pool, config)
         if filter_samples:
             user = f"{config.preset}-filter"
             normals = filter_normals(

@@ -13,8 +13,7 @@ from sgcd_core.config import SgcdConfig
 from sgcd_core.diffusion.look_filter import LookFilter
 from sgcd_core.diffusion.monai_import import diffusion_unet
 from sgcd_core.diffusion.schedule import Schedule
-from sgcd_core.style.look import LEVELS, textures
-from sgcd_core.style.texture import TEXTURE_SIZE
+from sgcd_core.style.look import DETAIL_SIZE, LEVELS, details
 
 
 def condition_channels(config: SgcdConfig) -> int:
@@ -23,7 +22,8 @@ def condition_channels(config: SgcdConfig) -> int:
 
 
 class LookEmbedding(nn.Module):
-    """Class embedding of the U-Net: the sequence, the look that is wanted and the scan's texture.
+    """Class embedding of the U-Net: the sequence, the look that is wanted, and of the scan what
+    matching leaves as it is.
 
     Args:
         sequences: How many.
@@ -43,12 +43,12 @@ class LookEmbedding(nn.Module):
         last = nn.Linear(128, size)
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)
-        self.look = nn.Sequential(nn.Linear(self.COUNT + 2 * TEXTURE_SIZE, 128), nn.SiLU(), last)
-        # what textures are like, so that the network sees how one differs; fitted with the box
-        self.texture_mean: Tensor
-        self.texture_std: Tensor
-        self.register_buffer("texture_mean", torch.zeros(TEXTURE_SIZE))
-        self.register_buffer("texture_std", torch.ones(TEXTURE_SIZE))
+        self.look = nn.Sequential(nn.Linear(self.COUNT + 2 * DETAIL_SIZE, 128), nn.SiLU(), last)
+        # what details are like, so that the network sees how one differs; fitted with the box
+        self.detail_mean: Tensor
+        self.detail_std: Tensor
+        self.register_buffer("detail_mean", torch.zeros(DETAIL_SIZE))
+        self.register_buffer("detail_std", torch.ones(DETAIL_SIZE))
 
     def forward(self, labels: Tensor) -> Tensor:
         """(B, size) of labels as `labels_of` makes them."""
@@ -57,15 +57,15 @@ class LookEmbedding(nn.Module):
         return embedded + looked
 
     def looks(self, labels: Tensor) -> Tensor:
-        """What is known of the two looks, each number of the size of 1: (B, COUNT + textures)."""
+        """What is known of the two looks, each number of the size of 1: (B, COUNT + details)."""
         if not self.reads_look:
             labels = torch.zeros_like(labels)
         quantiles, found = labels[:, 1 : 1 + self.COUNT], labels[:, 1 + self.COUNT :]
-        known = (found.reshape(-1, 2, TEXTURE_SIZE) - self.texture_mean) / self.texture_std
+        known = (found.reshape(-1, 2, DETAIL_SIZE) - self.detail_mean) / self.detail_std
         return torch.cat([quantiles, known.clamp(-4, 4).flatten(1)], 1)
 
     def features(self, labels: Tensor) -> Tensor:
-        """The same and which sequence it is, (B, sequences + COUNT + textures)."""
+        """The same and which sequence it is, (B, sequences + COUNT + details)."""
         one = nn.functional.one_hot(labels[:, 0].long(), self.sequence.num_embeddings)
         return torch.cat([one.to(labels.dtype), self.looks(labels)], 1)
 
@@ -73,7 +73,7 @@ class LookEmbedding(nn.Module):
     def labels_of(cls, sequence: Tensor, look: Tensor, source: Tensor) -> Tensor:
         """Sequence (B,), look wanted and look of the scan (B, LOOK_SIZE) as one float32 tensor."""
         quantiles = 2 * look[:, : len(LEVELS) : cls.STRIDE] - 1
-        parts = [quantiles, textures(look), textures(source)]
+        parts = [quantiles, details(look), details(source)]
         return torch.cat([sequence[:, None].float(), *(p.to(sequence.device) for p in parts)], 1)
 
 
@@ -239,7 +239,7 @@ def build_network(config: SgcdConfig) -> CellNetwork:
     network = network.to(memory_format=torch.channels_last_3d)
     look_filter = None
     if net.look_filter_radius and net.prediction == "residual":
-        inputs_of_it = len(config.sequences) + LookEmbedding.COUNT + 2 * TEXTURE_SIZE
+        inputs_of_it = len(config.sequences) + LookEmbedding.COUNT + 2 * DETAIL_SIZE
         look_filter = LookFilter(inputs_of_it, net.look_filter_radius)
     return CellNetwork(
         network, net.patch, net.curve_knots, net.filter_radius, inputs - 1, look_filter

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from sgcd_core.style.rim import RIM_SIZE, measure_rim
 from sgcd_core.style.shading import (
     SHADING_SIZE,
     contrast_of,
@@ -52,16 +53,18 @@ class Look:
         profile: (PROFILE_SIZE,) float32, mean profile.
         shading: (SHADING_SIZE,) float32, mean coefficients of the shading.
         texture: (TEXTURE_SIZE,) float32, mean sharpness and noise along each axis.
+        rim: (RIM_SIZE,) float32, mean brightness of the brain's outermost layers.
     """
 
     quantiles: NDArray[np.float32]
     profile: NDArray[np.float32]
     shading: NDArray[np.float32]
     texture: NDArray[np.float32]
+    rim: NDArray[np.float32]
 
     def vector(self) -> NDArray[np.float32]:
         """All parts as one vector, for storing."""
-        parts = [self.quantiles, self.profile, self.shading, self.texture]
+        parts = [self.quantiles, self.profile, self.shading, self.texture, self.rim]
         return np.concatenate(parts).astype(np.float32)
 
     @classmethod
@@ -74,9 +77,12 @@ class Look:
 #: How much of a scan's own look is in the look it is taken to have, its site's being known.
 OWN_PART = 0.3
 #: Length of `Look.vector`.
-LOOK_SIZE = len(LEVELS) + PROFILE_SIZE + SHADING_SIZE + TEXTURE_SIZE
+LOOK_SIZE = len(LEVELS) + PROFILE_SIZE + SHADING_SIZE + TEXTURE_SIZE + RIM_SIZE
+#: Length of the parts that say what no curve reaches: texture and rim.
+DETAIL_SIZE = TEXTURE_SIZE + RIM_SIZE
 #: Where the parts of `Look.vector` end, but for the last.
-_ENDS = np.cumsum([len(LEVELS), PROFILE_SIZE, SHADING_SIZE]).tolist()
+_ENDS = np.cumsum([len(LEVELS), PROFILE_SIZE, SHADING_SIZE, TEXTURE_SIZE]).tolist()
+_TEXTURE, _RIM = slice(_ENDS[2], _ENDS[3]), slice(_ENDS[3], None)
 
 
 def measure_look(image: Array, mask: Array, mm: float, sequence: str) -> Look:
@@ -100,7 +106,8 @@ def measure_look(image: Array, mask: Array, mm: float, sequence: str) -> Look:
     flat = np.interp(average / shading_field(shading, image.shape, mm), shown, own)
     flat = np.asarray(flat * mask, np.float32)
     profile = composition_profile(flat, mask, mm)
-    return Look(quantiles(flat, mask), profile, shading, measure_texture(average, mask))
+    texture, rim = measure_texture(average, mask), measure_rim(image, mask)
+    return Look(quantiles(flat, mask), profile, shading, texture, rim)
 
 
 def through(values: Array, own: Array, shown: Array) -> NDArray[np.float64]:
@@ -161,7 +168,14 @@ def restyled(
     out[:count] = np.interp(out[:count], rising(quantiles(before, mask)), now)
     shown = contrast_of(sequence, LEVELS)
     average = after if shown is None else through(after, now, shown)
-    out[_ENDS[-1] :] = measure_texture(np.where(mask, average, 0), mask)
+    out[_TEXTURE] = measure_texture(np.where(mask, average, 0), mask)
+    return out
+
+
+def with_rim(look: Array, image: Array, mask: Array) -> NDArray[np.float32]:
+    """Look vector (LOOK_SIZE,) with the rim of a scan (X, Y, Z) in another contrast."""
+    out = np.array(look, np.float32)
+    out[_RIM] = measure_rim(image, mask)
     return out
 
 
@@ -171,9 +185,9 @@ def mirrored_look(look: Array) -> NDArray[np.float32]:
     return replace(own, shading=mirrored(own.shading)).vector()
 
 
-def textures(looks: Any) -> Any:
-    """The textures (…, TEXTURE_SIZE) of look vectors (…, LOOK_SIZE), arrays or tensors."""
-    return looks[..., _ENDS[-1] :]
+def details(looks: Any) -> Any:
+    """Texture and rim (…, DETAIL_SIZE) of look vectors (…, LOOK_SIZE), arrays or tensors."""
+    return looks[..., _TEXTURE.start :]
 
 
 def quantiles(image: Array, mask: Array) -> NDArray[np.float32]:

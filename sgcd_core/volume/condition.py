@@ -19,7 +19,7 @@ from torch import Tensor
 from sgcd_core.batch import Batch
 from sgcd_core.config import ConditionConfig
 from sgcd_core.style.composition import Composition, match
-from sgcd_core.style.look import Look, restyled
+from sgcd_core.style.look import Look, restyled, with_rim
 
 
 def to_network(image: Tensor) -> Tensor:
@@ -39,7 +39,8 @@ class Condition:
     Attributes:
         channels: (B, C, X, Y, Z) float32 in [-1, 1], concatenated with the noisy image.
         content: (B, 1, X, Y, Z) float32 in [-1, 1], or None where the option is off.
-        source: (B, LOOK_SIZE), the looks the scans had before they were matched.
+        source: (B, LOOK_SIZE), the looks the scans had before they were matched, with the rims
+            they have now.
     """
 
     channels: Tensor
@@ -117,6 +118,11 @@ def build_condition(
         ]
         image, source = styled, torch.from_numpy(np.stack(rows))
     image = matcher(image, mask, look, source, batch["sequence"])
+    rims = [
+        with_rim(*(x.cpu().numpy() for x in (one, volume[0], inside[0])))
+        for one, volume, inside in zip(source, image, mask, strict=True)
+    ]
+    source = torch.from_numpy(np.stack(rims))
     parts = []
     content = to_network(image) if config.content_channel else None
     if config.gradient_channel:

@@ -42,7 +42,7 @@ from sgcd_core.style.look import (
     mirrored_look,
     quantiles,
     restyled,
-    textures,
+    details,
 )
 from sgcd_core.style.shading import (
     SHADING_SIZE,
@@ -396,9 +396,9 @@ def test_a_recoloured_scan_gives_its_site_its_own_texture():
     soft = (ndimage.gaussian_filter(image, 1.0) * mask).astype(np.float32)
     got = restyled(look, image, soft, mask, "T1w")
     np.testing.assert_allclose(
-        textures(got), textures(measure_look(soft, mask, 4.0, "T1w").vector()), atol=1e-5
+        details(got), details(measure_look(soft, mask, 4.0, "T1w").vector()), atol=1e-5
     )
-    assert np.abs(textures(got) - textures(look)).max() > 0.5
+    assert np.abs(details(got) - details(look)).max() > 0.5
 
 
 @pytest.mark.parametrize("preset", ["tiny", "small"])
