@@ -77,7 +77,7 @@ def test_nothing_learned_from_test_subjects(place: Place) -> None:
 
 def test_the_look_of_a_site_is_measured_once_on_scans_free_to_learn_from(place: Place) -> None:
     scans = place.catalog.rows("scans").to_pylist()
-    (folder,) = (p for p in (place.lake / "prepared").glob("*/looks"))
+    (folder,) = (p for p in (place.lake / "prepared").glob("*/looks-*"))
     looks = {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
     assert set(looks) == {f"site{s}_{q}" for s in "ABC" for q in ("T1w", "T2w")}
     for look in looks.values():

@@ -31,19 +31,22 @@ from sgcd_core.style.composition import (
     true_shift,
 )
 from sgcd_core.style.look import (
+    DETAIL_SIZE,
     LEVELS,
     LOOK_SIZE,
     PROFILE_SIZE,
     Look,
     composition_profile,
+    details,
     leave_out,
     mean_look,
     measure_look,
     mirrored_look,
     quantiles,
     restyled,
-    details,
+    with_rim,
 )
+from sgcd_core.style.rim import LAYERS, RIM_LEVELS, RIM_SIZE, measure_rim
 from sgcd_core.style.shading import (
     SHADING_SIZE,
     SIDES,
@@ -192,8 +195,9 @@ def test_a_site_s_look_follows_a_recoloured_scan():
     moved = restyled(site, image, image**2, mask, "T1w")
     count = len(LEVELS)
     np.testing.assert_allclose(moved[:count], site[:count] ** 2, atol=0.02)
-    rest = slice(count, LOOK_SIZE - TEXTURE_SIZE)
+    rest = slice(count, LOOK_SIZE - DETAIL_SIZE)
     np.testing.assert_array_equal(moved[rest], site[rest])
+    np.testing.assert_array_equal(moved[-RIM_SIZE:], site[-RIM_SIZE:])
 
 
 def test_ranks_rise_from_zero_to_one_whatever_the_weights():
@@ -395,10 +399,51 @@ def test_a_recoloured_scan_gives_its_site_its_own_texture():
     look = measure_look(image, mask, 4.0, "T1w").vector()
     soft = (ndimage.gaussian_filter(image, 1.0) * mask).astype(np.float32)
     got = restyled(look, image, soft, mask, "T1w")
-    np.testing.assert_allclose(
-        details(got), details(measure_look(soft, mask, 4.0, "T1w").vector()), atol=1e-5
+    got, own, before = (
+        details(x)[:TEXTURE_SIZE]
+        for x in (got, measure_look(soft, mask, 4.0, "T1w").vector(), look)
     )
-    assert np.abs(details(got) - details(look)).max() > 0.5
+    np.testing.assert_allclose(got, own, atol=1e-5)
+    assert np.abs(got - before).max() > 0.5
+
+
+def test_a_rim_is_told_layer_by_layer_from_the_surface_inwards():
+    _, mask = lumps(8)
+    depth = ndimage.distance_transform_cdt(mask, "taxicab")
+    layers = np.where(mask, 0.2 + 0.1 * np.minimum(depth, 6), 0).astype(np.float32)
+    rim = measure_rim(layers, mask).reshape(LAYERS, -1)
+    np.testing.assert_allclose(rim, np.repeat([[0.3], [0.4], [0.5], [0.6]], 5, 1), rtol=1e-6)
+    ramp = np.linspace(0, 1, mask.shape[0], dtype=np.float32)[:, None, None] * mask
+    rim = measure_rim(ramp, mask).reshape(LAYERS, -1)
+    assert (np.diff(rim, axis=1) > 0).all()
+    np.testing.assert_allclose(rim[0], np.quantile(ramp[depth == 1], RIM_LEVELS), rtol=1e-6)
+    mirror = measure_rim(ramp[::-1], mask[::-1])  # no side is told
+    np.testing.assert_array_equal(mirror, rim.ravel())
+
+
+def test_a_rim_is_where_the_brain_ends_and_not_where_it_is_cut():
+    _, mask = lumps(8)
+    middle = mask.shape[0] // 2
+    half, image = mask[:middle], np.zeros(mask[:middle].shape, np.float32)
+    image[-1] = 1.0  # the cut, bright
+    cut = measure_rim(image * half, half).reshape(LAYERS, -1)
+    share = (half[-1] & (ndimage.distance_transform_cdt(mask, "taxicab")[middle - 1] == 1)).sum()
+    assert share and cut[0, 0] == 0 and cut[0, 2] == 0
+    thin = np.zeros((5, 5, 5), bool)
+    thin[2, 2, 1:4] = True
+    line = np.where(thin, 0.7, 0).astype(np.float32)
+    np.testing.assert_allclose(measure_rim(line, thin), 0.7, rtol=1e-6)  # no second layer
+    for nothing in (np.zeros((4, 4, 4), bool), np.ones((4, 4, 4), bool)):
+        assert not measure_rim(np.ones((4, 4, 4)), nothing).any()
+
+
+def test_a_scan_s_rim_is_that_of_what_it_was_matched_to():
+    image, mask = lumps(9)
+    look = measure_look(image, mask, 4.0, "T1w").vector()
+    got = with_rim(look, image**2 * mask, mask)
+    np.testing.assert_array_equal(got[:-RIM_SIZE], look[:-RIM_SIZE])
+    np.testing.assert_allclose(got[-RIM_SIZE:], measure_rim(image**2, mask), rtol=1e-6)
+    assert not np.array_equal(got[-RIM_SIZE:], look[-RIM_SIZE:])
 
 
 @pytest.mark.parametrize("preset", ["tiny", "small"])

@@ -16,8 +16,8 @@ from sgcd_core.diffusion.network import (
     filtered,
     precision,
 )
-from sgcd_core.style.look import LOOK_SIZE
-from sgcd_core.style.texture import TEXTURE_SIZE
+from sgcd_core.style.look import DETAIL_SIZE, LOOK_SIZE
+from sgcd_core.style.rim import RIM_SIZE
 
 SIDE = 8
 
@@ -66,13 +66,14 @@ def test_a_fresh_network_s_filter_is_none_and_each_weight_has_a_gradient():
     assert (last.abs() > 0).all()
 
 
+@pytest.mark.parametrize("part", [slice(-RIM_SIZE, None), slice(-DETAIL_SIZE, -RIM_SIZE)])
 @pytest.mark.parametrize("which", ["wanted", "scan"])
-def test_labels_hold_the_texture_wanted_and_the_scan_s(which):
+def test_labels_hold_texture_and_rim_of_the_look_wanted_and_of_the_scan(which, part):
     embedding = LookEmbedding(2, 16)
     torch.nn.init.normal_(embedding.look[-1].weight)
     look, source = torch.zeros(2, 1, LOOK_SIZE)
     before = embedding(LookEmbedding.labels_of(torch.tensor([1]), look, source))
-    (look if which == "wanted" else source)[:, -TEXTURE_SIZE:] = 1.0
+    (look if which == "wanted" else source)[:, part] = 1.0
     after = embedding(LookEmbedding.labels_of(torch.tensor([1]), look, source))
     assert (before - after).abs().max() > 0.01
 
