@@ -107,7 +107,7 @@ def fit_look_filter(
     """
     look_filter.requires_grad_(True)
     generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(look_filter.parameters(), lr=2e-3, weight_decay=0.3)
+    optimizer = torch.optim.AdamW(look_filter.parameters(), lr=2e-3, weight_decay=0.5)
     plan = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, eta_min=1e-5)
     with torch.no_grad():
         features = embedding.features(normals.labels)
