@@ -130,11 +130,14 @@ def box_origin(config: SgcdConfig) -> dict[str, Any]:
 
 
 def stage_digest(config: SgcdConfig, later: set[str] = LATER) -> str:
-    """Digest of the settings a stage reads."""
+    """Digest of the settings a stage reads, and of how models are kept now."""
     import hashlib
     import json
 
+    from sgcd_core.modelpack import FORMAT
+
     values = config.model_dump(mode="json", exclude=later)
+    values["format"] = FORMAT
     # How often to save and how much to hold at once are no part of what is learned.
     values["global_stage"].pop("checkpoint_every", None)
     for stage in ("global_stage", "target_stage"):

@@ -96,7 +96,8 @@ def _tune(args: Any, lake: Lake) -> Outcome:
     if args.dry_run:
         return Outcome(f"would tune {name} version {version}: {plan}", data=data)
     started = time.monotonic()
-    key = f"tune-{meta['config_digest']}-{meta['data_digest']}-{args.target}"
+    start = f"{meta['parent_weights'][:16]}-{meta['config_digest']}"
+    key = f"tune-{start}-{meta['data_digest']}-{args.target}"
     checkpoints = Checkpoints(lake.scratch(key))
     schedule = schedule_steps(
         {"source": others or own, "target": own}, config, steps, stage.batch_size,
@@ -108,7 +109,7 @@ def _tune(args: Any, lake: Lake) -> Outcome:
         "meta": meta | {"version": version}, "target": args.target,
         "parent": lake.model(parent, parent_version),
         # what the frozen network makes of a scan: gone with the checkpoints when all is done
-        "inversions": join(checkpoints.folder, f"inversions-{meta['parent_weights'][:16]}"),
+        "inversions": join(checkpoints.folder, "inversions"),
         "target_scans": [(row["scan_id"], index[row["sequence"]]) for row in own],
     }  # fmt: skip
     with (

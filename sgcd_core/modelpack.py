@@ -14,15 +14,13 @@ from typing import Any
 import yaml
 from torch import Tensor
 
-from sgcd_core.config import SgcdConfig, merge, parse_config
+from sgcd_core.config import SgcdConfig, parse_config
 from sgcd_core.errors import InputError, ModelError, StorageError
 from sgcd_core.io.store import Store, join, sha256_hex
 from sgcd_core.model_card import model_card
 
 FORMAT = 6
 _PACK = "pack.json"
-#: Settings younger than some models, and what such models have.
-LATER = {"network": {"look_filter_radius": 0}}
 
 
 @dataclass
@@ -143,7 +141,7 @@ def load_modelpack(uri: str, store: Store | None = None) -> ModelPack:
     files = checked_files(uri, store)
     parent = files.get("global_network.safetensors")
     return ModelPack(
-        config=parse_config(merge(LATER, yaml.safe_load(files["config.yaml"]))),
+        config=parse_config(yaml.safe_load(files["config.yaml"])),
         network=load(files["network.safetensors"]),
         state=load(files["state.safetensors"]),
         global_network=load(parent) if parent is not None else None,

@@ -9,6 +9,7 @@ from sklearn.linear_model import LogisticRegression
 from sgcd_core.batch import make_batch
 from sgcd_core.config import ConditionConfig
 from sgcd_core.style.look import mean_look, measure_look
+from sgcd_core.style.rim import RIM_SIZE, measure_rim
 from sgcd_core.volume.condition import (
     LookMatcher,
     augment_contrast,
@@ -104,6 +105,25 @@ def test_inference_sees_the_scan_as_it_is():
     assert condition.channels.shape[1] == 2
     bare = condition_of(image, mask, ConditionConfig(content_channel=False))
     assert bare.content is None and bare.channels.shape[1] == 1
+
+
+@pytest.mark.parametrize("seeds", [None, (3, 4)])
+def test_the_source_look_holds_the_rim_of_what_the_scan_was_matched_to(seeds):
+    pairs = [brain(0), brain(1)]
+    image, mask = tensors([x**0.5 for x, _ in pairs], [m for _, m in pairs])
+    image[1] = image[1] ** 3
+    made = generators(*seeds) if seeds else None
+    condition = condition_of(image, mask, ConditionConfig(match="histogram"), made)
+    content = from_network(condition.content)
+    for k in range(2):
+        look = measure_look(image[k, 0].numpy(), mask[k, 0].numpy(), 4.0, "T1w").vector()
+        rim = condition.source[k, -RIM_SIZE:].numpy()
+        np.testing.assert_allclose(
+            rim, measure_rim(content[k, 0].numpy(), mask[k, 0].numpy()), atol=1e-6
+        )
+        assert np.abs(rim - look[-RIM_SIZE:]).max() > 0.02
+        if seeds is None:
+            np.testing.assert_array_equal(condition.source[k, :-RIM_SIZE], look[:-RIM_SIZE])
 
 
 def site_accuracy(config, augment, gammas=(2.0, 0.5), scans=120):

@@ -428,7 +428,7 @@ def test_a_rim_is_where_the_brain_ends_and_not_where_it_is_cut():
     image[-1] = 1.0  # the cut, bright
     cut = measure_rim(image * half, half).reshape(LAYERS, -1)
     share = (half[-1] & (ndimage.distance_transform_cdt(mask, "taxicab")[middle - 1] == 1)).sum()
-    assert share and cut[0, 0] == 0 and cut[0, 2] == 0
+    assert share and not cut[0].any()
     thin = np.zeros((5, 5, 5), bool)
     thin[2, 2, 1:4] = True
     line = np.where(thin, 0.7, 0).astype(np.float32)
