@@ -25,7 +25,7 @@ CHAIN = [
     "target_sampler.t_start=35", "target_sampler.t_reverse=25", "target_sampler.steps=2",
     "target_sampler.invert_steps=2", "target_sampler.start=inversion",
     "target_sampler.kind=anchored", "target_stage.backprop=chain", "target_stage.style_every=1",
-    "target_stage.learning_rate=0.0003",  # differences of rounding grow with each step's size
+    "target_stage.learning_rate=0.0001",  # differences of rounding grow with each step's size
 ]  # fmt: skip
 #: Several optimizer steps in one.
 LAST_TWO = [
