@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import gzip
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -149,18 +149,23 @@ def read_pairs(lake: Lake, name: str, version: int, recipe: str) -> tuple[str | 
     return next((r["target"] for r in results if r["target"]), None), out
 
 
-def own_grids(lake: Lake, name: str, version: int) -> list[tuple[Nifti, Nifti]]:
-    """Every scan that was harmonized and its output, as nibabel reads the files."""
+def own_grids(lake: Lake, name: str, version: int) -> Iterator[tuple[Nifti, Nifti]]:
+    """Every scan that was harmonized and its output, as nibabel reads the files; one that cannot be
+    read is named.
+    """
     uris = {row["scan_id"]: row["uri"] for row in Catalog(lake).rows("scans").to_pylist()}
-    out = []
     for row in usable_results(Catalog(lake), name, version):
         found = []
         for uri in (uris[row["scan_id"]], row["output_uri"]):
-            data = Store().read_bytes(uri)
+            try:
+                data = Store().read_bytes(uri)
+            except SgcdError as error:
+                print(f"left out {row['scan_id']}: {error.code}")
+                break
             data = gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
             found.append(Nifti.from_bytes(data))
-        out.append((found[0], found[1]))
-    return out
+        else:
+            yield found[0], found[1]
 
 
 def compare_files(scan: Nifti, output: Nifti) -> tuple[bool, bool, float, float]:
@@ -173,7 +178,10 @@ def compare_files(scan: Nifti, output: Nifti) -> tuple[bool, bool, float, float]
     same = scan.shape[:3] == shape and all(np.array_equal(one[k], other[k]) for k in GEOMETRY)
     if scan.shape[:3] != shape:
         return False, False, float("nan"), float("nan")
-    before, after = (np.reshape(x.get_fdata(dtype=np.float32), shape) for x in (scan, output))
+    before, after = (
+        np.reshape(x.get_fdata(dtype=np.float32, caching="unchanged"), shape)
+        for x in (scan, output)
+    )
     mirrored = np.flip(after, int(np.argmax(np.abs(scan.affine[0, :3]))))
     brain = after > 0
     finite = bool(np.isfinite(after).all())
@@ -185,7 +193,8 @@ def geometry_text(found: Sequence[tuple[bool, bool, float, float]]) -> str:
     same, finite = (sum(x[k] for x in found) for k in (0, 1))
     own, mirrored = ([x[k] for x in found] for k in (2, 3))
     straight, across = (
-        f"{min(x, default=np.nan):.3f} to {max(x, default=np.nan):.3f}" for x in (own, mirrored)
+        f"{min(x, default=np.nan):.3f} to {max(x, default=np.nan):.3f}"
+        for x in ([v for v in each if np.isfinite(v)] for each in (own, mirrored))
     )
     return (
         f"{same} of {len(found)} outputs have the shape, voxel sides, qform, sform and codes of "

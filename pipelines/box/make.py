@@ -142,18 +142,19 @@ def _produce(work: Path, anatomies: list[str], worker: int, workers: int, at_lea
     torch.set_num_threads(1)
     threadpool_limits(1)  # threads of two producers wait for each other, five times longer
     condition = load_config().condition
-    with (work / f"profiles-{worker}.f32").open("ab") as stream:
+    folder = work / "profiles"
+    folder.mkdir(exist_ok=True)
 
-        def measured(number: int, site: Sequence[SiteScans]) -> None:
-            seeds = (SEED + 1000 * (len(site) * number + k) for k in range(len(site)))
-            rows = [measure_site(x, condition, s) for x, s in zip(site, seeds, strict=True)]
-            stream.write(b"".join(row.tobytes() for row in rows))
-            stream.flush()
+    def measured(number: int, site: Sequence[SiteScans]) -> None:
+        seeds = (SEED + 1000 * (len(site) * number + k) for k in range(len(site)))
+        rows = [measure_site(x, condition, s) for x, s in zip(site, seeds, strict=True)]
+        temporary = folder / f"{number:07d}.{os.getpid()}"
+        temporary.write_bytes(b"".join(row.tobytes() for row in rows))
+        temporary.replace(folder / f"{number:07d}.f32")
 
-        produce(
-            Pool(work / "pool"), anatomies, SEED, worker, workers, at_least=at_least,
-            measured=measured,
-        )  # fmt: skip
+    produce(
+        Pool(work / "pool"), anatomies, SEED, worker, workers, at_least=at_least, measured=measured
+    )
 
 
 def _held_out(work: Path, anatomies: list[str]) -> Pool | None:
@@ -165,8 +166,8 @@ def _held_out(work: Path, anatomies: list[str]) -> Pool | None:
 
 
 def _profiles(work: Path) -> list[Path]:
-    """What the producers measured."""
-    return sorted(work.glob("profiles-*.f32"))
+    """What the producers measured, a file a site."""
+    return sorted((work / "profiles").glob("*.f32"))
 
 
 def _composition(

@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, IterableDataset
 
 from pipelines.box.filters import Normals, fit_look_filter, normals_of, score_look_filter
 from pipelines.box.scans import SUBJECTS, Pool, wait_for
@@ -41,7 +41,7 @@ class Samples(IterableDataset[dict[str, Any]]):
     """Endless samples from the pool: random sites, mirrored at random, each with the look of
     others there. A brain's mirror image is a brain, and no label depends on the side.
 
-    Each scan serves once, in as many windows as are cut from it.
+    Each scan of a user's serves once, in as many windows as are cut from it.
 
     Args:
         pool: Producers may go on filling it.
@@ -64,12 +64,10 @@ class Samples(IterableDataset[dict[str, Any]]):
         )
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        """Samples of one loader process, whose scans are in turn with the others'."""
+        """The samples from the one at `start`, without end."""
         torch.set_num_threads(1)
-        worker = get_worker_info()
-        first, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        before, skip = divmod(self.start // step, TURNS * self.windows)
-        for turn in itertools.count(first + before * step, step):
+        before, skip = divmod(self.start, TURNS * self.windows)
+        for turn in itertools.count(before):
             yield from self._turn(TURNS * turn, skip)
             skip = 0
 
@@ -200,7 +198,7 @@ def train_network(
     minutes: float,
     total_steps: int,
     every: int = 100,
-    loaders: int = 1,
+    beside: bool = True,
     start_from: Path | None = None,
     held: Pool | None = None,
     filter_samples: int = 1500,
@@ -216,7 +214,7 @@ def train_network(
         minutes: How long at most.
         total_steps: Length of the learning-rate schedule; more steps are not done.
         every: Steps between checkpoints.
-        loaders: Processes that take conditions.
+        beside: Whether a process beside this one takes the conditions.
         start_from: Box file to start from where there is no checkpoint yet.
         held: Sites that are not trained on: their mean L_N, always of the same samples, is
             reported as `held_out`.
@@ -255,12 +253,13 @@ def train_network(
     rows: list[dict[str, float]] = []
 
     def save() -> None:
+        turns, rest = divmod(stage.done * size, TURNS * windows)
         temporary = checkpoint.with_suffix(".tmp")
         torch.save(stage.state_dict(), temporary)
         temporary.replace(checkpoint)
         meta = {
             "shape": shape_of(config), "steps": stage.done, "seed": config.seed,
-            "volumes": stage.done * size // windows,
+            "volumes": TURNS * turns + min(rest, TURNS),
             "condition": config.condition.model_dump(mode="json"),
         }  # fmt: skip
         box = Box(unwrapped(stage.network).state_dict(), meta)
@@ -279,15 +278,15 @@ def train_network(
         pool, config, composition, config.seed, config.preset, size * stage.done, windows
     )
     source = iter(DataLoader(
-        samples, batch_size=size, num_workers=loaders, collate_fn=collate,
-        prefetch_factor=4 if loaders else None,
-        multiprocessing_context="spawn" if loaders else None,
+        samples, batch_size=size, num_workers=int(beside), collate_fn=collate,
+        prefetch_factor=4 if beside else None,
+        multiprocessing_context="spawn" if beside else None,
     ))  # fmt: skip
     while stage.done < total_steps and time.monotonic() < end:
-        batch, condition = next(source)
         try:
+            batch, condition = next(source)
             rows.append(stage.step(batch, condition))
-        except SgcdError:
+        except (SgcdError, TimeoutError):
             save()
             raise
         if stage.done % every == 0:

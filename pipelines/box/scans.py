@@ -131,7 +131,8 @@ def _on_grids(
 class Pool:
     """A folder of numbered random sites: producers add, and no scan is handed out twice.
 
-    Files stay (11 MB a site); `taken.json` tells which scans are whose.
+    Files stay (11 MB a site); `taken.json` tells which scans are whose. Who trains a preset anew in
+    the same folder is given the same scans again.
 
     Args:
         folder: Where the files lie.
@@ -181,7 +182,8 @@ class Pool:
             if missing > 0:
                 mine += range(len(users), len(users) + missing)
                 temporary = self.folder / "taken.tmp"
-                temporary.write_text(json.dumps([*users, *[user] * missing]))
+                said = {**self._sizes(), "users": [*users, *[user] * missing]}
+                temporary.write_text(json.dumps(said))
                 os.replace(temporary, self.folder / "taken.json")
         return [HANDFUL * n + k for n in mine for k in range(HANDFUL)][:count]
 
@@ -191,9 +193,19 @@ class Pool:
         return -(-HANDFUL * len(self._taken()) // block) * self.mixed + AHEAD
 
     def _taken(self) -> list[str]:
-        """Whose each handful is."""
+        """Whose each handful is; refuses what was numbered in another way."""
         taken = self.folder / "taken.json"
-        return list(json.loads(taken.read_text())) if taken.exists() else []
+        if not taken.exists():
+            return []
+        said = json.loads(taken.read_text())
+        users = said.pop("users")
+        if said != self._sizes():
+            raise ValueError(f"{taken}: scans are numbered by {said} there, {self._sizes()} here")
+        return list(users)
+
+    def _sizes(self) -> dict[str, int]:
+        """What the number of a scan depends on."""
+        return {"handful": HANDFUL, "mixed": self.mixed, "subjects": SUBJECTS}
 
     def scan(self, number: int) -> tuple[Path, int]:
         """File and place in it of a numbered scan, there or not."""
@@ -246,10 +258,10 @@ def produce(
             picks = [*rng.choice(len(anatomies) - 1, count, replace=False), -1]
             loaded = [load_anatomy(anatomies[int(i)]) for i in picks]
         site = list(random_site(loaded, np.random.default_rng([seed, 1, number])))
+        if measured is not None:  # before it is there: a site that is there is not made again
+            measured(number, site)
         for scans in site:
             pool.add(number, scans)
-        if measured is not None:
-            measured(number, site)
 
 
 def wait_for(there: Callable[[], bool], what: str, seconds: float = 600.0) -> None:

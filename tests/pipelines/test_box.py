@@ -1,5 +1,6 @@
 """The pool of random sites, and training from it; balls stand for brains."""
 
+import contextlib
 import itertools
 import multiprocessing
 import os
@@ -161,6 +162,8 @@ def test_no_scan_is_handed_out_twice(tmp_path):
     first = Counter(path.stem for path, _ in found[:100])  # mixed
     assert len(first) == 20 and len({path for path, _ in found[:4]}) > 1
     assert pool.wanted() == 60 + scans.AHEAD
+    with pytest.raises(ValueError, match="numbered by"):
+        Pool(tmp_path, mixed=7).take("one", 1)
 
 
 def test_a_scan_serves_the_filter_or_the_network_and_once(tmp_path, monkeypatch):
@@ -178,32 +181,46 @@ def test_a_scan_serves_the_filter_or_the_network_and_once(tmp_path, monkeypatch)
     pool = filled(tmp_path / "pool")
     for steps in (2, 4):
         train_network(
-            pool, config, model, tmp_path / "tiny", minutes=5, total_steps=steps, loaders=0,
+            pool, config, model, tmp_path / "tiny", minutes=5, total_steps=steps, beside=False,
             filter_samples=6,
         )  # fmt: skip
     size = config.global_stage.batch_size
     assert len(read) == len(set(read)) == 6 + 4 * size
 
 
+def idle(seconds):
+    raise InterruptedError
+
+
 def test_a_site_is_the_same_whoever_makes_it(tmp_path, monkeypatch):
     monkeypatch.setattr(scans, "load_anatomy", lambda name: name)
 
-    def made(folder, *workers):
-        """Anatomies and the first random number of each site."""
+    def made(folder, *producers):
+        """Anatomies and the first random number of each site, by its number."""
         found = {}
 
         def random(anatomies, rng):
-            found[len(found)] = (tuple(anatomies), float(rng.uniform()))
+            drawn.append((tuple(anatomies), float(rng.uniform())))
             yield from (site(1, sequence) for sequence in ("T1w", "T2w"))
 
+        drawn = []
         monkeypatch.setattr(scans, "random_site", random)
-        for given in workers:
-            scans.produce(Pool(folder), [*"abcdefg"], 5, sites=given)
+        for given in producers:
+            with contextlib.suppress(InterruptedError):
+                scans.produce(
+                    Pool(folder), [*"abcdefg"], 5, **given,
+                    measured=lambda number, _: found.update({number: drawn[-1]}),
+                )  # fmt: skip
+        assert len(drawn) == len(found)  # none twice
         return found
 
     monkeypatch.setattr(Pool, "add", lambda pool, n, x: pool.path(x.sequence, n).touch())
-    whole = made(tmp_path / "whole", 15)
-    assert made(tmp_path / "parts", 4, 15) == whole and len(whole) == 15
+    monkeypatch.setattr(scans.time, "sleep", idle)
+    whole = made(tmp_path / "whole", {"sites": 15})
+    assert made(tmp_path / "parts", {"sites": 4}, {"sites": 15}) == whole and len(whole) == 15
+    both = [{"worker": n, "workers": 2, "at_least": 15} for n in (1, 0)]
+    monkeypatch.setattr(scans, "AHEAD", 0)
+    assert made(tmp_path / "both", *both) == whole
     assert len({value for _, value in whole.values()}) == 15
     assert len({names for names, _ in whole.values()}) == 2  # read once for twelve sites
     assert all(names[-1] == "g" for names, _ in whole.values())
@@ -216,9 +233,6 @@ def test_producers_stop_when_nobody_wants_more(tmp_path, monkeypatch):
         scans, "random_site", lambda *_: [site(1, sequence) for sequence in ("T1w", "T2w")]
     )
     monkeypatch.setattr(Pool, "add", lambda pool, n, x: pool.path(x.sequence, n).touch())
-
-    def idle(seconds):
-        raise InterruptedError
 
     monkeypatch.setattr(scans.time, "sleep", idle)
     pool = Pool(tmp_path)
@@ -280,7 +294,7 @@ def test_the_box_is_trained_on_from_where_it_was_left(tmp_path, monkeypatch):
             folder,
             minutes=5,
             total_steps=steps,
-            loaders=0,
+            beside=False,
             held=filled(tmp_path / "held", 1),
             filter_samples=6,
             report=lines.append,
