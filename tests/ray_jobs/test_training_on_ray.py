@@ -281,15 +281,16 @@ def test_a_killed_driver_and_a_damaged_checkpoint_change_nothing(
 ) -> None:
     code = f"import sys; from ray_jobs import cli; sys.exit(cli.main({place.words()!r}))"
     environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
-    driver = subprocess.Popen(
-        [sys.executable, "-c", code], env=environment, stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-    )  # fmt: skip
+    told = place.folder.parent / "driver.txt"  # a pipe that nobody reads would fill
+    with told.open("wb") as stream:
+        driver = subprocess.Popen(
+            [sys.executable, "-c", code], env=environment, stdout=stream, stderr=stream
+        )
     deadline = time.monotonic() + 240
     while not any((place.folder / "scratch").glob("train-*/*-*.pt")) or (
         len(place.checkpoints.kept()) < 2
     ):
-        assert driver.poll() is None and time.monotonic() < deadline, driver.stderr.read()[-2000:]
+        assert driver.poll() is None and time.monotonic() < deadline, told.read_text()[-2000:]
         time.sleep(0.05)
     driver.kill()
     driver.wait()
