@@ -14,6 +14,8 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from scipy import ndimage
+from skimage.metrics import structural_similarity
 
 from pipelines.box import scans
 from pipelines.box.composition import (
@@ -36,14 +38,15 @@ from pipelines.box.network import (
     train_network,
 )
 from pipelines.box.scans import GRIDS, Pool, SiteScans, random_site
+from sgcd_core.batch import make_batch
 from sgcd_core.box import Box
 from sgcd_core.config import load_config
 from sgcd_core.diffusion.network import build_network
 from sgcd_core.global_stage import GlobalStage
 from sgcd_core.style.composition import Composition, CompositionModel
-from sgcd_core.style.look import LEVELS, PROFILE_SIZE, measure_look
+from sgcd_core.style.look import LEVELS, LOOK_SIZE, PROFILE_SIZE, measure_look
 from sgcd_core.style.shading import SHADING_SIZE, SIDES
-from sgcd_core.volume.condition import to_network
+from sgcd_core.volume.condition import Condition, from_network, to_network
 
 #: A network that trains in no time.
 NARROW = [
@@ -348,7 +351,7 @@ def test_anatomy_is_what_differs_between_the_scans_of_one_site():
         np.testing.assert_allclose(found[index], slopes * (SIDES > 0), atol=2e-3)
 
 
-def test_the_normals_tell_the_error_of_any_coefficients(tmp_path):
+def test_the_normals_tell_the_losses_of_any_coefficients(tmp_path):
     config = load_config("tiny")
     (sample,) = take(Samples(filled(tmp_path), config, small_model(), 3), 1)
     batch, condition = collate([sample])
@@ -356,24 +359,68 @@ def test_the_normals_tell_the_error_of_any_coefficients(tmp_path):
     torch.nn.init.normal_(network.look_filter.perceptron[-1].bias, std=0.003)
     normals = normals_of(network.look_filter, batch, condition)
     features = network.embedding.features(normals.labels)
-    changed = network.look_filter(condition.content, features)
+    with torch.no_grad():
+        changed = network.look_filter(condition.content, features)
+        coefficients = network.look_filter.coefficients(features)
     difference = (to_network(batch["image"]) - changed)[batch["mask"]]
-    found = normals.error(network.look_filter.coefficients(features))
+    found = normals.error.of(coefficients)
     assert float(found) == pytest.approx(float(difference.square().mean()), rel=1e-3)
-    assert float(normals.best()) < float(normals.squares)
+
+    def windowed(volume):
+        return ndimage.uniform_filter(volume, 5, mode="constant")
+
+    mask = batch["mask"][0, 0].numpy()
+    before, after, image = (
+        np.where(mask, np.asarray(from_network(x)[0, 0], np.float64), 0)
+        for x in (condition.content, changed, to_network(batch["image"]))
+    )
+    error = after - image
+    squares = [windowed(x) ** 2 for x in (error, before, image)]
+    spread = [windowed(x**2) - s for x, s in zip((error, before, image), squares, strict=True)]
+    lost = squares[0] / (squares[1] + squares[2] + 1e-4)
+    lost += spread[0] / (spread[1] + spread[2] + 9e-4)
+    middle = np.zeros_like(mask)
+    middle[::3, ::3, ::3] = mask[::3, ::3, ::3]
+    found = normals.unlike.of(coefficients)
+    assert float(found) == pytest.approx(lost[middle].mean(), rel=1e-3)
+    for loss in (normals.error, normals.unlike):
+        assert float(loss.of(loss.best())) < min(float(loss.squares), float(loss.of(coefficients)))
+
+
+def test_what_is_lost_is_what_structural_similarity_loses():
+    config = load_config("tiny")
+    rng = np.random.default_rng(0)
+    image, mask = (np.zeros((32, 32, 32), t) for t in (np.float32, bool))
+    mask[6:26, 6:26, 6:26] = True
+    image[mask] = ndimage.gaussian_filter(rng.uniform(size=mask.shape), 1)[mask] + 0.1
+    near = np.where(mask, image + 0.01 * ndimage.gaussian_filter(rng.normal(size=mask.shape), 1), 0)
+    look = measure_look(image, mask, 4.0, "T1w").vector()
+    batch = make_batch([image], [mask], ["T1w"], [0], config.sequences, [look], [look])
+    content = to_network(torch.from_numpy(near.astype(np.float32)))[None, None]
+    condition = Condition(content, content, torch.zeros(1, LOOK_SIZE))
+    found = normals_of(build_network(config).look_filter, batch, condition).unlike.squares
+    similar = structural_similarity(
+        image.astype(np.float64), near, win_size=5, data_range=1.0, use_sample_covariance=False,
+        full=True,
+    )[1]  # fmt: skip
+    middle = np.zeros_like(mask)
+    middle[::3, ::3, ::3] = mask[::3, ::3, ::3]
+    assert float(found) == pytest.approx(1 - similar[middle].mean(), rel=0.01)
 
 
 def test_the_look_filter_is_fitted_to_the_samples_and_goes_on_where_it_stopped(tmp_path):
     config, pool, model = load_config("tiny"), filled(tmp_path / "pool"), small_model()
     few = filter_normals(pool, config, model, tmp_path / "n.pt", 8)
     more = filter_normals(pool, config, model, tmp_path / "n.pt", 12)
-    assert len(more) == 12 and torch.equal(more.targets[:8], few.targets)
+    assert len(more) == 12 and torch.equal(more.unlike.targets[:8], few.unlike.targets)
     network = build_network(config)
     fit_look_filter(network.look_filter, network.embedding, more, steps=300)
     scores = score_look_filter(network.look_filter, network.embedding, more)
     assert set(scores) == {"0", "1"}
-    for none, found, best in scores.values():
-        assert none < found < best
+    for score in scores.values():
+        none, found, best = score["unlike"]
+        assert none > found > best
+        assert score["psnr"][0] < score["psnr"][1]
 
 
 def test_weights_without_a_look_filter_start_with_a_fresh_output(tmp_path):
