@@ -49,13 +49,13 @@ class Quadratic:
     def of(self, found: Tensor) -> Tensor:
         """The loss of each sample (N,) with its coefficients (N, K)."""
         quadratic = torch.einsum("ni,nij,nj->n", found, self.products, found)
-        loss: Tensor = quadratic - 2 * (found * self.targets).sum(1) + self.squares
-        return loss
+        return quadratic - 2 * (found * self.targets).sum(1) + self.squares
 
     def best(self) -> Tensor:
         """Coefficients (N, K) that leave the least loss of each sample."""
         ridge = 1e-6 * torch.eye(self.products.shape[1])
-        return torch.linalg.solve(self.products + ridge, self.targets)
+        found: Tensor = torch.linalg.solve(self.products + ridge, self.targets)
+        return found
 
     def take(self, index: Tensor) -> Quadratic:
         """Some of the samples."""
