@@ -185,14 +185,22 @@ class GlobalStage:
         denoiser, x_t, output = predict(
             self.network, self.schedule, config, batch, drawn, condition, stage.precision
         )
+        target = self.schedule.training_target(
+            config.network.prediction, to_network(image), drawn.noise, drawn.t, denoiser.content
+        )
         estimate, _ = denoiser.split(output, x_t, drawn.t)
         estimate = from_network(estimate).clamp(0, 1) * mask
         weight = torch.ones_like(drawn.t, dtype=torch.float32)
         if stage.x0_weight == "snr":
             weight = self.schedule.clean_weight(config.network.prediction, drawn.t)
-        sigma = loss_sigma(config)
+        inside, sigma = loss_region(config, mask), loss_sigma(config)
+        if stage.loss == "similarity":
+            before = image if denoiser.content is None else from_network(denoiser.content)
+            noise = similarity_loss((output - target) / 2, before, image, mask)
+        else:
+            noise = prediction_loss(output, target, inside, stage.loss, sigma)
         losses = {
-            "noise": noise_loss(self.schedule, config, batch, drawn, denoiser, output).mean(),
+            "noise": noise.mean(),
             "gradient": (weight * gradient_loss(estimate, image, mask, sigma)).mean(),
         }
         return losses, statistics_of(estimate, mask, config.record), weight
@@ -314,22 +322,9 @@ def predict(
     return denoiser, x_t, denoiser.output(x_t, drawn.t)
 
 
-def noise_loss(
-    schedule: Schedule, config: SgcdConfig, batch: Batch, drawn: Draw,
-    denoiser: ConditionalDenoiser, output: Tensor,
-) -> Tensor:  # fmt: skip
-    """L_N of what the network said, (B,): in the brain for predictions of the image, everywhere
-    for noise.
-    """
-    image, mask, prediction = batch["image"], batch["mask"], config.network.prediction
-    wanted = schedule.training_target(
-        prediction, to_network(image), drawn.noise, drawn.t, denoiser.content
-    )
-    if config.global_stage.loss == "similarity":
-        before = image if denoiser.content is None else from_network(denoiser.content)
-        return similarity_loss((output - wanted) / 2, before, image, mask)
-    inside = mask if prediction in ("x0", "residual") else None
-    return prediction_loss(output, wanted, inside, config.global_stage.loss, loss_sigma(config))
+def loss_region(config: SgcdConfig, mask: Tensor) -> Tensor | None:
+    """Where L_N counts: the brain for predictions of the image, everywhere for noise."""
+    return mask if config.network.prediction in ("x0", "residual") else None
 
 
 def loss_sigma(config: SgcdConfig) -> float:

@@ -29,8 +29,8 @@ from sgcd_core.global_stage import (
     averaging,
     conditioned,
     draw,
+    loss_region,
     loss_sigma,
-    noise_loss,
     predict,
     unwrapped,
 )
@@ -38,6 +38,7 @@ from sgcd_core.harmonizer import global_image, sampling_denoiser
 from sgcd_core.inversions import Inversions, content_key
 from sgcd_core.losses import (
     gradient_loss,
+    prediction_loss,
     style_direction_loss,
     style_reconstruction_loss,
 )
@@ -181,7 +182,14 @@ class TargetStage:
             self.network, self.schedule, config, batch, drawn, condition,
             config.target_stage.precision,
         )  # fmt: skip
-        return noise_loss(self.schedule, config, batch, drawn, denoiser, output).mean()
+        wanted = self.schedule.training_target(
+            config.network.prediction, to_network(batch["image"]), drawn.noise, drawn.t,
+            denoiser.content,
+        )  # fmt: skip
+        inside = loss_region(config, batch["mask"])
+        return prediction_loss(
+            output, wanted, inside, config.global_stage.loss, loss_sigma(config)
+        ).mean()
 
     def _styled(
         self, batch: Batch, wanted: Tensor | None, name: str, weight: float

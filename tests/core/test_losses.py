@@ -3,13 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from scipy import ndimage
 
 from sgcd_core.losses import (
     gradient_loss,
     masked_mean,
     prediction_loss,
-    similarity_loss,
     style_direction_loss,
     style_reconstruction_loss,
 )
@@ -29,32 +27,6 @@ def test_prediction_loss_is_the_mean_error_inside_the_mask():
         np.testing.assert_allclose(prediction_loss(a, b, mask, kind).numpy(), expected, rtol=1e-5)
         whole = [error[i].mean().item() for i in range(2)]
         np.testing.assert_allclose(prediction_loss(a, b, None, kind).numpy(), whole, rtol=1e-5)
-
-
-def test_similarity_loss_is_the_windows_of_structural_similarity():
-    before, reference, mask = volumes()
-    error = 0.1 * (before - reference)
-    found = similarity_loss(error, before, reference, mask).numpy()
-
-    def windowed(volume):
-        return ndimage.uniform_filter(volume, 5, mode="constant")
-
-    for n in range(2):
-        inside = mask[n, 0].numpy()
-        rows = [np.where(inside, x[n, 0].double(), 0) for x in (error, before, reference)]
-        means = [windowed(x) for x in rows]
-        spread = [windowed(x**2) - m**2 for x, m in zip(rows, means, strict=True)]
-        lost = means[0] ** 2 / (means[1] ** 2 + means[2] ** 2 + 1e-4)
-        lost += spread[0] / (spread[1] + spread[2] + 9e-4)
-        assert found[n] == pytest.approx(lost[inside].mean(), rel=1e-4)
-
-
-def test_similarity_loss_counts_an_error_most_where_it_is_dark_and_even():
-    mask = torch.ones(1, 1, 12, 12, 12, dtype=torch.bool)
-    image, error = torch.full(mask.shape, 0.8), torch.full(mask.shape, 0.02)
-    bright = similarity_loss(error, image, image, mask)
-    assert float(similarity_loss(error, image / 8, image / 8, mask)) > 20 * float(bright)
-    assert float(similarity_loss(torch.zeros_like(error), image, image, mask)) == 0
 
 
 def test_an_empty_mask_gives_zero_and_not_nan():
