@@ -199,11 +199,7 @@ class GlobalConfig(Settings):
     schedule: Literal["constant", "cosine"] = Field(
         "cosine", description="of the learning rate after the warm-up"
     )
-    loss: Literal["l1", "l2", "similarity"] = Field(
-        "l1",
-        description="of the network's prediction (L_N); similarity: what its error costs in "
-        "structural similarity, for predictions of the image voxel by voxel (loss_mm=0)",
-    )
+    loss: Literal["l1", "l2"] = Field("l1", description="of the network's prediction (L_N)")
     loss_mm: float = Field(
         8.0,
         ge=0,
@@ -324,13 +320,6 @@ class SgcdConfig(Settings):
                 )
         if self.network.prediction == "residual" and not self.condition.content_channel:
             raise ValueError("network.prediction=residual needs condition.content_channel=true")
-        if self.global_stage.loss == "similarity" and (
-            self.network.prediction not in ("x0", "residual") or self.global_stage.loss_mm
-        ):
-            raise ValueError(
-                "global_stage.loss=similarity needs network.prediction=residual or x0 and "
-                "global_stage.loss_mm=0"
-            )
         if self.network.curve_knots == 1:
             raise ValueError("network.curve_knots must be 0 or at least 2")
         for name in ("curve_knots", "filter_radius"):

@@ -22,7 +22,7 @@ from sgcd_core.config import GlobalConfig, SgcdConfig
 from sgcd_core.diffusion.network import ConditionalDenoiser, LookEmbedding, build_network
 from sgcd_core.diffusion.schedule import Schedule
 from sgcd_core.errors import ModelError
-from sgcd_core.losses import gradient_loss, prediction_loss, similarity_loss
+from sgcd_core.losses import gradient_loss, prediction_loss
 from sgcd_core.modelpack import ModelPack
 from sgcd_core.style.composition import Composition, composition_state
 from sgcd_core.style.outlier import OutlierModel
@@ -194,13 +194,8 @@ class GlobalStage:
         if stage.x0_weight == "snr":
             weight = self.schedule.clean_weight(config.network.prediction, drawn.t)
         inside, sigma = loss_region(config, mask), loss_sigma(config)
-        if stage.loss == "similarity":
-            before = image if denoiser.content is None else from_network(denoiser.content)
-            noise = similarity_loss((output - target) / 2, before, image, mask)
-        else:
-            noise = prediction_loss(output, target, inside, stage.loss, sigma)
         losses = {
-            "noise": noise.mean(),
+            "noise": prediction_loss(output, target, inside, stage.loss, sigma).mean(),
             "gradient": (weight * gradient_loss(estimate, image, mask, sigma)).mean(),
         }
         return losses, statistics_of(estimate, mask, config.record), weight

@@ -8,10 +8,6 @@ from torch import Tensor
 
 from sgcd_core.volume.condition import blurred, gradient_map
 
-#: Side of the windows of `similarity_loss`, voxels, about as large as the Gaussian ones of
-#: `sgcd_core.metrics.ssim`, and the constants of structural similarity for images in [0, 1].
-WINDOW, C1, C2 = 5, 0.01**2, 0.03**2
-
 
 def prediction_loss(
     output: Tensor, target: Tensor, mask: Tensor | None, kind: str = "l2", sigma: float = 0.0
@@ -32,36 +28,6 @@ def prediction_loss(
     difference = smoothed(output - target, mask, sigma)
     error = difference.abs() if kind == "l1" else difference.square()
     return masked_mean(error, mask)
-
-
-def similarity_loss(error: Tensor, before: Tensor, reference: Tensor, mask: Tensor) -> Tensor:
-    """What an error costs in structural similarity, to second order in it, (B,).
-
-    The mean over windows of (Δμ)² / (μ₁² + μ₂² + C₁) + var(Δ) / (σ₁² + σ₂² + C₂), Δ the error and
-    below the line the means and variances of the reference and of the image without the network.
-    Squared, an error counts most where images are bright and differ most between heads; here by how
-    much there is to see around it. Source: Wang et al. 2004, IEEE TIP 13(4), Eq. 13.
-
-    Args:
-        error: (B, 1, X, Y, Z), estimate minus reference, images in [0, 1].
-        before: Same shape, the image that the network starts from, [0, 1].
-        reference: Same shape, what it is to make, [0, 1].
-        mask: Same shape, bool. Voxels outside are 0 in all three.
-    """
-    inside = mask.to(error.dtype)
-    error, one, other = (image * inside for image in (error, before, reference))
-
-    def windowed(image: Tensor) -> Tensor:
-        return F.avg_pool3d(image, WINDOW, stride=1, padding=WINDOW // 2)
-
-    mean, means = windowed(error), [windowed(image) for image in (one, other)]
-    variances = [
-        (windowed(x**2) - m**2).clamp(min=0) for x, m in zip((one, other), means, strict=True)
-    ]
-    brightness = means[0] ** 2 + means[1] ** 2 + C1
-    contrast = variances[0] + variances[1] + C2
-    spread = windowed(error**2) - mean**2
-    return masked_mean(mean**2 / brightness + spread / contrast, mask)
 
 
 def gradient_loss(estimate: Tensor, reference: Tensor, mask: Tensor, sigma: float = 0.0) -> Tensor:

@@ -5,8 +5,9 @@ then brought to the wanted look. What the best filter of a sample is follows fro
 thousand samples fit in memory and the perceptron is fitted to them in a minute, while steps of the
 network would take hours to come to the same.
 
-What is made small is not the squared error but what is lost in structural similarity, as in
-`sgcd_core.losses.similarity_loss`: it is as quadratic in the coefficients.
+What is made small is not the squared error but what is lost in structural similarity, to second
+order: an error counts by how much there is to see around it. Squared, most of the error lies in
+bright fluid and at the rim, in few voxels that differ most between heads.
 """
 
 from __future__ import annotations
@@ -22,11 +23,13 @@ from torch import Tensor
 from sgcd_core.batch import Batch
 from sgcd_core.diffusion.look_filter import LookFilter
 from sgcd_core.diffusion.network import LookEmbedding
-from sgcd_core.losses import C1, C2, WINDOW
 from sgcd_core.volume.condition import Condition, from_network, to_network
 
-#: From one window in which similarity is taken to the next, voxels.
-STRIDE = 3
+#: Side of the windows in which similarity is taken, about as large as the Gaussian ones of
+#: `sgcd_core.metrics.ssim`, and from one to the next; voxels.
+WINDOW, STRIDE = 5, 3
+#: Constants of structural similarity for images in [0, 1].
+C1, C2 = 0.01**2, 0.03**2
 
 
 @dataclass(frozen=True)
@@ -66,8 +69,9 @@ class Normals:
     Attributes:
         labels: (N, L), of `LookEmbedding.labels_of`.
         error: Mean squared error in the brain; network scale, squared.
-        unlike: What is lost in structural similarity, as `similarity_loss` has it, in windows with
-            their middle in the brain; before is the content.
+        unlike: What is lost in structural similarity, to second order: means over windows in the
+            brain of (Δμ)² / (μ₁² + μ₂² + C₁) and var(Δ) / (σ₁² + σ₂² + C₂), Δ the error, with the
+            sums below the line those of the content and the wanted image.
     """
 
     labels: Tensor

@@ -45,7 +45,6 @@ FIRST = 20
 #: and they can be sharpened; a window's histogram is no brain's, so there is no record.
 SETTINGS = (
     "condition.sharpen_mm=0.9",
-    "global_stage.loss=similarity",
     "global_stage.loss_mm=0",
     "global_stage.weight_record=0",
     "global_stage.warmup_steps=50",
