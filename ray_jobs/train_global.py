@@ -125,7 +125,7 @@ def box_origin(config: SgcdConfig) -> dict[str, Any]:
     """How the network in the box was made, without what it shares with the settings."""
     from sgcd_core.box import load_box
 
-    kept = ("steps", "volumes", "seed")
+    kept = ("steps", "volumes", "filter_volumes", "seed")
     return {key: value for key, value in load_box(config).meta.items() if key in kept}
 
 

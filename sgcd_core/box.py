@@ -33,7 +33,8 @@ class Box:
 
     Attributes:
         network: State of `build_network`, float32.
-        meta: How it was made: `shape` (the settings of `SHAPING`), `steps`, `volumes`, `seed` …
+        meta: How it was made: `shape` (the settings of `SHAPING`), `steps`, `volumes`,
+            `filter_volumes` (scans the look filter was fitted to), `seed` …
     """
 
     network: dict[str, Tensor]

@@ -147,11 +147,15 @@ def _recipe(pack: ModelPack) -> str:
     values: dict[str, Any] = {}
     if stage1.get("init") == "box":
         box = stage1.get("box") or {}
-        made = ""
-        if box:
-            made = f", made in {_cell(box.get('steps'))} steps on {_cell(box.get('volumes'))}"
-            made += " digital scans"
-        values["Stage 1 starts from"] = f"the network in the box{made}; no person's scan was in it"
+        made = ["the network in the box"]
+        if box.get("steps"):
+            made.append(f"made in {_cell(box['steps'])} steps on {_cell(box.get('volumes'))} "
+                        "digital scans")  # fmt: skip
+        elif box:
+            made.append("its U-Net at rest")
+        if box.get("filter_volumes"):
+            made.append(f"its look filter fitted to {_cell(box['filter_volumes'])} digital scans")
+        values["Stage 1 starts from"] = f"{', '.join(made)}; no person's scan was in it"
     elif stage1.get("init"):
         values["Stage 1 starts from"] = "fresh weights"
     values |= {

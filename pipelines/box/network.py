@@ -223,6 +223,7 @@ def train_network(
     """
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint, weights = folder / "checkpoint.pt", folder / f"{config.preset}.safetensors"
+    sums = folder / "filter.pt"
     stage = GlobalStage(config, total_steps, composition=composition)
     network = cast(CellNetwork, unwrapped(stage.network))
     look_filter = network.look_filter
@@ -235,9 +236,7 @@ def train_network(
         set_details(network, pool, config)
         if filter_samples:
             user = f"{config.preset}-filter"
-            normals = filter_normals(
-                pool, config, composition, folder / "filter.pt", filter_samples, user
-            )
+            normals = filter_normals(pool, config, composition, sums, filter_samples, user)
             fit_look_filter(look_filter, network.embedding, normals)
             report({"filter": score_look_filter(look_filter, network.embedding, normals)})
             if held is not None:
@@ -246,6 +245,7 @@ def train_network(
                 )
                 report({"filter-held": score_look_filter(look_filter, network.embedding, normals)})
     look_filter.requires_grad_(False)
+    fitted_to = len(Normals.load(sums)) if sums.exists() else 0
     fixed = [] if held is None else fixed_samples(held, config, composition, HELD_SAMPLES)
     size = config.global_stage.batch_size
     windows = WINDOWS if config.global_stage.crop else 1
@@ -259,7 +259,7 @@ def train_network(
         temporary.replace(checkpoint)
         meta = {
             "shape": shape_of(config), "steps": stage.done, "seed": config.seed,
-            "volumes": TURNS * turns + min(rest, TURNS),
+            "volumes": TURNS * turns + min(rest, TURNS), "filter_volumes": fitted_to,
             "condition": config.condition.model_dump(mode="json"),
         }  # fmt: skip
         box = Box(unwrapped(stage.network).state_dict(), meta)

@@ -46,6 +46,15 @@ def test_every_section_is_there_and_data_are_described() -> None:
     assert "0.01235" in text and "| colour | green |" in text
 
 
+def test_what_was_fitted_in_the_box_is_named() -> None:
+    both = card(box={"steps": 600, "volumes": 1200, "filter_volumes": 1500})
+    assert "600 steps on 1200 digital scans, its look filter fitted to 1500 digital scans" in both
+    assert "its U-Net at rest, its look filter fitted to 1600 digital scans" in card(
+        box={"steps": 0, "volumes": 0, "filter_volumes": 1600}
+    )
+    assert "the network in the box; no person" in card(box=None)
+
+
 def test_misuse_is_named() -> None:
     text = card()
     for word in (

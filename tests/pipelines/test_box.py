@@ -311,6 +311,7 @@ def test_the_box_is_trained_on_from_where_it_was_left(tmp_path, monkeypatch):
     assert learning_curve(folder / "losses.jsonl", "tiny").startswith(b"\x89PNG")
     box = Box.from_bytes(weights.read_bytes())
     assert box.meta["steps"] == 4 and box.meta["volumes"] == 8
+    assert box.meta["filter_volumes"] == 6
     build_network(config).load_state_dict(box.network)
 
 
