@@ -19,8 +19,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import torch
-from ablation_cohort import Plan, make_member
+from ablation_cohort import Plan, begin_worker, make_member
 from ablation_list import ABLATIONS
 from ablation_runs import PHASES, Work, attempt, write_failure
 from ablation_tables import chart, evaluations_chart, evaluations_table, inversion_table
@@ -141,9 +140,7 @@ def _mapper(workers: int) -> Iterator[Callable[..., Iterator[Any]]]:
     if workers <= 1:
         yield map
         return
-    with ProcessPoolExecutor(
-        workers, get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
-    ) as pool:
+    with ProcessPoolExecutor(workers, get_context("spawn"), initializer=begin_worker) as pool:
 
         def over_processes(function: Callable[[Any], Any], jobs: Sequence[Any]) -> Iterator[Any]:
             for done in as_completed([pool.submit(function, job) for job in jobs]):

@@ -23,8 +23,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
-import torch
-from ablation_cohort import Cohort, Plan, Scan, make_member
+from ablation_cohort import Cohort, Plan, Scan, begin_worker, make_member
 from ablation_list import EVALUATIONS
 from ablation_runs import WITHOUT_NETWORK, by_matching, from_the_box, scored
 from ablation_tables import Results, evaluations_chart, evaluations_table
@@ -87,9 +86,7 @@ def render(folder: Path, plan: Plan, workers: int) -> None:
         for member in plan.members:
             make(member)
         return
-    with ProcessPoolExecutor(
-        workers, get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
-    ) as pool:
+    with ProcessPoolExecutor(workers, get_context("spawn"), initializer=begin_worker) as pool:
         for path in pool.map(make, plan.members):
             print(f"cohort {path.stem}", flush=True)
 
