@@ -352,6 +352,39 @@ def test_anatomy_is_what_differs_between_the_scans_of_one_site():
         np.testing.assert_allclose(found[index], slopes * (SIDES > 0), atol=2e-3)
 
 
+def lost_similarity(error, before, image, mask):
+    """The mean over windows three voxels apart, their middles in the brain, by its definition."""
+
+    def windowed(volume):
+        return ndimage.uniform_filter(volume, 5, mode="constant")
+
+    squares = [windowed(x) ** 2 for x in (error, before, image)]
+    spread = [windowed(x**2) - s for x, s in zip((error, before, image), squares, strict=True)]
+    lost = squares[0] / (squares[1] + squares[2] + 1e-4)
+    lost += spread[0] / (spread[1] + spread[2] + 9e-4)
+    middle = np.zeros_like(mask)
+    middle[::3, ::3, ::3] = mask[::3, ::3, ::3]
+    return lost[middle].mean()
+
+
+@pytest.mark.parametrize("shape", [(32, 32, 32), (33, 34, 35)])
+def test_a_brain_that_fills_the_grid_loses_similarity_at_its_edges_too(shape):
+    config = load_config("tiny")
+    rng = np.random.default_rng(0)
+    before, image = (rng.uniform(0.1, 0.9, shape).astype(np.float32) for _ in range(2))
+    mask = np.ones(shape, bool)
+    mask[0] = False
+    before, image = before * mask, image * mask
+    look = measure_look(image, mask, 4.0, "T1w").vector()
+    batch = make_batch([image], [mask], ["T1w"], [0], config.sequences, [look], [look])
+    content = to_network(torch.from_numpy(before))[None, None]
+    condition = Condition(content, content, torch.zeros(1, LOOK_SIZE))
+    found = normals_of(build_network(config).look_filter, batch, condition).unlike.squares
+    before, image = before.astype(np.float64), image.astype(np.float64)
+    lost = lost_similarity(before - image, before, image, mask)
+    assert float(found) == pytest.approx(lost, rel=1e-3)
+
+
 def test_the_normals_tell_the_losses_of_any_coefficients(tmp_path):
     config = load_config("tiny")
     (sample,) = take(Samples(filled(tmp_path), config, small_model(), 3), 1)
@@ -367,23 +400,14 @@ def test_the_normals_tell_the_losses_of_any_coefficients(tmp_path):
     found = normals.error.of(coefficients)
     assert float(found) == pytest.approx(float(difference.square().mean()), rel=1e-3)
 
-    def windowed(volume):
-        return ndimage.uniform_filter(volume, 5, mode="constant")
-
     mask = batch["mask"][0, 0].numpy()
     before, after, image = (
         np.where(mask, np.asarray(from_network(x)[0, 0], np.float64), 0)
         for x in (condition.content, changed, to_network(batch["image"]))
     )
     error = after - image
-    squares = [windowed(x) ** 2 for x in (error, before, image)]
-    spread = [windowed(x**2) - s for x, s in zip((error, before, image), squares, strict=True)]
-    lost = squares[0] / (squares[1] + squares[2] + 1e-4)
-    lost += spread[0] / (spread[1] + spread[2] + 9e-4)
-    middle = np.zeros_like(mask)
-    middle[::3, ::3, ::3] = mask[::3, ::3, ::3]
     found = normals.unlike.of(coefficients)
-    assert float(found) == pytest.approx(lost[middle].mean(), rel=1e-3)
+    assert float(found) == pytest.approx(lost_similarity(error, before, image, mask), rel=1e-3)
     for loss in (normals.error, normals.unlike):
         assert float(loss.of(loss.best())) < min(float(loss.squares), float(loss.of(coefficients)))
 
