@@ -17,10 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from pipelines.box.make import end_with_parent
 from pipelines.cohort import render_scan
 from pipelines.cohort.make import draw_subject
 from pipelines.cohort.plan import CohortRequest, Member, choose_anatomies, plan_members
@@ -108,12 +106,6 @@ def prepared(
     stored = np.clip(np.rint(data), 0, 32767).astype(np.float32)
     scan = NiftiScan(stored, affine, stored.shape, (x, y, z), None, affine, 0, 1, "int16", "")
     return prepare_scan(scan, config, sequence=sequence, placed=placed)
-
-
-def begin_worker() -> None:
-    """In a new process: one thread, and no longer than who started it."""
-    torch.set_num_threads(1)
-    end_with_parent()
 
 
 def make_member(folder: Path, plan: Plan, member: Member) -> Path:

@@ -19,7 +19,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from ablation_cohort import Plan, begin_worker, make_member
+from ablation_cohort import Plan, make_member
 from ablation_list import ABLATIONS
 from ablation_runs import PHASES, Work, attempt, write_failure
 from ablation_tables import chart, evaluations_chart, evaluations_table, inversion_table
@@ -27,6 +27,7 @@ from ablation_tables import runs_table as runs
 from ablation_tables import scores_table as scores
 
 from pipelines.cohort.plan import Member
+from pipelines.spawned import begin_worker
 from sgcd_core.config import load_config
 
 REGION = ("<!-- ablations: written by `make bench-ablations` -->", "<!-- end of ablations -->")

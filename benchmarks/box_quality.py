@@ -23,7 +23,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
-from ablation_cohort import Cohort, Plan, Scan, begin_worker, make_member
+from ablation_cohort import Cohort, Plan, Scan, make_member
 from ablation_list import EVALUATIONS
 from ablation_runs import WITHOUT_NETWORK, by_matching, from_the_box, scored
 from ablation_tables import Results, evaluations_chart, evaluations_table
@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 from quality import TITLES, Row, against_best, table
 
 from pipelines.baselines import BASELINES, make_baseline
+from pipelines.spawned import begin_worker
 from pipelines.verdict import summarize
 from sgcd_core.config import SgcdConfig, load_config
 from sgcd_core.metrics import measure_all

@@ -13,7 +13,6 @@ import json
 import multiprocessing
 import os
 import shutil
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,6 +29,7 @@ from pipelines.box.curve import learning_curve
 from pipelines.box.network import train_network
 from pipelines.box.scans import SUBJECTS, Pool, SiteScans, produce, wait_for
 from pipelines.cohort import list_anatomies
+from pipelines.spawned import begin_worker
 from sgcd_core.box import composition_bytes, load_composition
 from sgcd_core.config import load_config
 from sgcd_core.style.composition import Composition, joined
@@ -123,23 +123,10 @@ def main(words: Sequence[str] | None = None) -> None:
     print(f"weights: {weights} ({weights.stat().st_size / 2**20:.1f} MiB)")
 
 
-def end_with_parent() -> None:
-    """End this spawned process when the one that started it is gone, however it went."""
-
-    def follow() -> None:
-        parent = multiprocessing.parent_process()
-        assert parent is not None
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()
-
-
 def _produce(work: Path, anatomies: list[str], worker: int, workers: int, at_least: int) -> None:
     """One producer, at low priority, until it is ended or who started it is gone."""
-    end_with_parent()
+    begin_worker()
     os.nice(10)
-    torch.set_num_threads(1)
     threadpool_limits(1)  # threads of two producers wait for each other, five times longer
     condition = load_config().condition
     folder = work / "profiles"

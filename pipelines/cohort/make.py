@@ -31,6 +31,7 @@ from pipelines.cohort.write import (
     write_scan,
     write_tables,
 )
+from pipelines.spawned import begin_worker
 from sgcd_core.errors import ConfigError
 from sgcd_core.io.nifti import encode_nifti
 from sgcd_core.io.store import Store
@@ -157,18 +158,12 @@ def _run(
         for member in order:
             yield member, make_subject(out, request, member, scanners, found[member.anatomy])
         return
-    with ProcessPoolExecutor(workers, get_context("spawn"), initializer=_one_thread) as pool:
+    with ProcessPoolExecutor(workers, get_context("spawn"), initializer=begin_worker) as pool:
         jobs = {
             pool.submit(make_subject, out, request, m, scanners, found[m.anatomy]): m for m in order
         }
         for job in as_completed(jobs):
             yield jobs[job], job.result()
-
-
-def _one_thread() -> None:
-    import torch
-
-    torch.set_num_threads(1)
 
 
 def make_subject(

@@ -28,7 +28,6 @@ from pipelines.box.composition import (
 )
 from pipelines.box.curve import learning_curve
 from pipelines.box.filters import fit_look_filter, normals_of, score_look_filter
-from pipelines.box.make import end_with_parent
 from pipelines.box.network import (
     Samples,
     collate,
@@ -38,6 +37,7 @@ from pipelines.box.network import (
     train_network,
 )
 from pipelines.box.scans import GRIDS, Pool, SiteScans, random_site
+from pipelines.spawned import end_with_parent
 from sgcd_core.batch import make_batch
 from sgcd_core.box import Box
 from sgcd_core.config import load_config
