@@ -246,12 +246,6 @@ def identity_text(sequence: str, found: Sequence[tuple[str, float, float]]) -> s
     return text + (f"; not {', '.join(wrong)}" if wrong else "")
 
 
-def lesion(image: Image, mask: Mask, affine: NDArray[np.float64], *, dark: bool) -> Mask:
-    """The largest of `unlike_regions`; none where there is none. Arguments as there."""
-    regions = unlike_regions(image, mask, affine, dark=dark)
-    return most(regions, regions > 0)
-
-
 def most(regions: NDArray[np.int32], where: Mask) -> Mask:
     """Of labelled regions the one that fills most of `where`; none where none lies there."""
     sizes = np.bincount(regions[where], minlength=2)[1:]
@@ -260,7 +254,7 @@ def most(regions: NDArray[np.int32], where: Mask) -> Mask:
 
 
 def unlike_regions(
-    image: Image, mask: Mask, affine: NDArray[np.float64], *, dark: bool
+    rank: Image, mask: Mask, affine: NDArray[np.float64], *, dark: bool
 ) -> NDArray[np.int32]:
     """Regions deep in the brain that are darker (or brighter) than their mirror image, from 1.
 
@@ -268,14 +262,13 @@ def unlike_regions(
     result as it is. It finds lesions of one side; those alike on both sides cancel.
 
     Args:
-        image: (X, Y, Z) float32.
+        rank: (X, Y, Z) float32, of `ranks`.
         mask: (X, Y, Z) bool.
         affine: (4, 4), voxel → template mm RAS+; x = 0 is the middle of the brain.
         dark: Whether the lesion is dark (T1w) or bright (T2w).
     """
     sides = np.abs(np.diag(affine)[:3])
     # Ranks first: smoothing intensities would not commute with a change of contrast.
-    rank = ranks(image, mask)
     inside = ndimage.gaussian_filter(mask.astype(np.float32), SMOOTH_MM / sides)
     rank = ndimage.gaussian_filter(rank, SMOOTH_MM / sides) / np.maximum(inside, 1e-3)
     depth = ndimage.distance_transform_edt(mask, sampling=sides)
@@ -313,17 +306,17 @@ def lesion_rows(pairs: Sequence[Pair]) -> tuple[list[list[Any]], list[tuple[Any,
     drawn: list[tuple[Any, ...]] = []
     for pair in pairs:
         dark = pair.sequence == "T1w"
-        first = lesion(pair.before, pair.mask, pair.affine, dark=dark)
-        regions = unlike_regions(pair.after, pair.mask, pair.affine, dark=dark)
-        second, largest = most(regions, first), most(regions, regions > 0)
+        ranked = [ranks(image, pair.mask) for image in (pair.before, pair.after)]
+        regions, now = (unlike_regions(rank, pair.mask, pair.affine, dark=dark) for rank in ranked)
+        first = most(regions, regions > 0)
+        second, largest = most(now, first), most(now, now > 0)
         voxel = abs(float(np.linalg.det(pair.affine[:3, :3]))) / 1000
         before, after = float(first.sum()) * voxel, float(second.sum()) * voxel
         ratio = after / before if before else None
         elsewhere: list[Any] = ["no", None, None]
         if (largest & ~second).any():
             elsewhere = [float(largest.sum()) * voxel]
-            for image in (pair.before, pair.after):
-                rank = ranks(image, pair.mask)
+            for rank in ranked:
                 both = (x[largest].mean() for x in (rank, mirror(rank, pair.affine)))
                 elsewhere.append("{:.2f} : {:.2f}".format(*both))
         rows.append([pair.subject, pair.sequence, before, after, ratio,

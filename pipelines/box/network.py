@@ -223,20 +223,24 @@ def train_network(
     """
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint, weights = folder / "checkpoint.pt", folder / f"{config.preset}.safetensors"
-    sums = folder / "filter.pt"
     stage = GlobalStage(config, total_steps, composition=composition)
     network = cast(CellNetwork, unwrapped(stage.network))
     look_filter = network.look_filter
     assert look_filter is not None
+    fitted_to = 0
     if checkpoint.exists():
         stage.load_state_dict(torch.load(checkpoint, weights_only=True))
+        fitted_to = Box.from_bytes(weights.read_bytes()).meta["filter_volumes"]
     else:
         if start_from is not None:
-            start_weights(network, Box.from_bytes(start_from.read_bytes()))
+            given = Box.from_bytes(start_from.read_bytes())
+            start_weights(network, given)
+            fitted_to = given.meta.get("filter_volumes", 0)
         set_details(network, pool, config)
         if filter_samples:
-            user = f"{config.preset}-filter"
+            user, sums = f"{config.preset}-filter", folder / "filter.pt"
             normals = filter_normals(pool, config, composition, sums, filter_samples, user)
+            fitted_to = len(normals)
             fit_look_filter(look_filter, network.embedding, normals)
             report({"filter": score_look_filter(look_filter, network.embedding, normals)})
             if held is not None:
@@ -245,7 +249,6 @@ def train_network(
                 )
                 report({"filter-held": score_look_filter(look_filter, network.embedding, normals)})
     look_filter.requires_grad_(False)
-    fitted_to = len(Normals.load(sums)) if sums.exists() else 0
     fixed = [] if held is None else fixed_samples(held, config, composition, HELD_SAMPLES)
     size = config.global_stage.batch_size
     windows = WINDOWS if config.global_stage.crop else 1
@@ -254,16 +257,18 @@ def train_network(
 
     def save() -> None:
         turns, rest = divmod(stage.done * size, TURNS * windows)
-        temporary = checkpoint.with_suffix(".tmp")
-        torch.save(stage.state_dict(), temporary)
-        temporary.replace(checkpoint)
         meta = {
             "shape": shape_of(config), "steps": stage.done, "seed": config.seed,
             "volumes": TURNS * turns + min(rest, TURNS), "filter_volumes": fitted_to,
             "condition": config.condition.model_dump(mode="json"),
         }  # fmt: skip
         box = Box(unwrapped(stage.network).state_dict(), meta)
-        weights.write_bytes(box.to_bytes())
+        # the box first: where there is a checkpoint there is a box that says what is in it
+        temporary = folder / "saving"
+        temporary.write_bytes(box.to_bytes())
+        temporary.replace(weights)
+        torch.save(stage.state_dict(), temporary)
+        temporary.replace(checkpoint)
         if rows:
             mean = {k: float(np.mean([r[k] for r in rows])) for k in rows[0]}
             if fixed:

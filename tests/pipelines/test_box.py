@@ -314,6 +314,13 @@ def test_the_box_is_trained_on_from_where_it_was_left(tmp_path, monkeypatch):
     assert box.meta["filter_volumes"] == 6
     build_network(config).load_state_dict(box.network)
 
+    # from there, filter and all: the scans it was fitted to are not forgotten
+    after = train_network(
+        pool, config, model, tmp_path / "after", minutes=5, total_steps=0, beside=False,
+        start_from=weights, filter_samples=0,
+    )  # fmt: skip
+    assert Box.from_bytes(after.read_bytes()).meta["filter_volumes"] == 6
+
 
 def test_the_composition_model_is_fitted_to_what_was_measured(tmp_path):
     rows = [
