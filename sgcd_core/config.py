@@ -88,6 +88,10 @@ class ConditionConfig(Settings):
     sharpen_mm: float = Field(
         0.0, ge=0, description="most that it is raised; for scans without noise (the box)"
     )
+    other_voxels: float = Field(
+        0.0, ge=0, le=1,
+        description="share of scans brought onto another scanner's voxels and back (the box)",
+    )  # fmt: skip
 
     @property
     def matched_content(self) -> bool:

@@ -50,6 +50,9 @@ SETTINGS = (
     "global_stage.warmup_steps=50",
 )
 
+#: And of presets whose voxels are about as long as those of scanners, which are averaged otherwise.
+SETTINGS_OF = {"small": ("condition.other_voxels=0.5",)}
+
 
 def main(words: Sequence[str] | None = None) -> None:
     """See the module."""
@@ -95,7 +98,8 @@ def main(words: Sequence[str] | None = None) -> None:
     for producer in producers:
         producer.start()
     try:
-        config = load_config(args.preset, settings=[*SETTINGS, *args.settings])
+        settings = [*SETTINGS, *SETTINGS_OF.get(args.preset, ()), *args.settings]
+        config = load_config(args.preset, settings=settings)
         composition = _composition(args.work, pool, args.sites, args.refit, args.keep_fits)
         wait_for(lambda: len(pool.files()) >= FIRST, f"{FIRST} files")
         held = _held_out(args.work, found[args.anatomies :])

@@ -21,6 +21,11 @@ from sgcd_core.config import ConditionConfig
 from sgcd_core.style.composition import Composition, match
 from sgcd_core.style.look import Look, restyled, with_rim
 
+#: Most that another scanner's voxels are longer or shorter than those of the model grid, a factor.
+LONGEST = 1.35
+#: Variance that interpolating linearly adds, in voxels²: the mean over where a voxel may lie.
+INTERPOLATED = 1 / 6
+
 
 def to_network(image: Tensor) -> Tensor:
     """[0, 1] → [-1, 1]. The one place where this map lives, with its inverse below."""
@@ -188,8 +193,8 @@ def augment_contrast(
     Returns:
         (B, 1, X, Y, Z) float32 in [0, 1], 0 outside the mask.
     """
-    pairs = zip(image, generators, strict=True)
-    out = torch.stack([_one_style(sample, config, generator, mm) for sample, generator in pairs])
+    each = zip(image, mask, generators, strict=True)
+    out = torch.stack([_one_style(one, brain, config, draw, mm) for one, brain, draw in each])
     limits = masked_quantiles(out, mask, (0.005, 0.995))
     low, high = limits[:, 0].view(-1, 1, 1, 1, 1), limits[:, 1].view(-1, 1, 1, 1, 1)
     out = ((out - low) / (high - low).clamp(min=1e-6)).clamp(0, 1)
@@ -197,7 +202,7 @@ def augment_contrast(
 
 
 def _one_style(
-    image: Tensor, config: ConditionConfig, generator: torch.Generator, mm: float
+    image: Tensor, mask: Tensor, config: ConditionConfig, generator: torch.Generator, mm: float
 ) -> Tensor:
     device = image.device
 
@@ -222,12 +227,57 @@ def _one_style(
     # Resolution, then noise: in this order, because noise is added by the receiver.
     along = torch.lerp(uniform(1), uniform(3), uniform())
     variance = along * (config.blur_mm**2 + config.sharpen_mm**2) - config.sharpen_mm**2
-    out = blurred(out, (variance / mm**2).tolist())
-    # A scan's noise is no longer white after resampling, nor even after bias correction.
-    noise = torch.randn(image.shape, generator=generator).to(device)
-    noise = blurred(noise, (0.3 * uniform() * uniform(3)).tolist())
+    variance = variance / mm**2
+    if config.other_voxels > 0 and float(uniform()) < config.other_voxels:
+        out = blurred(out, (variance - INTERPOLATED).tolist())
+        ratios = torch.exp(math.log(LONGEST) * (2 * uniform(3) - 1))
+        pairs = [
+            through_voxels(side, *at)
+            for side, *at in zip(image.shape[1:], ratios.tolist(), uniform(3).tolist(), strict=True)
+        ]
+        there, back = ([pair[k].to(device) for pair in pairs] for k in (0, 1))
+        inside = mask.to(out.dtype)
+        share = along_axes(along_axes(inside, there), back)
+        out = along_axes(along_axes(out * inside, there), back) / share.clamp(min=0.25)
+        noise = torch.randn((1, *(len(m) for m in there)), generator=generator).to(device)
+        noise = along_axes(noise, back)
+    else:
+        out = blurred(out, variance.tolist())
+        # A scan's noise is no longer white after resampling, nor even after bias correction.
+        noise = torch.randn(image.shape, generator=generator).to(device)
+        noise = blurred(noise, (0.3 * uniform() * uniform(3)).tolist())
     noise = noise / noise.std().clamp(min=1e-6) * torch.exp(0.15 * smooth())
     return out + config.noise_std * float(uniform()) * noise
+
+
+def through_voxels(side: int, ratio: float, offset: float) -> tuple[Tensor, Tensor]:
+    """Matrices that bring one axis onto the voxels of another scanner, and back.
+
+    There by a Lanczos window, which loses little; back linearly, as scans come onto the model grid,
+    so what is lost depends on where a voxel lies between two of the other's. Finer voxels are
+    averaged.
+
+    Args:
+        side: Voxels along the axis.
+        ratio: Side of the other's voxels, in those of the axis.
+        offset: How far its first voxel lies before the first of the axis, in its own, [0, 1].
+
+    Returns:
+        (other side, side) and (side, other side), float32; rows sum to 1.
+    """
+    at = ratio * (torch.arange(math.ceil(side / ratio) + 2) - offset)
+    here, width = torch.arange(side, dtype=torch.float32), max(ratio, 1.0)
+    near = (at.clamp(0, side - 1)[:, None] - here) / width
+    there = torch.sinc(near) * torch.sinc(near / 3) * (near.abs() < 3)
+    back = (1 - (here[:, None] - at).abs() / width).clamp(min=0)
+    return there / there.sum(1, keepdim=True), back / back.sum(1, keepdim=True)
+
+
+def along_axes(volume: Tensor, matrices: Sequence[Tensor]) -> Tensor:
+    """(1, X, Y, Z) with a matrix (X', X) … applied along each axis: (1, X', Y', Z')."""
+    for axis, matrix in enumerate(matrices, start=1):
+        volume = (volume.movedim(axis, -1) @ matrix.T).movedim(-1, axis)
+    return volume
 
 
 def blurred(volume: Tensor, variance: Sequence[float]) -> Tensor:
