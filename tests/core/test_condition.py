@@ -11,12 +11,14 @@ from sgcd_core.config import ConditionConfig
 from sgcd_core.style.look import mean_look, measure_look
 from sgcd_core.style.rim import RIM_SIZE, measure_rim
 from sgcd_core.volume.condition import (
+    INTERPOLATED,
     LookMatcher,
     augment_contrast,
     build_condition,
     from_network,
     gradient_map,
     masked_quantiles,
+    through_voxels,
     to_network,
 )
 
@@ -85,6 +87,59 @@ def test_augmented_style_is_the_same_for_a_seed_whatever_the_batch():
     alone = augment_contrast(*tensors([b], [n]), config, generators(6), 4.0)
     torch.testing.assert_close(both[1:], alone)
     assert float((both[:1] - tensors([a], [m])[0]).abs().mean()) > 0.01
+
+
+def wave(count=40, period=4.0):
+    return torch.cos(2 * np.pi / period * torch.arange(count, dtype=torch.float32))
+
+
+def test_what_other_voxels_take_depends_on_where_they_lie():
+    there, back = through_voxels(40, 1.0, 0.0)
+    torch.testing.assert_close(back @ (there @ wave()), wave())
+    there, back = through_voxels(40, 1.0, 0.5)
+    halfway = (back @ (there @ wave()))[4:-4]  # the mean of two neighbours half a voxel away
+    torch.testing.assert_close(halfway, np.cos(np.pi / 4) * wave()[4:-4], rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize("ratio", [0.75, 1.0, 1.3])
+def test_other_voxels_leave_what_is_smooth(ratio):
+    there, back = through_voxels(40, ratio, 0.3)
+    assert there.shape == (back.shape[1], 40) and back.shape[0] == 40
+    torch.testing.assert_close(
+        (there.sum(1), back.sum(1)), (torch.ones(len(there)), torch.ones(40))
+    )
+    ramp = torch.linspace(0, 1, 40)
+    torch.testing.assert_close((back @ (there @ ramp))[4:-4], ramp[4:-4], rtol=0, atol=0.01)
+
+
+def test_interpolating_blurs_in_the_mean_by_what_is_taken_back():
+    kept = []
+    for offset in np.linspace(0, 1, 41)[:-1]:
+        there, back = through_voxels(64, 1.0, float(offset))
+        slow = wave(64, 16.0)
+        kept.append(float((back @ (there @ slow))[8:-8] @ slow[8:-8] / slow[8:-8].square().sum()))
+    variance = -2 * np.log(np.mean(kept)) / (2 * np.pi / 16) ** 2
+    assert variance == pytest.approx(INTERPOLATED, rel=0.05)
+
+
+def test_other_voxels_are_of_the_scans_seed_and_stay_inside_the_brain():
+    (a, m), (b, n) = brain(0), brain(1)
+    config = ConditionConfig(other_voxels=1.0, remap_strength=0, bias_strength=0, noise_std=0)
+    both = augment_contrast(*tensors([a, b], [m, n]), config, generators(5, 6), 2.0)
+    alone = augment_contrast(*tensors([b], [n]), config, generators(6), 2.0)
+    torch.testing.assert_close(both[1:], alone)
+    assert not both[~tensors([a, b], [m, n])[1]].any()
+    assert np.corrcoef(both[0, 0].numpy()[m], a[m])[0, 1] > 0.9
+    some = ConditionConfig(other_voxels=0.5, noise_std=0)
+    never = some.model_copy(update={"other_voxels": 1e-9})  # draws alike and stays where it is
+    image, mask = tensors([a], [m])
+    changed = [
+        not torch.equal(
+            *(augment_contrast(image, mask, c, generators(k), 2.0) for c in (some, never))
+        )
+        for k in range(40)
+    ]
+    assert 10 < sum(changed) < 30
 
 
 def condition_of(image, mask, config, seeds=None):
