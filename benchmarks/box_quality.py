@@ -51,6 +51,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--traveling", type=int, default=4)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--target", default="siteA")
+    parser.add_argument("--mm", type=float, default=2.0, help="nominal voxels of the scanners")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--unshaded", action="store_true",
                         help="coils without a bias field and no correction of one: what a perfect "
@@ -63,7 +64,8 @@ def main(words: Sequence[str] | None = None) -> int:
     config = load_config(args.preset, settings=unshaded)
     plan = Plan.of(
         args.anatomy, config.prepare, sites=args.sites, each=args.each,
-        traveling=args.traveling, seed=args.seed, rescanned=args.target, shaded=not args.unshaded,
+        traveling=args.traveling, seed=args.seed, mm=args.mm, rescanned=args.target,
+        shaded=not args.unshaded,
     )  # fmt: skip
     folder = args.work / f"{args.preset}-{plan.digest()}"
     render(folder, plan, args.workers)
