@@ -51,7 +51,7 @@ SETTINGS = (
 )
 
 #: And of presets whose voxels are about as long as those of scanners, which are averaged otherwise.
-SETTINGS_OF = {"small": ("condition.other_voxels=0.5",)}
+SETTINGS_OF = {"small": ("condition.other_voxels=0.75",)}
 
 
 def main(words: Sequence[str] | None = None) -> None:
