@@ -230,7 +230,7 @@ def train_network(
     fitted_to = 0
     if checkpoint.exists():
         stage.load_state_dict(torch.load(checkpoint, weights_only=True))
-        fitted_to = Box.from_bytes(weights.read_bytes()).meta["filter_volumes"]
+        fitted_to = Box.from_bytes(weights.read_bytes()).meta.get("filter_volumes", 0)
     else:
         if start_from is not None:
             given = Box.from_bytes(start_from.read_bytes())

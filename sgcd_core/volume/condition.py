@@ -236,9 +236,9 @@ def _one_style(
             for side, *at in zip(image.shape[1:], ratios.tolist(), uniform(3).tolist(), strict=True)
         ]
         there, back = ([pair[k].to(device) for pair in pairs] for k in (0, 1))
-        inside = mask.to(out.dtype)
-        share = along_axes(along_axes(inside, there), back)
-        out = along_axes(along_axes(out * inside, there), back) / share.clamp(min=0.25)
+        both = [b @ t for t, b in zip(there, back, strict=True)]
+        share = along_axes(mask.to(out.dtype), both)
+        out = along_axes(out * mask, both) / share.clamp(min=0.25)
         noise = torch.randn((1, *(len(m) for m in there)), generator=generator).to(device)
         noise = along_axes(noise, back)
     else:
