@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -127,9 +127,9 @@ def collate(samples: list[dict[str, Any]]) -> tuple[Batch, Condition]:
     return batch, Condition(*parts)  # type: ignore[arg-type]
 
 
-def set_details(network: torch.nn.Module, pool: Pool, config: SgcdConfig) -> None:
-    """Write what the details of the pool's looks are like into the network's label embedding."""
-    found = [np.load(path)[f"{config.preset}_looks"] for path in pool.files()]
+def set_details(network: torch.nn.Module, paths: Iterable[Path], config: SgcdConfig) -> None:
+    """Write what the details of the looks of these files are like into the label embedding."""
+    found = [np.load(path)[f"{config.preset}_looks"] for path in paths]
     values = torch.from_numpy(details(np.concatenate(found)))
     for module in network.modules():
         if isinstance(module, LookEmbedding):
@@ -236,11 +236,14 @@ def train_network(
             given = Box.from_bytes(start_from.read_bytes())
             start_weights(network, given)
             fitted_to = given.meta.get("filter_volumes", 0)
-        set_details(network, pool, config)
+        user, sums = f"{config.preset}-filter", folder / "filter.pt"
         if filter_samples:
-            user, sums = f"{config.preset}-filter", folder / "filter.pt"
             normals = filter_normals(pool, config, composition, sums, filter_samples, user)
             fitted_to = len(normals)
+        # of the scans it is fitted to, not of those that happen to be there already
+        taken = {pool.scan(n)[0] for n in pool.take(user, filter_samples)}
+        set_details(network, sorted(taken) or pool.files(), config)
+        if filter_samples:
             fit_look_filter(look_filter, network.embedding, normals)
             report({"filter": score_look_filter(look_filter, network.embedding, normals)})
             if held is not None:

@@ -1,6 +1,7 @@
 """The pool of random sites, and training from it; balls stand for brains."""
 
 import contextlib
+import functools
 import itertools
 import multiprocessing
 import os
@@ -189,6 +190,25 @@ def test_a_scan_serves_the_filter_or_the_network_and_once(tmp_path, monkeypatch)
         )  # fmt: skip
     size = config.global_stage.batch_size
     assert len(read) == len(set(read)) == 6 + 4 * size
+
+
+def test_what_is_usual_follows_from_the_scans_fitted_to_not_from_who_was_quick(
+    tmp_path, monkeypatch
+):
+    quick = functools.partial(fit_look_filter, steps=20)
+    monkeypatch.setattr("pipelines.box.network.fit_look_filter", quick)
+    config, model, found = load_config("tiny", settings=NARROW), small_model(), []
+    for sites in (3, 5):
+        pool = filled(tmp_path / f"pool{sites}", sites)
+        pool.mixed = 3
+        network = train_network(
+            pool, config, model, tmp_path / f"tiny{sites}", minutes=5, total_steps=0, beside=False,
+            filter_samples=6,
+        )  # fmt: skip
+        found.append(Box.from_bytes(network.read_bytes()).network)
+    assert len(pool.files()) == 10
+    assert found[0]["network.class_embedding.detail_mean"].abs().max() > 0
+    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
 
 
 def idle(seconds):
