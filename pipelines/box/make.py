@@ -39,7 +39,8 @@ SEED = 2026
 HELD_OUT = 7
 #: Random sites of anatomies that nothing here is fitted to, for the held-out error.
 HELD_SITES = 6
-#: Files of the pool that the usual details of looks are taken from.
+#: Files of the pool before training begins; without a look filter to fit, the usual details of
+#: looks are taken from those that are there.
 FIRST = 20
 #: What is different from training on scans: these scans have no noise, so voxels can be compared,
 #: and they can be sharpened; a window's histogram is no brain's, so there is no record.

@@ -236,14 +236,15 @@ def train_network(
             given = Box.from_bytes(start_from.read_bytes())
             start_weights(network, given)
             fitted_to = given.meta.get("filter_volumes", 0)
-        user, sums = f"{config.preset}-filter", folder / "filter.pt"
-        if filter_samples:
+        if not filter_samples:
+            set_details(network, pool.files(), config)
+        else:
+            user, sums = f"{config.preset}-filter", folder / "filter.pt"
             normals = filter_normals(pool, config, composition, sums, filter_samples, user)
             fitted_to = len(normals)
-        # of the scans it is fitted to, not of those that happen to be there already
-        taken = {pool.scan(n)[0] for n in pool.take(user, filter_samples)}
-        set_details(network, sorted(taken) or pool.files(), config)
-        if filter_samples:
+            # of the scans it is fitted to, not of those that happen to be there already
+            taken = {pool.scan(n)[0] for n in pool.take(user, fitted_to)}
+            set_details(network, sorted(taken), config)
             fit_look_filter(look_filter, network.embedding, normals)
             report({"filter": score_look_filter(look_filter, network.embedding, normals)})
             if held is not None:
