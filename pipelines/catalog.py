@@ -37,14 +37,16 @@ from pipelines.delta import (
     load_version,
     no_version,
     open_table,
+    renewing,
     storage_error,
 )
 from pipelines.lake import Lake
-from pipelines.schemas import SCHEMAS
+from pipelines.schemas import SCHEMAS, Table
 from sgcd_core.io.store import is_s3, local_path
 
 if TYPE_CHECKING:
     import pandas as pd
+    from deltalake import DeltaTable
 
     from pipelines.query import QueryLimits
 
@@ -88,20 +90,23 @@ class Catalog:
         if not rows:
             return False
         data = to_arrow(schema, rows)
+        return renewing(self.lake.table(table), lambda: self._append(schema, data, txn))
+
+    def _append(self, schema: Table, data: pa.Table, txn: str | None) -> bool:
         from deltalake import CommitProperties, Transaction, write_deltalake
         from deltalake.exceptions import CommitFailedError, DeltaError
 
         properties = None
         if txn is not None:
             properties = CommitProperties(app_transactions=[Transaction(txn, 1)])
-        uri = self.lake.table(table)
+        uri = self.lake.table(schema.name)
         for attempt in range(_TRIES):
-            delta = open_table(self.lake, table) or create_table(self.lake, schema)
+            delta = open_table(self.lake, schema.name) or create_table(self.lake, schema)
             check_stored(schema, delta, uri)
-            # Two racing writers of one id conflict in the commit below; a later one stops here.
-            if txn is not None and delta.transaction_version(txn) is not None:
-                return False
             try:
+                # Two racing writers of one id conflict in the commit below; a later one stops here.
+                if txn is not None and delta.transaction_version(txn) is not None:
+                    return False
                 write_deltalake(
                     delta,
                     data,
@@ -160,36 +165,48 @@ class Catalog:
         """Every row that was ever appended, oldest first. Arguments as `rows`."""
         schema = find_schema(table)
         check_columns(schema, columns or ())
-        delta = open_table(self.lake, table)
-        if delta is None:
-            return conform(schema, pa.Table.from_batches([], schema=schema.arrow), columns)
-        uri = self.lake.table(table)
-        version = as_of if isinstance(as_of, int) else None
-        if version is not None:
-            load_version(delta, table, version, uri)
-        check_stored(schema, delta, uri)
         # Always with the time: the engine promises no order.
-        read = None if columns is None else {*columns, "recorded_at"}
+        read = None if columns is None else sorted({*columns, "recorded_at"})
+        version = as_of if isinstance(as_of, int) else None
+        found = renewing(
+            self.lake.table(table), lambda: self._read(schema, where or {}, read, version)
+        )
+        rows = oldest_first(conform(schema, found, read))
+        if isinstance(as_of, datetime):
+            rows = until(rows, as_of)
+        return rows if columns is None else rows.select(list(columns))
+
+    def _read(
+        self,
+        schema: Table,
+        where: Mapping[str, Any],
+        columns: Sequence[str] | None,
+        version: int | None,
+    ) -> pa.Table:
+        """Every row as it is stored; `columns` that the stored table lacks are left out."""
+        delta = open_table(self.lake, schema.name)
+        if delta is None:
+            return pa.Table.from_batches([], schema=schema.arrow)
+        uri = self.lake.table(schema.name)
+        if version is not None:
+            load_version(delta, schema.name, version, uri)
+        check_stored(schema, delta, uri)
         stored = {field.name for field in delta.schema().fields}
         from deltalake.exceptions import DeltaError
 
         try:
             # The engine's own reader is some four times faster on many small files than a
             # pyarrow dataset.
-            found = pa.table(
+            return pa.table(
                 delta.scan(
-                    columns=None if read is None else sorted(read & stored),
-                    predicate=predicate(schema, where or {}),
+                    columns=None if columns is None else [c for c in columns if c in stored],
+                    predicate=predicate(schema, where),
                 )
             )
         except (OSError, DeltaError, pa.ArrowException) as error:
             if version is not None and "not found" in str(error).lower():
-                raise no_version(table, version, "its files are gone", uri) from error
+                raise no_version(schema.name, version, "its files are gone", uri) from error
             raise storage_error(error, uri) from error
-        rows = oldest_first(conform(schema, found, None if read is None else sorted(read)))
-        if isinstance(as_of, datetime):
-            rows = until(rows, as_of)
-        return rows if columns is None else rows.select(list(columns))
 
     def frame(self, table: str, **options: Any) -> pd.DataFrame:
         """`rows` as a pandas frame."""
@@ -206,14 +223,14 @@ class Catalog:
 
     def version(self, table: str) -> int | None:
         """Version number of the table; None when nobody wrote to it yet."""
-        delta = open_table(self.lake, table)
+        delta = self._open(table)
         return None if delta is None else int(delta.version())
 
     def tables(self) -> list[dict[str, Any]]:
         """A row a table: table, rows (all that were ever appended), files, bytes, version, is."""
         found = []
         for name, schema in SCHEMAS.items():
-            delta = open_table(self.lake, name)
+            delta = self._open(name)
             files = [] if delta is None else active_files(delta)
             found.append(
                 {
@@ -226,3 +243,6 @@ class Catalog:
                 }
             )
         return found
+
+    def _open(self, table: str) -> DeltaTable | None:
+        return renewing(self.lake.table(table), lambda: open_table(self.lake, table))

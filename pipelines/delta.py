@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote
 
 import pyarrow as pa
@@ -16,12 +18,37 @@ from sgcd_core.io.store import Store, is_s3, local_path
 if TYPE_CHECKING:
     from deltalake import DeltaTable
 
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+#: The store knows the credentials no more, or they do not suffice.
+REFUSED = ("STORE-EXPIRED", "STORE-DENIED")
 #: What a table is made with. Old files and log entries outlive any horizon of `sgcd optimize`.
 PROPERTIES = {
     "delta.appendOnly": "true",
     "delta.logRetentionDuration": "interval 400 days",
     "delta.deletedFileRetentionDuration": "interval 400 days",
 }
+
+
+def renewing(uri: str, work: Callable[[], T]) -> T:
+    """`work()`, done again once where the store refused credentials that have new ones by then.
+
+    An open table keeps the credentials it was opened with, so `work` opens its table itself.
+
+    Args:
+        uri: Address of the table that `work` opens.
+        work: What is done with it; raises what it cannot do as `storage_error`.
+    """
+    store = Store()
+    used = store.delta_options(uri)
+    try:
+        return work()
+    except StorageError as error:
+        if not (error.code in REFUSED and store.has_new_credentials(uri, used)):
+            raise
+        log.info("event=credentials_renewed uri=%s", uri)
+    return work()
 
 
 def open_table(lake: Lake, name: str) -> DeltaTable | None:
@@ -65,7 +92,7 @@ def load_version(delta: DeltaTable, name: str, version: int, uri: str) -> None:
     """Move an open table to one of its versions.
 
     Raises:
-        StorageError: TABLE-VERSION when there is no such version.
+        StorageError: TABLE-VERSION when there is no such version; STORE-EXPIRED, STORE-DENIED.
     """
     from deltalake.exceptions import DeltaError
 
@@ -73,6 +100,9 @@ def load_version(delta: DeltaTable, name: str, version: int, uri: str) -> None:
     try:
         delta.load_as_version(version)
     except (OSError, DeltaError, ValueError, OverflowError) as error:
+        refusal = storage_error(error, uri)
+        if refusal.code in REFUSED:
+            raise refusal from error
         raise no_version(name, version, f"the latest is {newest}", uri) from error
 
 

@@ -11,11 +11,13 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pipelines.catalog import Catalog
 from pipelines.catalog_rows import find_schema
-from pipelines.delta import PROPERTIES, active_files, open_table, storage_error
+from pipelines.delta import PROPERTIES, active_files, open_table, renewing, storage_error
+from pipelines.lake import Lake
 from pipelines.schemas import SCHEMAS
 from sgcd_core.errors import ConfigError, StorageError
 
@@ -82,15 +84,20 @@ def optimize(
     found = []
     for name in tables or SCHEMAS:
         find_schema(name)
-        delta = open_table(catalog.lake, name)
-        if delta is not None:
-            found.append(_upkeep(name, delta, keep, dry_run, catalog.lake.table(name)))
+        done = renewing(
+            catalog.lake.table(name), partial(_upkeep, catalog.lake, name, keep, dry_run)
+        )
+        if done is not None:
+            found.append(done)
     return found
 
 
-def _upkeep(name: str, delta: DeltaTable, keep: timedelta, dry_run: bool, uri: str) -> Upkeep:
+def _upkeep(lake: Lake, name: str, keep: timedelta, dry_run: bool) -> Upkeep | None:
     from deltalake.exceptions import DeltaError
 
+    delta, uri = open_table(lake, name), lake.table(name)
+    if delta is None:
+        return None
     before = active_files(delta)
     hours = int(keep / timedelta(hours=1))
     try:

@@ -267,3 +267,19 @@ class Store:
         from sgcd_core.io import s3
 
         return s3.delta_options(uri)
+
+    def has_new_credentials(self, uri: str, refused: dict[str, str]) -> bool:
+        """Whether the store may now be asked with other credentials than those it refused.
+
+        Args:
+            uri: Address of the table.
+            refused: What `delta_options` gave for it then.
+
+        Raises:
+            StorageError: As for `read_bytes`.
+        """
+        if not is_s3(uri):
+            return False
+        from sgcd_core.io import s3
+
+        return s3.has_new_credentials(uri, refused)

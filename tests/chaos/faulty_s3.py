@@ -250,7 +250,9 @@ def go_through(proxy: FaultyS3, monkeypatch: pytest.MonkeyPatch) -> None:
 def write_keys(file: Path, token: str) -> None:
     """A credentials file as AWS tools read it, with a session token."""
     keys = "[default]\naws_access_key_id = temporary\naws_secret_access_key = s\n"
-    file.write_text(f"{keys}aws_session_token = {token}\n")
+    beside = file.with_suffix(".new")
+    beside.write_text(f"{keys}aws_session_token = {token}\n")
+    beside.replace(file)  # nobody reads half of it
 
 
 def keys_in_a_file(folder: Path, monkeypatch: pytest.MonkeyPatch, token: str) -> Path:

@@ -31,3 +31,42 @@ def test_sigterm_with_ray_running_is_75() -> None:
     )
     assert done.returncode == 75, done.stderr[-2000:]
     assert "run the same command again" in done.stderr
+
+
+LOOP = """
+import sys, threading, time
+from ray.data._internal.execution.streaming_executor import StreamingExecutor
+from ray_jobs.session import session
+from ray_jobs.windows import dataset_of, rows_of
+
+step, ended = StreamingExecutor._scheduling_loop_step, threading.Event()
+
+def late(self, topology):
+    if ended.is_set():
+        time.sleep(4)  # a machine so busy that Ray Data does not wait for it
+    return step(self, topology)
+
+StreamingExecutor._scheduling_loop_step = late
+try:
+    with session() as ray:
+        scans = dataset_of(ray, [{"scan_id": str(number)} for number in range(40)])
+        for row in rows_of(scans.map(lambda row: (time.sleep(0.1), row)[1], num_cpus=1), 60):
+            ended.set()
+            time.sleep(0.2)
+            raise ValueError("a commit failed")
+except ValueError as error:
+    print("told:", error, flush=True)
+time.sleep(6)
+import ray
+print("Ray runs:", ray.is_initialized(), [t.name for t in threading.enumerate()])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_an_error_amid_a_loop_over_a_dataset_is_told_and_ray_stays_closed() -> None:
+    """Left alone, the late thread ends the process or starts another Ray."""
+    done = subprocess.run([sys.executable, "-c", LOOP], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "told: a commit failed" in done.stdout
+    assert "Ray runs: False" in done.stdout and "StreamingExecutor" not in done.stdout

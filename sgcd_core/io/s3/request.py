@@ -68,3 +68,12 @@ def delta_options(uri: str) -> dict[str, str]:
         return connection().delta_options(split(uri)[0])
     except errors.RAISED as error:
         raise errors.problem(uri, error, None, writing=False) from error
+
+
+def has_new_credentials(uri: str, refused: dict[str, str]) -> bool:
+    """Whether credentials other than those in the `refused` storage options can be had now."""
+    try:
+        link = connection()
+        return link.delta_options(split(uri)[0]) != refused or renewed(link)
+    except errors.RAISED as error:
+        raise errors.problem(uri, error, None, writing=False) from error
