@@ -110,22 +110,35 @@ class FaultyS3:
         self._server.shutdown()
         self._server.server_close()
 
-    def at_volume(self, count: int, action: Callable[[], object]) -> None:
-        """Do `action` once, when the upload of the `count`th output on a scan's own grid begins."""
-        seen = 0
+    def at_request(
+        self, count: int, action: Callable[[], object],
+        counts: Callable[[str, str], bool] = lambda method, path: True,
+    ) -> threading.Event:  # fmt: skip
+        """Do `action` once, when the `count`th request that `counts` begins; says whether it has.
+
+        That request is judged after the action.
+        """
+        left, reached = iter(range(count - 1)), threading.Event()
 
         def watch(method: str, path: str) -> None:
-            nonlocal seen
-            name = path.split("?")[0].rpartition("/")[2]
-            ours = name.endswith("desc-harmonized_T1w.nii.gz") and "space-" not in name
-            if method == "PUT" and ours:
+            if counts(method, path):
                 with self._lock:  # several clients ask at once
-                    seen += 1
-                    reached = seen == count
-                if reached:
-                    action()
+                    if next(left, None) is None and not reached.is_set():
+                        action()
+                        reached.set()
 
         self.on_request = watch
+        return reached
+
+    def at_volume(self, count: int, action: Callable[[], object]) -> None:
+        """Do `action` once, when the upload of the `count`th output on a scan's own grid begins."""
+
+        def counts(method: str, path: str) -> bool:
+            name = path.split("?")[0].rpartition("/")[2]
+            ours = name.endswith("desc-harmonized_T1w.nii.gz") and "space-" not in name
+            return method == "PUT" and ours
+
+        self.at_request(count, action, counts)
 
     def fault(self, method: str, path: str, token: str) -> str | None:
         """The fault of the request that has just come, None for none."""

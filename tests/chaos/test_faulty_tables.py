@@ -72,23 +72,18 @@ def test_credentials_replaced_before_any_request_of_a_table_cost_nothing(
 ) -> None:
     """Round n replaces them before request n, until there are not so many."""
     operation, expected = OPERATIONS[name]
-    rounds, replaced = 0, True
+    token, rounds, replaced = "old", 0, True
     while replaced:
-        old, new = ("old", *map(str, range(rounds + 1)))[-2:]
-        left, replaced = rounds, False
+        old, token = token, str(rounds)
 
-        def replace(method: str, path: str, old: str = old, new: str = new) -> None:
-            nonlocal left, replaced
-            if left == 0:
-                write_keys(keys, new)
-                faulty.expired.add(old)
-                replaced = True
-            left -= 1
+        def replace(old: str = old, token: str = token) -> None:
+            write_keys(keys, token)
+            faulty.expired.add(old)
 
-        faulty.on_request = replace
-        got = operation(catalog, rounds)
+        reached = faulty.at_request(rounds + 1, replace)
+        assert operation(catalog, rounds) == expected
+        replaced = reached.is_set()
         faulty.on_request = lambda method, path: None
-        assert got == expected
         rounds += 1
     print(f"{name}: {rounds} rounds, {faulty.faults['expired']} requests refused")
     assert rounds > 2 and faulty.faults["expired"] >= rounds - 1
