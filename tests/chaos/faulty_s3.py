@@ -234,9 +234,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("Content-Type", "application/xml")
         self.send_header("Content-Length", str(len(text)))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(text.encode())
+        with contextlib.suppress(ConnectionError):  # the client had enough
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(text.encode())
 
     def _reset(self) -> None:
         """Close so that the client sees "connection reset by peer"."""
