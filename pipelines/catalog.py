@@ -80,7 +80,8 @@ class Catalog:
             txn: Application transaction id of the batch.
 
         Returns:
-            Whether rows were written: False for no rows or an id that was committed before.
+            Whether rows were written: False for no rows or an id that was committed before, if
+            only by an earlier try of this very call.
 
         Raises:
             StorageError: TABLE-SCHEMA when a row does not fit the schema or the stored table
