@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import random
 import time
+import uuid
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
@@ -80,7 +81,7 @@ class Catalog:
             txn: Application transaction id of the batch.
 
         Returns:
-            Whether rows were written: False for no rows or an id that was committed before, if
+            Whether rows were written: False for no rows or a `txn` that was committed before, if
             only by an earlier try of this very call.
 
         Raises:
@@ -91,22 +92,23 @@ class Catalog:
         if not rows:
             return False
         data = to_arrow(schema, rows)
-        return renewing(self.lake.table(table), lambda: self._append(schema, data, txn))
+        # A try may fail after its commit, so even rows that nobody named are written by an id.
+        own = txn or uuid.uuid4().hex
+        written = renewing(self.lake.table(table), lambda: self._append(schema, data, own))
+        return written or txn is None
 
-    def _append(self, schema: Table, data: pa.Table, txn: str | None) -> bool:
+    def _append(self, schema: Table, data: pa.Table, txn: str) -> bool:
         from deltalake import CommitProperties, Transaction, write_deltalake
         from deltalake.exceptions import CommitFailedError, DeltaError
 
-        properties = None
-        if txn is not None:
-            properties = CommitProperties(app_transactions=[Transaction(txn, 1)])
+        properties = CommitProperties(app_transactions=[Transaction(txn, 1)])
         uri = self.lake.table(schema.name)
         for attempt in range(_TRIES):
             delta = open_table(self.lake, schema.name) or create_table(self.lake, schema)
             check_stored(schema, delta, uri)
             try:
                 # Two racing writers of one id conflict in the commit below; a later one stops here.
-                if txn is not None and delta.transaction_version(txn) is not None:
+                if delta.transaction_version(txn) is not None:
                     return False
                 write_deltalake(
                     delta,

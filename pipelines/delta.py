@@ -97,6 +97,8 @@ def load_version(delta: DeltaTable, name: str, version: int, uri: str) -> None:
     from deltalake.exceptions import DeltaError
 
     newest = int(delta.version())
+    if version > newest:
+        raise no_version(name, version, f"the latest is {newest}", uri)
     try:
         delta.load_as_version(version)
     except (OSError, DeltaError, ValueError, OverflowError) as error:
@@ -125,7 +127,7 @@ def storage_error(error: Exception, uri: str, code: str = "STORE-UNREACHABLE") -
     text = str(error).lower()
     if "expiredtoken" in text:
         code = "STORE-EXPIRED"
-    elif any(word in text for word in ("403", "forbidden", "accessdenied", "access denied")):
+    elif any(word in text for word in ("forbidden", "accessdenied", "access denied")):
         code = "STORE-DENIED"
     return StorageError(
         f"the table cannot be reached ({type(error).__name__}).", code=code, where=uri,

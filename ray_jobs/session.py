@@ -98,8 +98,10 @@ def session(
         yield ray
     finally:
         if mine:
-            _end_executions()
-            ray.shutdown()
+            try:
+                _end_executions()
+            finally:
+                ray.shutdown()
 
 
 def _end_executions() -> None:
@@ -111,15 +113,27 @@ def _end_executions() -> None:
     """
     deadline = time.monotonic() + END_SECONDS
     for thread in threading.enumerate():
-        if thread.name.startswith(DATA_THREADS) and thread is not threading.current_thread():
-            if stop := getattr(thread, "shutdown", None):  # an executor is its own thread
-                try:
-                    stop(force=True)
-                except Exception as error:  # of nodes that are gone; what ended the loop counts
-                    log.info("event=execution_not_stopped error=%s", type(error).__name__)
-            thread.join(max(0.0, deadline - time.monotonic()))
-            if thread.is_alive():
+        if not thread.name.startswith(DATA_THREADS) or thread is threading.current_thread():
+            continue
+        _stop(thread)
+        # Not `join`: one that a signal broke off takes the thread for ended.
+        while thread in threading.enumerate():
+            if time.monotonic() > deadline:
                 log.warning("event=thread_left name=%s", thread.name)
+                break
+            time.sleep(0.02)
+
+
+def _stop(thread: threading.Thread) -> None:
+    """Tell an execution, which is its own thread, or the owner of one of its threads to end."""
+    owner = getattr(getattr(thread, "_target", None), "__self__", None)
+    try:
+        if shutdown := getattr(thread, "shutdown", None):
+            shutdown(force=True)
+        elif stop := getattr(owner, "stop", None):
+            stop()
+    except Exception as error:  # of nodes that are gone; what ended the loop counts
+        log.info("event=execution_not_stopped error=%s", type(error).__name__)
 
 
 def _connect(ray: Any, address: str | None) -> None:

@@ -274,9 +274,6 @@ class Store:
         Args:
             uri: Address of the table.
             refused: What `delta_options` gave for it then.
-
-        Raises:
-            StorageError: As for `read_bytes`.
         """
         if not is_s3(uri):
             return False

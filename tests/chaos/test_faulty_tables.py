@@ -40,12 +40,12 @@ def catalog(faulty: FaultyS3, keys: Path, s3_server: S3Server, tmp_path: Path) -
     return found
 
 
-def append(catalog: Catalog, number: int) -> bool:
+def append(catalog: Catalog, number: int, named: bool = True) -> bool:
     row = {
         "scan_id": f"{number:032d}", "model": "global", "model_version": 1, "batch_id": "b",
         "attempt": 1,
     }  # fmt: skip
-    return catalog.append("attempts", [row], txn=f"batch-{number}")
+    return catalog.append("attempts", [row], txn=f"batch-{number}" if named else None)
 
 
 def scans(catalog: Catalog) -> list[int]:
@@ -54,7 +54,9 @@ def scans(catalog: Catalog) -> list[int]:
 
 #: What is done in a round, counted from 0, and what it returns.
 OPERATIONS: dict[str, tuple[Callable[[Catalog, int], Any], Any]] = {
+    # refused once its rows are in, it says False; what is in is looked at below
     "append": (lambda catalog, round: append(catalog, 2 + round) in (True, False), True),
+    "append unnamed": (lambda catalog, round: append(catalog, 2 + round, named=False), True),
     "append again": (lambda catalog, round: append(catalog, 1), False),
     "history": (lambda catalog, round: scans(catalog), [0, 1]),
     "a version": (lambda catalog, round: catalog.history("attempts", as_of=1).num_rows, 1),
@@ -72,8 +74,8 @@ def test_credentials_replaced_before_any_request_of_a_table_cost_nothing(
 ) -> None:
     """A round replaces them before the first request, the next one `step` requests later."""
     operation, expected = OPERATIONS[name]
-    # An append that is refused once its rows are in says False; what is in is looked at below.
-    step = 7 if name == "append" else 3  # each append makes the next one longer by a few
+    adds = name in ("append", "append unnamed")
+    step = 7 if adds else 3  # each append makes the next one longer by a few
     token, rounds, replaced = "old", 0, True
     while replaced:
         old, token = token, str(rounds)
@@ -89,7 +91,7 @@ def test_credentials_replaced_before_any_request_of_a_table_cost_nothing(
         rounds += 1
     print(f"{name}: {rounds} rounds, {faulty.faults['expired']} requests refused")
     assert rounds > 3 and faulty.faults["expired"] >= rounds - 1
-    assert scans(catalog) == list(range(2 + rounds if name == "append" else 2))
+    assert scans(catalog) == list(range(2 + rounds if adds else 2))
 
 
 @pytest.mark.parametrize("name", OPERATIONS)

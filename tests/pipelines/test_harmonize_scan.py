@@ -15,8 +15,7 @@ from pipelines.derivative import json_beside
 from pipelines.ledger import MAX_ATTEMPTS, begin_attempt, model_key, note_late
 from pipelines.lesions import candidates, check_pattern, find_lesion
 from pipelines.prepare import load_prepared
-from ray_jobs.harmonize import uses_noise
-from sgcd_core.config import load_config
+from ray_jobs.harmonize import LEAST_SPREAD, Tally
 from sgcd_core.diffusion.sampler import noise_for
 from sgcd_core.errors import UsageError
 from sgcd_core.harmonizer import Harmonizer
@@ -173,10 +172,19 @@ def test_what_the_seeds_drew_in_a_lesion_is_not_in_the_map(site: Site, model: Ha
     assert around.min() - 1e-6 <= spread[held].min() and spread[held].max() <= around.max() + 1e-6
 
 
-def test_a_sampler_without_noise_is_told_apart() -> None:
-    inverted = load_config("paper", settings=["global_sampler.start=inversion"])
-    assert not uses_noise(inverted, "A") and uses_noise(CONFIG, None)
-    assert uses_noise(load_config("paper"), "A")
+def test_maps_of_a_model_whose_seeds_agree_are_said_to_say_nothing(
+    site: Site, model: Harmonizer
+) -> None:
+    row, told = site.run(model, 1, samples=3), Tally()
+    told.add(site.row, row)
+    assert row["uncertainty_mean"] > LEAST_SPREAD and told.notes() == []
+    alike = Tally()
+    for spread in (2e-4, 4e-4, 0.0):
+        alike.add(site.row, row | {"uncertainty_mean": spread})
+    assert "differ by 0.0004 of the range" in alike.notes()[0]
+    alone = Tally()
+    alone.add(site.row, row | {"uncertainty_mean": None})
+    assert alone.notes() == []
 
 
 class Moody:
