@@ -83,7 +83,10 @@ bench-real: setup
 	$(BIN)/python benchmarks/real_scans.py $(DATA) --out work/real $(ARGS)
 
 box: setup
-	$(BIN)/python -m pipelines.box work/box --anatomy $(ANATOMY) --install $(ARGS)
+	$(BIN)/python -m pipelines.box work/box --anatomy $(ANATOMY) --preset small --steps 0 \
+	  --filter-samples 1600 --set seed=31 --install $(ARGS)
+	$(BIN)/python -m pipelines.box work/box --anatomy $(ANATOMY) --preset tiny --steps 600 \
+	  --filter-samples 1500 --set seed=33 --set global_stage.learning_rate=5e-4 --install $(ARGS)
 
 clean:
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache

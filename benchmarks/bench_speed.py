@@ -21,6 +21,7 @@ import numpy as np
 import psutil
 import torch
 from ablation_cohort import prepared
+from ablation_list import ABLATIONS, evaluations
 from torch import Tensor, nn
 
 from pipelines.cohort import load_anatomy, random_sites, random_subject
@@ -60,7 +61,7 @@ def main() -> None:
         paper = load_config("paper")
         shape = affordable(paper, config.prepare.shape, args.limit)
         compare(
-            "the paper's channels (32, 64, 256, 256)", config, paper, shape, args.evaluations,
+            "the preset, beside MONAI with the paper's channels (32, 64, 256, 256)", config, paper, shape, args.evaluations,
             args.repeats,
         )  # fmt: skip
     whole_scan(config, args.repeats)
@@ -202,15 +203,15 @@ def whole_scan(config: SgcdConfig, repeats: int) -> None:
     looks = torch.from_numpy(look).expand(len(config.sequences), -1).clone()
     outliers = OutlierModel.fit([style_features(scan.image, scan.mask)], [0])
     pack = GlobalStage(config, 1).pack(outliers, looks, {})
-    pack = replace(pack, global_network=pack.network)  # both stages run, as for a tuned model
+    pack = replace(pack, global_network=pack.network)  # as a tuned model has it
     harmonizer = Harmonizer(pack)
     (seconds,) = alternate(
         [lambda: harmonizer.harmonize(scan.image, scan.mask, "T1w", "scan", site_look=look)],
         repeats,
     )
-    count = config.global_sampler.steps + config.target_sampler.steps
-    print(f"\nthe whole of Harmonizer.harmonize, two conditions and {count} evaluations of the "
-          f"preset\n  SGCD Lake {seconds:8.2f} s")  # fmt: skip
+    count = evaluations(ABLATIONS["full"], config)
+    print(f"\nthe whole of Harmonizer.harmonize of a tuned model, condition and {count} "
+          f"evaluation(s) of the preset\n  SGCD Lake {seconds:8.2f} s")  # fmt: skip
 
 
 if __name__ == "__main__":

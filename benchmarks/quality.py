@@ -35,7 +35,7 @@ from sgcd_core.modelpack import load_modelpack
 Row = dict[str, Any]
 TITLES = METHOD_TITLES | {
     "look": "the site's look alone", "filter": "the look and its filter, no U-Net",
-    "stage1": "SGCD, Stage 1 alone", "paper": "SGCD `paper`",
+    "stage1": "SGCD, Stage 1 alone", "paper": "SGCD `paper`, cut down",
     "sgcd": "**SGCD**", "rescan": "*a second scan at the target*",
     "raw_native": "raw, on the scan's own voxels", "sgcd_native": "SGCD, on the scan's own voxels",
 }  # fmt: skip
