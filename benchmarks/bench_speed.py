@@ -61,8 +61,8 @@ def main() -> None:
         paper = load_config("paper")
         shape = affordable(paper, config.prepare.shape, args.limit)
         compare(
-            "the preset, beside MONAI with the paper's channels (32, 64, 256, 256)", config, paper, shape, args.evaluations,
-            args.repeats,
+            "the preset, beside MONAI with the paper's channels (32, 64, 256, 256)", config, paper,
+            shape, args.evaluations, args.repeats,
         )  # fmt: skip
     whole_scan(config, args.repeats)
 
