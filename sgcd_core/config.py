@@ -279,6 +279,13 @@ class TransportConfig(Settings):
 
     radius: int = Field(1, ge=1, description="window half-width of the local linear maps, voxels")
     epsilon: float = Field(1e-4, gt=0, description="ridge of the local regression")
+    remainder: float = Field(
+        0.05,
+        ge=0,
+        le=1,
+        description="the most that what the maps leave over may change a voxel, of intensities in "
+        "[0, 1]; 0: the maps alone",
+    )
 
 
 class GuardConfig(Settings):

@@ -126,6 +126,30 @@ def test_a_lesion_is_recoloured_and_not_removed(head: tuple) -> None:
     assert out[spot].mean() > out[box][ring].mean() + 0.1
 
 
+def test_what_the_maps_leave_over_is_added_up_to_a_bound(head: tuple) -> None:
+    """A sharpened image is no local linear map of the scan; a lesion drawn over is far from one."""
+    scan, mask, geometry = head
+    source, model_mask = native_on_model_grid(scan, mask, geometry)
+    sharper = np.where(model_mask, source + 0.8 * (source - ndimage.gaussian_filter(source, 1)), 0)
+
+    def carried(wanted: np.ndarray, bound: float) -> np.ndarray:
+        config = TransportConfig(remainder=bound)
+        return carry_to_native(scan, mask, geometry, wanted.astype(np.float32), model_mask, config)
+
+    def error(out: np.ndarray) -> float:
+        span = geometry.intensity_high - geometry.intensity_low
+        data = np.where(mask, out * span + geometry.intensity_low, 0).astype(np.float32)
+        again = NiftiScan(**{**scan.__dict__, "data": data})
+        there, inside = native_on_model_grid(again, mask, geometry)
+        return float(np.sqrt(((there - sharper)[inside & model_mask] ** 2).mean()))
+
+    alone, bounded, free = (carried(sharper, bound) for bound in (0.0, 0.05, 1.0))
+    assert error(free) <= error(bounded) + 1e-4 and error(bounded) < 0.85 * error(alone)
+    gone = np.where(model_mask, np.minimum(source, np.median(source[model_mask])), 0)
+    change = np.abs(carried(gone, 0.05) - carried(gone, 0.0))
+    assert 0.04 < change.max() <= 0.05 + 1e-5
+
+
 def test_the_rim_of_the_brain_does_not_fade(head: tuple) -> None:
     scan, mask, geometry = head
     source, model_mask = native_on_model_grid(scan, mask, geometry)
