@@ -1,4 +1,4 @@
-"""The tables on a real S3 server while credentials change, at every request there is."""
+"""The tables on a real S3 server while credentials change, at request after request."""
 
 from __future__ import annotations
 
