@@ -25,6 +25,7 @@ from toy_lake import Place, make_toy_lake
 from pipelines.lake import Lake
 
 if TYPE_CHECKING:
+    from faulty_s3 import FaultyS3
     from head_node import RayCluster
     from playwright.sync_api import Browser
 
@@ -157,6 +158,24 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
         patch.undo()
         process.kill()  # nothing in it is worth a slow shutdown
         process.wait(20)
+
+
+@pytest.fixture
+def faulty(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyS3]:
+    """That server behind a proxy that fails on demand; this process's stores go through it."""
+    from faulty_s3 import FaultyS3, go_through
+
+    with FaultyS3(s3_server.endpoint, KEY, SECRET) as proxy:
+        go_through(proxy, monkeypatch)
+        yield proxy
+
+
+@pytest.fixture
+def keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A credentials file with the session token "old", in place of the environment's keys."""
+    from faulty_s3 import keys_in_a_file
+
+    return keys_in_a_file(tmp_path, monkeypatch, "old")
 
 
 @pytest.fixture(scope="session")

@@ -61,13 +61,13 @@ def carry_to_native(
     hole = None if lesion is None else lesion[box]
     slope, offset = local_linear_maps(source[box], harmonized[box], inside[box], config, hole)
     left = harmonized[box] - (slope * source[box] + offset)
-    rest = remainder(left, inside[box], config, hole)
+    offset = offset + remainder(left, inside[box], config, hole)
+    slope, offset = continued(inside[box], slope, offset)
     values = geometry.scale(native.data[native_mask])
     for part, at in _places(native_mask, geometry, box):
         a = ndimage.map_coordinates(slope, at, order=1, mode="nearest")
         b = ndimage.map_coordinates(offset, at, order=1, mode="nearest")
-        c = ndimage.map_coordinates(rest, at, order=1, mode="nearest")
-        values[part] = np.maximum(a * values[part] + b + c, 0)
+        values[part] = np.maximum(a * values[part] + b, 0)
     return _inside(native_mask, values)
 
 
@@ -87,17 +87,29 @@ def remainder(
         lesion: (X, Y, Z) bool; through it the values around it go on, without a seam.
 
     Returns:
-        (X, Y, Z) float32; beyond the mask as at its nearest voxel.
+        (X, Y, Z) float32 within the mask; 0 beyond.
     """
-    if not config.remainder:
-        return np.zeros(mask.shape, np.float32)
-    bounded = np.clip(left, -config.remainder, config.remainder)
+    bounded = np.where(mask, np.clip(left, -config.remainder, config.remainder), 0)
     holes = None if lesion is None else mask & lesion
-    if holes is not None and holes.any():
+    if config.remainder and holes is not None and holes.any():
         bounded = fill_smoothly(bounded, mask & ~holes, holes, 0.0)
+    return bounded.astype(np.float32)
+
+
+def continued(mask: Array, *fields: Array) -> list[Array]:
+    """Fields that go on beyond the mask as at its nearest voxel.
+
+    So interpolation at the brain's edge meets no zeros.
+
+    Args:
+        mask: (X, Y, Z) bool, at least one voxel.
+        fields: (X, Y, Z), any type.
+
+    Returns:
+        Each field in float32; within the mask its own values.
+    """
     nearest = ndimage.distance_transform_edt(~mask, return_distances=False, return_indices=True)
-    out: Array = bounded[tuple(nearest)].astype(np.float32)
-    return out
+    return [field[tuple(nearest)].astype(np.float32) for field in fields]
 
 
 def recolour_lesion(
@@ -141,8 +153,7 @@ def carry_uncertainty(
     Returns:
         float32 on the stored grid, never negative, 0 outside `native_mask`.
     """
-    nearest = ndimage.distance_transform_edt(~mask, return_distances=False, return_indices=True)
-    filled = uncertainty[tuple(nearest)].astype(np.float32)
+    (filled,) = continued(mask, uncertainty)
     values = np.empty(np.count_nonzero(native_mask), np.float32)
     for part, at in _places(native_mask, geometry):
         values[part] = ndimage.map_coordinates(filled, at, order=1, mode="nearest")
@@ -235,19 +246,16 @@ def local_linear_maps(
             weighted mean of the maps around it; the slope stays positive.
 
     Returns:
-        (slope, offset), each (X, Y, Z) float32, defined everywhere: beyond the mask they go on as
-        at its nearest voxel, so that interpolation at the brain's edge meets no zeros.
+        (slope, offset), each (X, Y, Z) float32 within the mask; 0 beyond.
 
     Raises:
         ValueError: No voxel is left to fit on.
     """
     if not mask.any():
         raise ValueError("the mask is empty")
-    nearest = ndimage.distance_transform_edt(~mask, return_distances=False, return_indices=True)
     box = bounding_box(mask)
-    for axis, side in enumerate(box):
-        nearest[axis] -= side.start
-    brain = mask = mask[box]
+    whole, brain = mask.shape, mask[box]
+    mask = brain
     holes = None if lesion is None else brain & lesion[box]
     if holes is not None and holes.any():
         mask = brain & ~holes
@@ -279,10 +287,9 @@ def local_linear_maps(
         pivot = fill_smoothly(mean_s, mask, holes, float(s[mask].mean()))
         steeper = np.where(holes, np.maximum(slope, _LEAST_SLOPE * max(prior, 0.0)), slope)
         offset, slope = offset + (slope - steeper) * pivot, steeper
-    return (
-        slope[tuple(nearest)].astype(np.float32),
-        offset[tuple(nearest)].astype(np.float32),
-    )
+    out = np.zeros((2, *whole), np.float32)
+    out[:, *box] = np.where(brain, (slope, offset), 0)
+    return out[0], out[1]
 
 
 def global_slope(source: Array, harmonized: Array, epsilon: float) -> float:

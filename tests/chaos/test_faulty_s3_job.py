@@ -6,13 +6,12 @@ import os
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import small_s3_job as small
-from conftest import KEY, SECRET, S3Server
-from faulty_s3 import FaultyS3, Plan, go_through, keys_in_a_file, write_keys
+from conftest import S3Server
+from faulty_s3 import FaultyS3, Plan, write_keys
 
 from sgcd_core.errors import StorageError
 
@@ -37,13 +36,6 @@ def calm(s3_server: S3Server, source: str) -> dict[str, str]:
     assert len(outputs) >= 3 * small.SCANS  # two volumes and a sidecar each
     assert len(set(outputs.values())) == len(outputs)
     return outputs
-
-
-@pytest.fixture
-def faulty(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyS3]:
-    with FaultyS3(s3_server.endpoint, KEY, SECRET) as proxy:
-        go_through(proxy, monkeypatch)
-        yield proxy
 
 
 def check_finished(lake: str, calm: dict[str, str]) -> None:
@@ -108,11 +100,6 @@ def test_a_job_survives(
     assert served >= 3
     assert runs == 1 and worked == small.SCANS  # retries inside the store were enough
     check_finished(lake, calm)
-
-
-@pytest.fixture
-def keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    return keys_in_a_file(tmp_path, monkeypatch, "old")
 
 
 def test_credentials_that_others_renew_in_time_cost_nothing(

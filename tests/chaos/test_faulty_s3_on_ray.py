@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 from chaos_rig import build_lake, harmonize, noted, set_faults
-from conftest import KEY, SECRET, S3Server
-from faulty_s3 import FaultyS3, Plan, go_through, keys_in_a_file, write_keys
+from conftest import S3Server
+from faulty_s3 import FaultyS3, Plan, keys_in_a_file, write_keys
 
 from pipelines.catalog import Catalog
 from pipelines.lake import Lake
@@ -52,10 +52,9 @@ def lake(s3_server: S3Server, request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def faulty(lake: str, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyS3]:
-    with FaultyS3(s3_server.endpoint, KEY, SECRET) as proxy:
-        go_through(proxy, monkeypatch)
-        yield proxy
+def faulty(lake: str, faulty: FaultyS3) -> FaultyS3:
+    """As everywhere, once the lake is there."""
+    return faulty
 
 
 @pytest.fixture(scope="module")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from conftest import KEY, SECRET, S3Server
-from faulty_s3 import FaultyS3, Plan, go_through, keys_in_a_file, write_keys
+from faulty_s3 import FaultyS3, Plan, write_keys
 
 from sgcd_core.errors import StorageError
 from sgcd_core.io.s3 import writing
@@ -19,13 +19,6 @@ from sgcd_core.io.store import Store
 pytestmark = [pytest.mark.chaos, pytest.mark.s3, pytest.mark.slow]
 
 CONTENT = bytes(range(256)) * 12_000  # 3 MB: several pieces
-
-
-@pytest.fixture
-def faulty(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyS3]:
-    with FaultyS3(s3_server.endpoint, KEY, SECRET) as proxy:
-        go_through(proxy, monkeypatch)
-        yield proxy
 
 
 def uri(s3_server: S3Server, tmp_path: Path, name: str) -> str:
@@ -217,11 +210,6 @@ def test_an_outage_ends_with_a_code_after_the_deadline(
         with pytest.raises(StorageError) as error:
             action()
         assert error.value.code == "STORE-UNREACHABLE"
-
-
-@pytest.fixture
-def keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    return keys_in_a_file(tmp_path, monkeypatch, "old")
 
 
 def test_credentials_that_end_are_an_error_of_their_own_until_others_come(

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import KEY, SECRET, S3Server
-from faulty_s3 import FaultyS3, go_through, keys_in_a_file, write_keys
+from conftest import S3Server
+from faulty_s3 import FaultyS3, write_keys
 
 from pipelines.catalog import Catalog
 from pipelines.lake import Lake
@@ -17,18 +17,6 @@ from pipelines.optimize import optimize
 from sgcd_core.errors import StorageError
 
 pytestmark = [pytest.mark.chaos, pytest.mark.s3, pytest.mark.slow]
-
-
-@pytest.fixture
-def faulty(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyS3]:
-    with FaultyS3(s3_server.endpoint, KEY, SECRET) as proxy:
-        go_through(proxy, monkeypatch)
-        yield proxy
-
-
-@pytest.fixture
-def keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    return keys_in_a_file(tmp_path, monkeypatch, "old")
 
 
 @pytest.fixture
@@ -48,14 +36,18 @@ def append(catalog: Catalog, number: int, named: bool = True) -> bool:
     return catalog.append("attempts", [row], txn=f"batch-{number}" if named else None)
 
 
+def append_next(catalog: Catalog, round: int) -> None:
+    """What `append` says is not asked: refused once its rows are in, it says False."""
+    append(catalog, 2 + round)
+
+
 def scans(catalog: Catalog) -> list[int]:
     return sorted(int(s) for s in catalog.history("attempts")["scan_id"].to_pylist())
 
 
 #: What is done in a round, counted from 0, and what it returns.
 OPERATIONS: dict[str, tuple[Callable[[Catalog, int], Any], Any]] = {
-    # refused once its rows are in, it says False; what is in is looked at below
-    "append": (lambda catalog, round: append(catalog, 2 + round) in (True, False), True),
+    "append": (append_next, None),
     "append unnamed": (lambda catalog, round: append(catalog, 2 + round, named=False), True),
     "append again": (lambda catalog, round: append(catalog, 1), False),
     "history": (lambda catalog, round: scans(catalog), [0, 1]),
