@@ -54,7 +54,7 @@ PAPER_CUT = (
 )  # fmt: skip
 
 
-def main() -> None:
+def main(words: Sequence[str] | None = None) -> None:
     """See the module."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("work", type=Path, help="folder for cohort and lake; kept")
@@ -72,8 +72,9 @@ def main() -> None:
         action="store_false",
         help="leave out preset `paper` (cut down, one seen and the unseen site)",
     )
+    parser.add_argument("--gpus", action="store_true", help="train, tune and harmonize on GPUs")
     parser.add_argument("--set", dest="settings", action="append", default=[], metavar="K=V")
-    args = parser.parse_args()
+    args = parser.parse_args(words)
     started = time.monotonic()
     lake, versions = build(args)
     found = rows(lake, args.target, versions)
@@ -96,11 +97,13 @@ def build(args: argparse.Namespace) -> tuple[Lake, dict[str, tuple[str, int]]]:
         "--traveling", args.traveling, "--mm", 2, "--seed", args.seed, "--workers", 2)  # fmt: skip
     run("index", cohort, "--lake", lake)
     run("prepare", "--lake", lake, "--preset", args.preset, *sets)
-    first = run("train", "--lake", lake, "--preset", args.preset, "--init", "box", *sets)
+    first = run(
+        "train", "--lake", lake, "--preset", args.preset, "--init", "box", *sets, *on_gpus(args)
+    )
     tuned = tune(args, lake, first)
     versions = {"stage1": ("global", first), "sgcd": (f"target-{args.target}", tuned)}
     for name, version in versions.values():
-        run("harmonize", "--lake", lake, "--model", f"{name}@{version}")
+        run("harmonize", "--lake", lake, "--model", f"{name}@{version}", *on_gpus(args))
     if args.paper:
         versions["paper"] = (f"target-{args.target}", build_paper(args, lake))
     return Lake.open(str(lake)), versions
@@ -109,7 +112,7 @@ def build(args: argparse.Namespace) -> tuple[Lake, dict[str, tuple[str, int]]]:
 def tune(args: argparse.Namespace, lake: Path, parent: int) -> int:
     """Stage 2 from a version of the global model; the version it made."""
     return run("tune", "--lake", lake, "--target", args.target, "--model", f"global@{parent}",
-               "--set", f"target_stage.steps={args.tune_steps}")  # fmt: skip
+               "--set", f"target_stage.steps={args.tune_steps}", *on_gpus(args))  # fmt: skip
 
 
 def build_paper(args: argparse.Namespace, lake: Path) -> int:
@@ -130,10 +133,17 @@ def build_paper(args: argparse.Namespace, lake: Path) -> int:
     words = [word for item in sets for word in ("--set", item)]
     sites = [site_name(number) for number in range(args.sites + 1)]
     seen = next(site for site in sites if site != args.target)
-    made = tune(args, lake, run("train", "--lake", lake, "--preset", "paper", *words))
+    made = tune(
+        args, lake, run("train", "--lake", lake, "--preset", "paper", *words, *on_gpus(args))
+    )
     run("harmonize", "--lake", lake, "--model", f"target-{args.target}@{made}",
-        "--sites", seen, sites[-1])  # fmt: skip
+        "--sites", seen, sites[-1], *on_gpus(args))  # fmt: skip
     return made
+
+
+def on_gpus(args: argparse.Namespace) -> list[str]:
+    """What a command that runs a network is told."""
+    return ["--gpus"] if args.gpus else []
 
 
 def run(*words: object) -> int:
