@@ -19,6 +19,8 @@ UV     := 0.13.9
 EXTRAS := strip,dino,dev,docs
 DEMO   ?= work/demo
 ARGS   ?=
+# Tests on Ray beside all others; LANES= runs them one after the other, as `pytest` does.
+LANES  ?= -n 2 --dist loadgroup --no-loadscope-reorder
 
 CHROMIUM := 153.0.0
 BROWSER  := .browser/chromium
@@ -41,7 +43,7 @@ demo: setup
 	$(BIN)/sgcd demo --out $(DEMO) $(ARGS)
 
 test: setup browser
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(LANES) $(ARGS)
 
 # Other machines than x86-64 Linux: a Chromium on the PATH, or its path in SGCD_CHROMIUM.
 browser:

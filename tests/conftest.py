@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import nibabel as nib
 import numpy as np
@@ -237,15 +237,39 @@ def make_scan(head_voxels: np.ndarray) -> Callable[..., bytes]:
 
 
 @pytest.fixture
-def figure(record_property: Callable[[str, object], None], capsys: Any) -> Callable[[str], None]:
-    """Print a figure where `pytest` alone shows it."""
+def figure(record_property: Callable[[str, object], None]) -> Callable[[str], None]:
+    """Note a figure, which is printed when all tests are done."""
 
-    def show(text: str) -> None:
+    def note(text: str) -> None:
         record_property("figure", text)
-        with capsys.disabled():
-            print(f"\n  chaos: {text}")
 
-    return show
+    return note
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print the figures, whichever process took them."""
+    texts = [
+        str(text)
+        for report in terminalreporter.getreports("passed")
+        for name, text in report.user_properties
+        if name == "figure" and report.when == "call"
+    ]
+    if texts:
+        terminalreporter.section("figures")
+        terminalreporter.write("".join(f"{text}\n" for text in texts))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """For `--dist loadgroup`: files with tests on Ray one after the other, beside all others.
+
+    Two Rays at once would share two cores, and what lasts longest begins first.
+    """
+    on_ray = {item.path for item in items if item.get_closest_marker("ray")}
+    for item in items:
+        group = "ray" if item.path in on_ray else item.path.stem
+        item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda item: item.path not in on_ray)
 
 
 def _chromium() -> str | None:

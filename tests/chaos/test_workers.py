@@ -260,13 +260,11 @@ def test_a_driver_killed_at_10_50_and_90_percent(case: Case, figure: Callable[[s
         family = psutil.Process(driver.pid).children(recursive=True)
         driver.kill()
         driver.wait()
-        left = psutil.wait_procs(family, timeout=30)[1]
-        names = []
-        for process in left:  # it may notice just now
+        # Ray's own agents are late to notice; all others end with the driver
+        assert wait_for(functools.partial(ended, family), 30), names_of(family)
+        for process in family:
             with contextlib.suppress(psutil.NoSuchProcess):
-                names.append(process.name())
                 process.kill()
-        assert all("Agent" in name for name in names), names  # Ray's own, late to notice; no worker
         assert Catalog(Lake(str(case.lake))).history("results").num_rows < SCANS
         redone.append(case.redone() - before)
     before = case.redone()
@@ -280,6 +278,21 @@ def test_a_driver_killed_at_10_50_and_90_percent(case: Case, figure: Callable[[s
 def map_workers() -> list[psutil.Process]:
     """The actors of this process's Ray, the oldest first."""
     return started("ray::MapWorker")
+
+
+def ended(family: list[psutil.Process]) -> bool:
+    """Whether all have ended but Ray's agents."""
+    return all("Agent" in name for name in names_of(family))
+
+
+def names_of(family: list[psutil.Process]) -> list[str]:
+    """Names of those that are still there."""
+    names = []
+    for process in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+                names.append(process.name())
+    return names
 
 
 def computed(lake: Path, goal: float) -> bool:
