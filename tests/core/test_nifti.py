@@ -192,7 +192,9 @@ def test_a_qform_alone_is_enough_and_a_tilt_between_the_forms_is_allowed() -> No
     np.testing.assert_allclose(read(image.to_bytes()).affine[0, 0], -OBLIQUE[0, 0], atol=1e-5)
 
 
-@pytest.mark.parametrize("data", [b"", b"\x1f\x8b", b"hello" * 200, gzip.compress(b"x" * 5000)])
+@pytest.mark.parametrize(
+    "data", [b"", b"\x1f\x8b", b"hello" * 200, gzip.compress(b"x" * 5000, mtime=0)]
+)
 def test_other_files_are_refused(data: bytes) -> None:
     assert refused(data) in ("SCAN-UNREADABLE", "SCAN-TRUNCATED")
 
