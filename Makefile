@@ -20,7 +20,7 @@ EXTRAS := strip,dino,dev,docs
 DEMO   ?= work/demo
 ARGS   ?=
 # Tests on Ray beside all others; LANES= runs them one after the other, as `pytest` does.
-LANES  ?= -n 2 --dist loadgroup --no-loadscope-reorder
+LANES  ?= -n 2 --dist loadscope --no-loadscope-reorder
 
 CHROMIUM := 153.0.0
 BROWSER  := .browser/chromium

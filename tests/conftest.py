@@ -14,8 +14,9 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import nibabel as nib
 import numpy as np
@@ -259,17 +260,31 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write("".join(f"{text}\n" for text in texts))
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """For `--dist loadgroup`: files with tests on Ray one after the other, beside all others.
+@cache
+def starts_ray(file: str) -> bool:
+    """Whether a file, named as node ids do, has tests on Ray."""
+    return "mark.ray" in (Path(__file__).parents[1] / file).read_text()
 
-    Two Rays at once would share two cores, and what lasts longest begins first.
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What lasts longest begins first."""
+    items.sort(key=lambda item: not starts_ray(item.nodeid.partition("::")[0]))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Under `--dist loadscope` files with tests on Ray one after the other, beside all others.
+
+    Two Rays at once would share two cores.
     """
-    on_ray = {item.path for item in items if item.get_closest_marker("ray")}
-    for item in items:
-        group = "ray" if item.path in on_ray else item.path.stem
-        item.add_marker(pytest.mark.xdist_group(group))
-    items.sort(key=lambda item: item.path not in on_ray)
+    from xdist.scheduler import LoadScopeScheduling
+
+    class OneRay(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "ray" if starts_ray(file) else file
+
+    return OneRay(config, log) if config.getvalue("dist") == "loadscope" else None
 
 
 def _chromium() -> str | None:

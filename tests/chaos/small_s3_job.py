@@ -17,7 +17,7 @@ from pipelines.catalog import Catalog
 from pipelines.derivative import stems
 from pipelines.harmonize import Job, harmonize_scan
 from pipelines.lake import Lake
-from pipelines.manifest import index_sources, latest_by_uri
+from pipelines.manifest import index_sources
 from pipelines.plan import TRANSIENT_CODES, plan
 from ray_jobs.commit import Committer
 from sgcd_core.config import load_config
@@ -79,7 +79,7 @@ def run(lake_uri: str, source: str) -> list[dict[str, Any]]:
     torch.set_num_threads(1)
     lake = Lake.open(lake_uri, create=True)
     catalog = Catalog(lake)
-    known = latest_by_uri(catalog.rows("scans").to_pylist())
+    known = catalog.rows("scans").to_pylist()
     found = index_sources([source], sequences=("T1w",), known=known, config=CONFIG.prepare)
     catalog.append("scans", found.rows)
     where = lake.model(MODEL, VERSION)
