@@ -14,6 +14,7 @@ import yaml
 
 from pipelines.catalog import Catalog
 from pipelines.lake import Lake
+from pipelines.manifest import replaced_scans
 from sgcd_core.config import SgcdConfig, parse_config
 from sgcd_core.errors import InputError, ModelError
 from sgcd_core.io.store import Store, join
@@ -58,7 +59,7 @@ def software_versions() -> dict[str, str]:
 
 
 #: What is cited of the results.
-_COLUMNS = ("dataset", "subject", "site", "sequence", "status", "code", "code_version",
+_COLUMNS = ("scan_id", "dataset", "subject", "site", "sequence", "status", "code", "code_version",
             "config_digest", "lesion_ml", "uncertainty_uri", "output_uri")  # fmt: skip
 
 
@@ -74,6 +75,8 @@ def citation(lake: Lake, model: str, model_version: int) -> str:
     meta, config = _model(lake, model, model_version)
     chosen = {"model": model, "model_version": model_version}
     results = catalog.rows("results", where=chosen, columns=_COLUMNS)
+    replaced = pc.field("scan_id").isin(replaced_scans(catalog))
+    results = results.filter(~replaced | pc.field("output_uri").is_valid())
     done = results.filter(pc.field("output_uri").is_valid())
     if not done.num_rows:
         raise ModelError(

@@ -10,13 +10,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipelines.bids_links import Links
+from pipelines.catalog import Catalog
+from pipelines.ledger import model_key
 from pipelines.schemas import RESULTS
-from sgcd_core.io.store import join
+from sgcd_core.io.store import join, sha256_hex
 
 #: Label of the model grid in file names (BIDS entity `space`).
 SPACE = "MNI152rigid"
+#: Entity of harmonized volumes.
+HARMONIZED = "desc-harmonized"
 #: What that space is laid on.
 TEMPLATE = "http://www.bic.mni.mcgill.ca/ServicesAtlases/ICBM152NLin2009"
 #: Columns of a result that its sidecar repeats, each under its name in CamelCase.
@@ -46,17 +51,17 @@ class Names:
     @property
     def native(self) -> str:
         """Harmonized volume on the scan's own grid."""
-        return self._named("desc-harmonized", ".nii.gz")
+        return self._named(HARMONIZED, ".nii.gz")
 
     @property
     def sidecar(self) -> str:
         """JSON beside it."""
-        return self._named("desc-harmonized", ".json")
+        return self._named(HARMONIZED, ".json")
 
     @property
     def model_grid(self) -> str:
         """Harmonized volume on the model grid."""
-        return self._named(f"space-{SPACE}_desc-harmonized", ".nii.gz")
+        return self._named(f"space-{SPACE}_{HARMONIZED}", ".nii.gz")
 
     @property
     def uncertainty(self) -> str:
@@ -72,44 +77,94 @@ class Names:
 _ENTITY = re.compile(r"_(?P<key>task|acq|ce|rec|dir|run|echo|part|chunk)-(?P<value>[A-Za-z0-9]+)")
 
 
-def stems(scans: pa.Table) -> pa.Table:
+def output_names(catalog: Catalog, scans: pa.Table, model: str, version: int) -> pa.Table:
+    """Output name of every scan of the lake in one model version's derivative, see `stems`.
+
+    Args:
+        catalog: The lake's tables.
+        scans: All rows of `scans`, so that a name depends on no request.
+        model: Name in the registry.
+        version: Version in the registry.
+    """
+    first = catalog.history("scans", columns=("scan_id", "indexed_at"))
+    first = first.group_by("scan_id").aggregate([("indexed_at", "min")])
+    at = first["indexed_at_min"].take(
+        pc.index_in(scans["scan_id"], first["scan_id"].combine_chunks())
+    )
+    place = scans.column_names.index("indexed_at")
+    written = catalog.history(
+        "results", where={"model": model, "model_version": version},
+        columns=("scan_id", "output_uri"),
+    ).filter(pc.field("output_uri").is_valid())  # fmt: skip
+    folder = f"/{model_key(model, version)}/"
+    given = {
+        row["scan_id"]: str(row["output_uri"]).rpartition(folder)[2]
+        .removesuffix(".nii.gz").replace(f"_{HARMONIZED}_", "_")
+        for row in written.to_pylist()
+    }  # fmt: skip
+    return stems(scans.set_column(place, "indexed_at", at), given)
+
+
+def stems(scans: pa.Table, given: Mapping[str, str] | None = None) -> pa.Table:
     """Output name of every scan: its own BIDS entities, made unique where two would collide.
 
     Args:
-        scans: All rows of `scans` of the lake, so that a name depends on no request.
+        scans: All rows of `scans` of the lake, `indexed_at` being when each was first indexed.
+        given: Names of outputs that are there, by scan_id: they stay, whoever comes later.
 
     Returns:
-        `scan_id` and `stem`: folder, entities and suffix. Two scans of one name (two data sets
-        with a subject 01) are told apart by `acq-` and the beginning of the scan_id.
+        `scan_id` and `stem`: folder, entities and suffix. Of several scans of one name (two data
+        sets with a subject 01) the one that can be used and was indexed first has it; the others
+        have `acq-` and the beginning of the scan_id besides.
     """
     columns = ["scan_id", "indexed_at", "uri", "subject", "session", "sequence"]
-    in_order = scans.select(columns).sort_by(
-        [("indexed_at", "ascending"), ("scan_id", "ascending")]
-    )
+    failed = pc.not_equal(scans["status"], "ok")
+    in_order = scans.select(columns).append_column("failed", failed).sort_by(
+        [("failed", "ascending"), ("indexed_at", "ascending"), ("scan_id", "ascending")]
+    )  # fmt: skip
+    known = given or {}
     ids, names = [], []
-    taken: set[str] = set()
+    taken = set(known.values())
     for batch in in_order.to_batches(max_chunksize=10_000):
         for scan in batch.to_pylist():
             entities = _ENTITY.findall(str(scan["uri"]).rpartition("/")[2])
-            stem = _stem(scan, entities)
-            if stem in taken:
-                short = scan["scan_id"][:8]
-                rest = [(k, v) for k, v in entities if k != "acq"]
-                acq = "".join(v for k, v in entities if k == "acq")
-                stem = _stem(scan, [("acq", acq + short), *rest])
-            taken.add(stem)
+            stem = known.get(scan["scan_id"])
+            if stem is None:
+                stem = _stem(scan, entities)
+                if stem in taken:
+                    short = scan["scan_id"][:8]
+                    rest = [(k, v) for k, v in entities if k != "acq"]
+                    acq = "".join(v for k, v in entities if k == "acq")
+                    stem = _stem(scan, [("acq", acq + short), *rest])
+                taken.add(stem)
             ids.append(scan["scan_id"])
             names.append(stem)
     return pa.table({"scan_id": pa.array(ids, pa.string()), "stem": pa.array(names, pa.string())})
 
 
 def _stem(scan: Mapping[str, Any], entities: Sequence[tuple[str, str]]) -> str:
-    # A manifest may name no subject; the scan then stands for itself.
-    folder = [f"sub-{scan['subject'] or scan['scan_id'][:12]}"]
+    folder = [participant(scan)]
     if scan["session"]:
-        folder.append(f"ses-{scan['session']}")
+        folder.append(f"ses-{bids_label(scan['session'])}")
     name = "_".join([*folder, *(f"{k}-{v}" for k, v in entities), scan["sequence"] or "MRI"])
     return "/".join([*folder, "anat", name])
+
+
+def participant(scan: Mapping[str, Any]) -> str:
+    """`sub-01`: who a scan is of, in a derivative.
+
+    A manifest may name no subject; the scan then stands for itself.
+    """
+    return f"sub-{bids_label(scan['subject'] or scan['scan_id'][:12])}"
+
+
+def bids_label(word: str) -> str:
+    """`word` where it is a BIDS label, letters and digits; else those of it, and a digest of all.
+
+    A manifest's subjects may be called `MR_001`; with the digest `MR_001` and `MR001` are two.
+    """
+    label = re.sub(r"[^A-Za-z0-9+]", "", word)
+    return label if label == word else label + sha256_hex(word.encode())[:6]
 
 
 def json_beside(image: str) -> str:

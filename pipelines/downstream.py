@@ -23,6 +23,7 @@ from pipelines.evaluate import MethodImages, digest_of, usable_results
 from pipelines.features import features_of, load_features
 from pipelines.lake import Lake
 from pipelines.prepare import load_prepared
+from pipelines.verdict import person
 from sgcd_core.config import SgcdConfig
 from sgcd_core.errors import ConfigError, SgcdError
 
@@ -171,7 +172,7 @@ def evaluate_downstream(
                 skipped[scan["scan_id"]] = error.code
                 continue
             sample = samples.setdefault(scan["sequence"], Sample())
-            sample.subjects.append(f"{scan['dataset']}/{scan['subject'] or scan['scan_id']}")
+            sample.subjects.append(person(scan))
             sample.sites.append(scan["site"])
             sample.ages.append(float("nan") if scan["age"] is None else float(scan["age"]))
             for method, image in found.items():
@@ -188,7 +189,7 @@ def evaluate_downstream(
     base = {"model": model, "model_version": version, "target": target}
     rows = [base | row for row in _site_rows(lines, network.name)]
     names = [*images.names, *([COMBAT] if combat else [])]
-    digest = digest_of([recipe, features, network.name, *names], scans, results)
+    digest = digest_of([recipe, features, network.name, *names], scans, results, skipped)
     written = catalog.append("site_metrics", rows, txn=f"evaluate-down/{model}/{version}/{digest}")
     return DownstreamSummary(network.name, lines, notes, rows, skipped, written)
 

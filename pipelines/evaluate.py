@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from pipelines.baselines import Baseline, make_baseline
 from pipelines.catalog import Catalog
 from pipelines.lake import Lake
+from pipelines.manifest import replaced_scans
 from pipelines.prepare import PreparedFiles, load_prepared
 from pipelines.truth import load_truth
-from pipelines.verdict import Summary, estimate, summarize
+from pipelines.verdict import Summary, estimate, person, summarize
 from sgcd_core.config import SgcdConfig
 from sgcd_core.errors import ModelError, SgcdError
 from sgcd_core.io.nifti import read_nifti
@@ -115,12 +117,14 @@ def evaluate(
 def usable_results(catalog: Catalog, model: str, version: int) -> list[Row]:
     """Latest rows of `results` that have an output (ok and flagged), ordered by scan_id.
 
+    Those of scans whose file was replaced since are left out: another scan stands for it.
+
     Raises:
         ModelError: MODEL-MISSING when this version harmonized nothing.
     """
     rows: list[Row] = catalog.rows(
         "results", where={"model": model, "model_version": version}
-    ).to_pylist()
+    ).filter(~pc.field("scan_id").isin(replaced_scans(catalog))).to_pylist()  # fmt: skip
     found = [r for r in rows if r["status"] in ("ok", "flagged") and r["model_grid_uri"]]
     if not found:
         raise ModelError(
@@ -164,9 +168,12 @@ def load_output(result: Row, shape: tuple[int, ...]) -> NDArray[np.float32]:
     return np.clip(np.nan_to_num(data), 0, 1)
 
 
-def digest_of(settings: Iterable[str], scans: Sequence[Row], results: Sequence[Row]) -> str:
-    """Identity of an evaluation: how it is computed and what went in."""
-    parts = list(settings)
+def digest_of(
+    settings: Iterable[str], scans: Sequence[Row], results: Sequence[Row],
+    skipped: Mapping[str, str],
+) -> str:  # fmt: skip
+    """Identity of an evaluation: how it is computed, what went in and what could not."""
+    parts = [*settings, *(f"{scan_id}:{code}" for scan_id, code in sorted(skipped.items()))]
     parts += [f"{r['scan_id']}:{r['output_sha256']}:{r['finished_at']}" for r in results]
     parts += sorted(f"{s['scan_id']}:{s['site']}:{s['split']}" for s in scans)
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
@@ -262,7 +269,7 @@ class _Job:
     def digest(self) -> str:
         """Identity of this evaluation: what went in and how it is computed."""
         parts = [self.recipe, *self.methods.names, *sorted(self.training_sites or ("?",))]
-        return digest_of(parts, self.scans, self.results)
+        return digest_of(parts, self.scans, self.results, self.skipped)
 
     def score(self, result: Row) -> None:
         """Histograms of one scan, and its distances to the truth if there is one."""
@@ -281,7 +288,7 @@ class _Job:
             log.warning("evaluate=skipped scan=%s code=%s", scan["scan_id"], error.code)
             self.skipped[scan["scan_id"]] = error.code
             return
-        subject = scan["subject"] or scan["scan_id"]
+        subject = person(scan)
         for method, image in images.items():
             place = self._histograms.setdefault((scan["site"], scan["sequence"], method), {})
             place.setdefault(subject, []).append(masked_histogram(image, prepared.mask))
@@ -296,8 +303,9 @@ class _Job:
             for metric, value in measure_all(image, goal, mask).items():
                 self.metrics.append(
                     {
-                        "scan_id": scan["scan_id"], "subject": scan["subject"],
-                        "site": scan["site"], "sequence": scan["sequence"],
+                        "scan_id": scan["scan_id"], "dataset": scan["dataset"],
+                        "subject": scan["subject"], "site": scan["site"],
+                        "sequence": scan["sequence"],
                         "method": method, "metric": metric, "value": value,
                         "unit": MEASURES[metric].unit, "region": "brain",
                         "reference": truth["scan_id"], "seen": self.seen(scan["site"]),
@@ -339,7 +347,7 @@ class _Job:
                 {
                     "site": site, "sequence": sequence, "method": method, "metric": metric,
                     "before": before.mean, "after": after.mean, "low": after.low,
-                    "high": after.high, "n": len({r["subject"] for r in rows}),
+                    "high": after.high, "n": len({person(r) for r in rows}),
                     "seen": self.seen(site),
                 }
             )  # fmt: skip

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipelines.catalog import Catalog
+from pipelines.lesions import dataset_root
 from pipelines.scan_list import Listed, absolute, list_source
 from sgcd_core.config import PrepareConfig
 from sgcd_core.errors import SgcdError
@@ -15,6 +20,8 @@ from sgcd_core.io.store import Store, sha256_hex
 from sgcd_core.volume.checks import examine
 
 WORKERS = 4
+#: Code of a scan whose file holds other bytes now: no scan of the lake's any more.
+REPLACED = "SCAN-REPLACED"
 
 
 @dataclass
@@ -37,8 +44,14 @@ class IndexResult:
         return sum(row["status"] == "failed" for row in self.rows)
 
 
+def replaced_scans(catalog: Catalog) -> pa.Array:
+    """scan_id of the scans whose file holds other bytes now."""
+    scans = catalog.rows("scans", columns=("scan_id", "code"))
+    return scans.filter(pc.field("code") == REPLACED)["scan_id"].combine_chunks()
+
+
 def latest_by_uri(rows: Iterable[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
-    """Rows of `scans` by address, for `index_sources(known=…)`; of several a usable one."""
+    """Rows of `scans` by address; of several a usable one."""
     by_uri: dict[str, Mapping[str, Any]] = {}
     for row in rows:
         if row["uri"] not in by_uri or row["status"] == "ok":
@@ -52,7 +65,7 @@ def index_sources(
     site_from: str = "auto",
     sequences: Sequence[str] = ("T1w", "T2w"),
     store: Store | None = None,
-    known: Mapping[str, Mapping[str, Any]] | None = None,
+    known: Sequence[Mapping[str, Any]] = (),
     config: PrepareConfig | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> IndexResult:
@@ -60,21 +73,22 @@ def index_sources(
 
     A scan whose address and etag are in `known` with status ok is not read again; its row comes
     again only when the facts about it (site, age, …) changed. When a known file's content changed
-    or the file went away, the old scan_id comes with status failed, so that nothing reads it.
+    (SCAN-REPLACED) or the file went away (SCAN-MISSING), the old scan_id comes with status failed,
+    so that nothing reads it.
 
     Args:
         sources: BIDS trees, prefixes or CSV manifests; local, file:// or s3://.
         site_from: Where the site is said; see `scan_list.list_source`.
         sequences: BIDS suffixes that are wanted.
         store: Where to read.
-        known: The catalog's rows by address; see `latest_by_uri`.
+        known: The catalog's rows.
         config: Its limits on voxel size and field of view are applied.
         progress: Called with (done, all) after each scan.
 
     Raises:
         UsageError, InputError, StorageError: A source as a whole cannot be used.
     """
-    store, config, known = store or Store(), config or PrepareConfig(), known or {}
+    store, config, by_uri = store or Store(), config or PrepareConfig(), latest_by_uri(known)
     result = IndexResult()
     listed: dict[str, Listed] = {}
     for source in sources:
@@ -83,8 +97,12 @@ def index_sources(
         for one in found:
             listed.setdefault(one.object.uri, one)
 
+    names = dataset_names({one.root for one in listed.values() if one.root}, known)
+
     def read(one: Listed) -> dict[str, Any]:
-        return _row(one, known.get(one.object.uri), store, config, sequences)
+        if one.root:
+            one = replace(one, facts={**one.facts, "dataset": names[one.root]})
+        return _row(one, by_uri.get(one.object.uri), store, config, sequences)
 
     rows: list[dict[str, Any]] = []
     with ThreadPoolExecutor(WORKERS) as pool:
@@ -92,9 +110,9 @@ def index_sources(
             rows.append(row)
             if progress is not None:
                 progress(len(rows), len(listed))
-    _mark_duplicates(rows, known, listed, store)
+    _mark_duplicates(rows, by_uri, listed, store)
     for row in rows:
-        old = known.get(row["uri"])
+        old = by_uri.get(row["uri"])
         if old is not None and all(old.get(name) == row[name] for name in row):
             result.unchanged.append(row["uri"])
         else:
@@ -104,6 +122,30 @@ def index_sources(
     result.rows += _gone(rows, known, folders, store)
     result.rows = [row | {"indexed_at": now} for row in result.rows]
     return result
+
+
+def dataset_names(roots: Collection[str], known: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    """A name for every data set, by root: its folder's; with a digest where another has that.
+
+    Subjects of two data sets are other people though both be called 01, so no two share a name.
+
+    Args:
+        roots: Addresses of the data sets.
+        known: The catalog's rows: who was indexed first under a name keeps it.
+    """
+    first: dict[str, tuple[Any, str]] = {}
+    for row in known:
+        root = dataset_root(row)
+        if root is not None and row["dataset"] == root.rpartition("/")[2]:
+            at = (row["indexed_at"], root)
+            first[row["dataset"]] = min(first.get(row["dataset"], at), at)
+    owner = {name: root for name, (_, root) in first.items()}
+    names = {}
+    for root in sorted(roots):
+        name = root.rstrip("/").rpartition("/")[2]
+        mine = owner.setdefault(name, root) == root
+        names[root] = name if mine else f"{name}-{sha256_hex(root.encode())[:8]}"
+    return names
 
 
 def _row(
@@ -205,7 +247,7 @@ def _exists(uri: str, store: Store) -> bool:
 
 def _gone(
     rows: Sequence[Mapping[str, Any]],
-    known: Mapping[str, Mapping[str, Any]],
+    known: Sequence[Mapping[str, Any]],
     folders: Sequence[str],
     store: Store,
 ) -> list[dict[str, Any]]:
@@ -213,14 +255,22 @@ def _gone(
     ids = {row["scan_id"] for row in rows}
     states = {row["uri"]: str(row["code"]) for row in rows}
     gone = []
-    for uri, old in known.items():
-        if old["status"] != "ok" or old["scan_id"] in ids:
+    for old in known:
+        uri, code = old["uri"], old["code"]
+        if old["scan_id"] in ids or code == REPLACED:
             continue
         if uri in states:
-            lost = not states[uri].startswith("STORE-")  # out of reach is not gone
+            if states[uri].startswith("STORE-"):  # out of reach is not gone
+                continue
+            code, message = REPLACED, "the file was repaired or replaced."
+        elif (
+            code == "SCAN-MISSING"
+            or not any(uri.startswith(f) for f in folders)
+            or _exists(uri, store)
+        ):
+            continue
         else:
-            lost = any(uri.startswith(f) for f in folders) and not _exists(uri, store)
-        if lost:
-            columns = {name: value for name, value in old.items() if name != "recorded_at"}
-            gone.append(_failed(columns, "SCAN-MISSING", "the file is gone or was replaced."))
+            code, message = "SCAN-MISSING", "the file is gone."
+        columns = {name: value for name, value in old.items() if name != "recorded_at"}
+        gone.append(_failed(columns, code, message))
     return gone

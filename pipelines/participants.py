@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from pipelines.derivative import bids_label, participant
 from pipelines.lesions import dataset_root
 from sgcd_core.errors import InputError
 from sgcd_core.io.bids_tables import SITE_COLUMNS, read_table
@@ -42,7 +43,7 @@ def participants_tables(
     roots: dict[str | None, set[str]] = {}
     known: dict[str, dict[tuple[str | None, str | None], None]] = {}  # in the order they came
     for scan in scans:
-        label = f"sub-{scan['subject'] or scan['scan_id'][:12]}"
+        label = participant(scan)
         people.setdefault(label, [])
         roots.setdefault(dataset_root(scan), set()).add(label)
         age = None if scan["age"] is None else f"{scan['age']:g}"
@@ -50,7 +51,7 @@ def participants_tables(
     for root in sorted(name for name in roots if name is not None):
         rows = _rows(store, root)
         for row in rows:
-            label = f"sub-{row.get(_ID, '').removeprefix('sub-')}"
+            label = f"sub-{bids_label(row.get(_ID, '').removeprefix('sub-'))}"
             if label in roots[root]:
                 people[label].append({k: v for k, v in row.items() if k and k != "session_id"})
         described = _columns(store, root) | described if rows else described

@@ -34,10 +34,12 @@ class Listed:
     Attributes:
         object: Address, size and etag; the etag is empty when it is unknown yet.
         facts: Columns of the `scans` table that the source gives.
+        root: Data set it lies in, whose folder's name is `dataset`; empty for a manifest's.
     """
 
     object: ObjectInfo
     facts: Mapping[str, Any]
+    root: str = ""
 
 
 def absolute(source: str) -> str:
@@ -112,9 +114,10 @@ def _field_strength(sidecar: Mapping[str, Any]) -> float | None:
 
 def _from_tree(tree: BidsTree, site_from: str, store: Store) -> tuple[list[Listed], list[str]]:
     sidecars = Sidecars(tree, store)
-    people = {root: People(root, tree.tables, store) for root in {s.root for s in tree.scans}}
+    roots = {scan.root for scan in tree.scans}
+    people = {root: People(root, tree.tables, store, tree.listed) for root in roots}
     listed = [
-        Listed(scan.object, _facts(scan, people[scan.root], sidecars, site_from))
+        Listed(scan.object, _facts(scan, people[scan.root], sidecars, site_from), scan.root)
         for scan in tree.scans
     ]
     notes = [*tree.notes, *sidecars.notes]

@@ -83,6 +83,7 @@ class Table:
 
 
 _SCAN_ID = Column("scan_id", STRING, "first 32 hex digits of the file's SHA-256", required=True)
+_DATASET = Column("dataset", STRING, "name of the data set the scan was indexed from")
 _SUBJECT = Column("subject", STRING, "BIDS subject label, without sub-")
 _SITE = Column("site", STRING, "where the scan was taken")
 _SEQUENCE = Column("sequence", STRING, "BIDS suffix: T1w, T2w, …")
@@ -108,7 +109,7 @@ SCANS = Table(
     partition_by=(),
     columns=(
         _SCAN_ID,
-        Column("dataset", STRING, "name of the data set the scan was indexed from"),
+        _DATASET,
         _SUBJECT,
         Column("session", STRING, "BIDS session label, without ses-"),
         _SITE,
@@ -140,7 +141,7 @@ RESULTS = Table(
     partition_by=("target", "site", "sequence"),
     columns=(
         _SCAN_ID,
-        Column("dataset", STRING, "name of the data set the scan was indexed from"),
+        _DATASET,
         _SUBJECT,
         Column("session", STRING, "BIDS session label, without ses-"),
         _SITE,
@@ -183,7 +184,7 @@ METRICS = Table(
     ),
     partition_by=("target", "site", "sequence"),
     columns=(
-        _SCAN_ID, _SUBJECT, _SITE, _SEQUENCE, _MODEL, _VERSION, _TARGET, _METHOD, _METRIC,
+        _SCAN_ID, _DATASET, _SUBJECT, _SITE, _SEQUENCE, _MODEL, _VERSION, _TARGET, _METHOD, _METRIC,
         Column("value", FLOAT, "the number"),
         Column("unit", STRING, "unit of the number: 1, dB, intensity range"),
         Column("region", STRING, "voxels it is taken over: brain, grey matter, white matter"),

@@ -14,6 +14,7 @@ import numpy as np
 from pipelines.catalog import Catalog
 from pipelines.lake import Lake
 from pipelines.prepare import load_prepared
+from pipelines.verdict import person
 from sgcd_core.errors import InputError
 from sgcd_core.metrics import intensity_quantiles
 
@@ -48,7 +49,7 @@ def suggest_target(catalog: Catalog, lake: Lake, recipe: str) -> list[dict[str, 
             continue
         key = (scan["site"], scan["sequence"])
         quantiles.setdefault(key, []).append(intensity_quantiles(prepared.image, prepared.mask))
-        subjects.setdefault(key, set()).add(scan["subject"] or scan["scan_id"])
+        subjects.setdefault(key, set()).add(person(scan))
     if not quantiles:
         raise InputError(
             "no training scan is prepared.", code="LAKE-EMPTY", where=lake.uri,

@@ -33,7 +33,7 @@ from pipelines.segment import (
     tissues_of_truth,
 )
 from pipelines.truth import load_truth
-from pipelines.verdict import Estimate, estimate
+from pipelines.verdict import Estimate, estimate, person
 from sgcd_core.config import SgcdConfig
 from sgcd_core.errors import InputError, SgcdError
 from sgcd_core.io.nifti import read_nifti
@@ -146,7 +146,7 @@ def evaluate_tissue(
     lines = tissue_lines(job.metrics, config.seed)
     sites = [base | row for row in _site_rows(lines, job.segmenter.name)]
     settings = [job.recipe, segmenter, *job.methods.names, *sorted(job.training_sites or ("?",))]
-    digest = digest_of(settings, job.scans, results)
+    digest = digest_of(settings, job.scans, results, job.skipped)
     txn = f"evaluate-tissue/{model}/{version}/{digest}"
     # The segmenter is part of the measure: two segmenters' figures are not one series.
     rows = [base | r | {"metric": f"{r['metric']}.{job.segmenter.name}"} for r in job.metrics]
@@ -264,8 +264,9 @@ class _Job:
         for region, measure, value in values:
             self.metrics.append(
                 {
-                    "scan_id": scan["scan_id"], "subject": scan["subject"], "site": site,
-                    "sequence": scan["sequence"], "method": method, "metric": measure,
+                    "scan_id": scan["scan_id"], "dataset": scan["dataset"],
+                    "subject": scan["subject"], "site": site, "sequence": scan["sequence"],
+                    "method": method, "metric": measure,
                     "value": value, "unit": "1", "region": region, "reference": reference,
                     "seen": seen,
                 }
@@ -322,7 +323,7 @@ def tissue_lines(rows: Sequence[Row], seed: int = 0) -> list[TissueLine]:
         lines.append(
             TissueLine(
                 site, sequence, longest[0]["seen"], region, measure, against,
-                n=len({r["subject"] for r in longest}),
+                n=len({person(r) for r in longest}),
                 by_method={m: estimate(found, seed) for m, found in methods.items()},
             )
         )  # fmt: skip

@@ -125,17 +125,22 @@ def _lines(rows: Sequence[Mapping[str, Any]], per_site: bool, seed: int) -> list
         lines.append(
             Line(
                 site, sequence, seen, order[metric],
-                n=len({r["subject"] for r in longest}), scans=len(longest),
+                n=len({person(r) for r in longest}), scans=len(longest),
                 by_method={m: estimate(found, seed) for m, found in sorted(methods.items())},
             )
         )  # fmt: skip
     return lines
 
 
+def person(row: Mapping[str, Any]) -> str:
+    """Who a scan is of: a subject of one data set; a scan without a subject is one of its own."""
+    return f"{row.get('dataset') or ''}/{row['subject'] or row['scan_id']}"
+
+
 def estimate(rows: Sequence[Mapping[str, Any]], seed: int = 0) -> Estimate:
     """Mean over subjects (each with the mean of its scans) and its interval."""
     values = [float("nan") if r["value"] is None else float(r["value"]) for r in rows]
-    subjects = [r["subject"] for r in rows]
+    subjects = [person(r) for r in rows]
     finite: dict[Any, list[float]] = {}
     for value, subject in zip(values, subjects, strict=True):
         if math.isfinite(value):

@@ -173,7 +173,7 @@ def chosen(args: Any, scans: list[dict[str, Any]], bids: str, filters: Any) -> s
 
     mine = [scan for scan in scans if scan["uri"].startswith(bids.rstrip("/") + "/")]
     # Files that went away or were replaced are no part of the data set any more.
-    mine = [scan for scan in mine if scan["code"] != "SCAN-MISSING"]
+    mine = [scan for scan in mine if scan["code"] not in ("SCAN-MISSING", "SCAN-REPLACED")]
     for key, prefix, labels in (
         ("subject", "sub-", args.participants), ("session", "ses-", args.sessions),
     ):  # fmt: skip

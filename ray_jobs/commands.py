@@ -70,14 +70,16 @@ def index(args: Any) -> Outcome:
     # The lake is made only once the sources are known to hold something.
     lake = Lake(absolute(args.lake))
     exists = Store().exists(lake.marker)
-    known = latest_by_uri(Catalog(lake).rows("scans").to_pylist()) if exists else {}
+    known = Catalog(lake).rows("scans").to_pylist() if exists else []
     with Progress("index", None) as progress:
         found = index_sources(
             [source if "://" in source else absolute(source) for source in args.sources],
             site_from=args.site_from, sequences=args.sequences, known=known,
             progress=progress.reach,
         )  # fmt: skip
-    bad = [row for row in found.rows if row["status"] != "ok"]
+    # what a file held before it was repaired or replaced is no scan that cannot be used
+    now = {row["uri"] for row in found.rows if row["status"] == "ok"} | set(found.unchanged)
+    bad = [row for row in found.rows if row["status"] != "ok" and row["uri"] not in now]
     lines = [f"note: {note}" for note in found.notes] + [failure_line(row) for row in bad]
     sites = Counter(row["site"] or "-" for row in found.rows if row["status"] == "ok")
     text = f"{len(found.rows)} scans new or changed, {len(found.unchanged)} unchanged"
@@ -85,7 +87,8 @@ def index(args: Any) -> Outcome:
     if sites:
         text += f"; sites: {', '.join(f'{site} {n}' for site, n in sorted(sites.items()))}"
     usable = [row["site"] for row in found.rows if row["status"] == "ok"]
-    usable += [known[uri]["site"] for uri in found.unchanged if known[uri]["status"] == "ok"]
+    before = latest_by_uri(known)
+    usable += [before[uri]["site"] for uri in found.unchanged if before[uri]["status"] == "ok"]
     data = {
         "new": len(found.rows), "unchanged": len(found.unchanged), "sites": dict(sites),
         "source_sites": sorted(set(usable)),

@@ -18,6 +18,7 @@ from pipelines.catalog import Catalog
 from pipelines.harmonize import Job, Row, blank_row
 from pipelines.lake import Lake
 from pipelines.ledger import forget_attempts, model_key, taken_back
+from pipelines.manifest import REPLACED
 from pipelines.plan import FAILED_AT_INDEX, Plan, plan
 from ray_jobs.commit import Committer
 from ray_jobs.context import code_version, open_lake, quoted, tracked
@@ -165,14 +166,14 @@ def run(args: Any) -> Outcome:
 def _harmonize(args: Any, job: Job, made: Plan, commit: Committer, tally: Tally) -> None:
     """Send every planned scan through the cluster's workers."""
     from pipelines.dataset_files import write_description
-    from pipelines.derivative import stems
+    from pipelines.derivative import output_names
     from pipelines.progress import Progress
 
     lake = job.lake
     if args.force:  # also what was set aside
         for key in (job.key, preparing(job).key):
             forget_attempts(lake, key, set(made.todo["scan_id"].to_pylist()))
-    named = stems(made.scans)
+    named = output_names(Catalog(lake), made.scans, job.model, job.version)
     work = in_order(made.todo.select(WORK))
     mine = pc.index_in(work["scan_id"], named["scan_id"])
     work = work.append_column("stem", named["stem"].take(mine))
@@ -241,10 +242,14 @@ def describe(lake: Lake, model: str, version: int) -> None:
 
 
 def _refused_at_index(catalog: Catalog, job: Job, made: Plan) -> Iterator[Row]:
-    """Result rows of scans that the index found unusable and that have none yet."""
+    """Result rows of scans that the index found unusable and that have none yet.
+
+    A file that was repaired or replaced since has another scan, and that one a row.
+    """
     results = catalog.rows("results", where={"model": job.model, "model_version": job.version})
     refused = made.skipped.filter(
         (pc.field("reason") == FAILED_AT_INDEX)
+        & ~pc.fill_null(pc.field("code") == REPLACED, False)
         & ~pc.field("scan_id").isin(results["scan_id"].combine_chunks())
     )
     for batch in refused.to_batches(max_chunksize=10_000):

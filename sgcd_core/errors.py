@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 CODES: dict[str, str] = {
     # scans: what `sgcd check` and the results table say
     "SCAN-MISSING": "There is no object at this address.",
+    "SCAN-REPLACED": "The file at this address was repaired or replaced; its scan is another now.",
     "SCAN-CHANGED": "The object is not the one that was indexed.",
     "SCAN-UNREADABLE": "The object is not a NIfTI-1 or NIfTI-2 image.",
     "SCAN-TRUNCATED": "The image holds fewer voxels than its header says.",

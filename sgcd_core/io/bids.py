@@ -7,14 +7,15 @@ inheritance principle. Entities after `sub` and `ses` are kept as they come.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from sgcd_core.errors import InputError
-from sgcd_core.io.store import ObjectInfo, Store, join
+from sgcd_core.io.store import ObjectInfo, Store, is_below, join
 
 #: Folders of a data set that hold no raw scans.
 SKIPPED_FOLDERS = frozenset(("derivatives", "sourcedata", "code", "stimuli", "phenotype"))
@@ -94,12 +95,14 @@ class BidsTree:
         tables: participants.tsv and sessions.tsv files, by address.
         sidecars: JSON files with BIDS names, by folder.
         notes: Sentences about files that were left out.
+        listed: What was listed: a folder or one image.
     """
 
     scans: list[BidsScan] = field(default_factory=list)
     tables: set[str] = field(default_factory=set)
     sidecars: dict[str, list[tuple[str, BidsName]]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    listed: str = ""
 
 
 def _root_of(uri: str, name: BidsName, source: str) -> str | None:
@@ -133,8 +136,8 @@ def list_tree(
     Raises:
         StorageError: As for `Store.list`.
     """
-    tree, wanted, odd = BidsTree(), set(suffixes), 0
     base = source.rstrip("/")
+    tree, wanted, odd = BidsTree(listed=join(base)), set(suffixes), 0
     for item in store.list(source):
         relative = item.uri[len(join(base)) :].lstrip("/") or item.uri.rpartition("/")[2]
         if not everything and is_skipped(relative):
@@ -169,6 +172,19 @@ def _folders_up(folder: str, root: str) -> Iterator[str]:
             yield here
 
 
+def _possible(folder: str, scan: BidsScan) -> Iterator[tuple[str, BidsName]]:
+    """Names that sidecars of a scan have in a folder at its place or above."""
+    name, depth = scan.name, folder[len(scan.root) :].split("/")[1:]
+    subject = name.subject if len(depth) > 0 else None
+    session = name.session if len(depth) > 1 else None
+    head = [f"sub-{subject}"] * (subject is not None) + [f"ses-{session}"] * (session is not None)
+    for count in range(len(name.entities) + 1):
+        for entities in itertools.combinations(name.entities, count):
+            words = [*head, *(f"{key}-{label}" for key, label in entities), name.suffix]
+            found = BidsName(subject, session, entities, name.suffix, ".json")
+            yield f"{folder.rstrip('/')}/{'_'.join(words)}.json", found
+
+
 class Sidecars:
     """JSON sidecars of a tree, read once each, merged by inheritance (deeper files win)."""
 
@@ -176,6 +192,7 @@ class Sidecars:
         self._tree = tree
         self._store = store
         self._cache: dict[str, dict[str, Any]] = {}
+        self._exists: dict[str, bool] = {}
         self.notes: list[str] = []
 
     def of(self, scan: BidsScan) -> tuple[Mapping[str, Any], str | None]:
@@ -190,13 +207,24 @@ class Sidecars:
         for folder in _folders_up(scan.object.uri.rpartition("/")[0], scan.root):
             fitting = [
                 (len(name.all_entities), uri)
-                for uri, name in self._tree.sidecars.get(folder, ())
+                for uri, name in self._in(folder, scan)
                 if name.suffix == scan.name.suffix and name.all_entities <= own
             ]
             for _, uri in sorted(fitting):
                 merged |= self._read(uri)
                 deepest = uri
         return merged, deepest
+
+    def _in(self, folder: str, scan: BidsScan) -> Sequence[tuple[str, BidsName]]:
+        """JSON files of a folder; where it lies above what was listed, those a scan may have."""
+        if is_below(folder, self._tree.listed):
+            return self._tree.sidecars.get(folder, ())
+        return [found for found in _possible(folder, scan) if self._is_there(found[0])]
+
+    def _is_there(self, uri: str) -> bool:
+        if uri not in self._exists:
+            self._exists[uri] = self._store.exists(uri)
+        return self._exists[uri]
 
     def _read(self, uri: str) -> dict[str, Any]:
         if uri not in self._cache:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from sgcd_core.errors import InputError
-from sgcd_core.io.store import Store, join
+from sgcd_core.io.store import Store, is_below, join
 
 #: Columns that may hold the site, the first one present wins; upper and lower case are the same.
 SITE_COLUMNS = (
@@ -109,10 +109,19 @@ class People:
     """Looks up subjects in the tables of one data set; each file is read once.
 
     participants.tsv may hold one row a subject, or, with a column session_id, one a session.
+
+    Args:
+        root: Address of the data set.
+        tables: Addresses of its tables, as far as they were listed.
+        store: Where they lie.
+        listed: What was listed, a folder or one image; None for all of `root`.
     """
 
-    def __init__(self, root: str, tables: set[str], store: Store) -> None:
+    def __init__(
+        self, root: str, tables: set[str], store: Store, listed: str | None = None
+    ) -> None:
         self._root, self._tables, self._store = root, tables, store
+        self._listed = root if listed is None else listed
         self.notes: list[str] = []
         self._participants: dict[tuple[str, str | None], dict[str, str]] = {}
         uri = join(root, "participants.tsv")
@@ -136,7 +145,10 @@ class People:
         if subject not in self._sessions:
             name = f"sub-{subject}"
             uri = join(self._root, name, f"{name}_sessions.tsv")
-            rows = read_table(uri, self._store) if uri in self._tables else []
+            there = uri in self._tables
+            if not there and not is_below(uri, self._listed):
+                there = self._store.exists(uri)
+            rows = read_table(uri, self._store) if there else []
             self._sessions[subject] = {s: row for row in rows if (s := _session_of(row))}
         return self._sessions[subject]
 

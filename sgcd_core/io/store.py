@@ -84,6 +84,11 @@ def join(*parts: str) -> str:
     return scheme + root + "/".join(pieces)
 
 
+def is_below(address: str, folder: str) -> bool:
+    """Whether an address is `folder` or lies in it."""
+    return f"{address}/".startswith(f"{folder.rstrip('/')}/")
+
+
 class Store:
     """Reads, writes and lists objects; holds nothing, so it is free to build, pickle and fork.
 

@@ -17,6 +17,8 @@ from sgcd_core.io.nifti import NiftiScan, decode_nifti
 #: An image with fewer distinct values is a mask or a label map, not an MRI intensity.
 MIN_DISTINCT = 16
 _PIXDIM_TOLERANCE = 0.05
+#: Sides come from 32-bit headers: by so much of a limit they may miss it and still keep it.
+ROUNDING = 1e-6
 _SAMPLE = 200_000
 
 
@@ -43,7 +45,7 @@ def check_notes(scan: NiftiScan, config: PrepareConfig) -> list[Finding]:
 def check_voxel_sides(scan: NiftiScan, config: PrepareConfig) -> list[Finding]:
     """SCAN-COARSE when a voxel side is longer than `max_voxel_mm`."""
     longest = max(scan.voxel_mm)
-    if longest <= config.max_voxel_mm * (1 + 1e-6):
+    if longest <= config.max_voxel_mm * (1 + ROUNDING):
         return []
     return [
         Finding(
@@ -73,7 +75,7 @@ def check_pixdim(scan: NiftiScan, config: PrepareConfig) -> list[Finding]:
 def check_coverage(scan: NiftiScan, config: PrepareConfig) -> list[Finding]:
     """SCAN-COVERAGE when the field of view is shorter than `min_extent_mm` along an axis."""
     extent = min(n * side for n, side in zip(scan.shape, scan.voxel_mm, strict=True))
-    if extent >= config.min_extent_mm:
+    if extent >= config.min_extent_mm * (1 - ROUNDING):
         return []
     return [
         Finding(

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from sgcd_core.config import PrepareConfig
 from sgcd_core.errors import InputError
 from sgcd_core.io.nifti import NiftiScan, from_ras, to_ras
+from sgcd_core.volume.checks import check_coverage, check_voxel_sides
 from sgcd_core.volume.geometry import Geometry, rows
 from sgcd_core.volume.resample import bounding_box, resample_masked, shifted, voxel_sides
 
@@ -140,20 +141,8 @@ def _check_scan(scan: NiftiScan, config: PrepareConfig, sequence: str, where: st
             f"the sequence is {sequence!r}, expected {' or '.join(SEQUENCES)}.",
             code="SCAN-SEQUENCE", where=where,
         )  # fmt: skip
-    sides = voxel_sides(scan.affine)
-    if sides.max() > config.max_voxel_mm:
-        raise InputError(
-            f"a voxel side is {sides.max():.1f} mm, the limit is {config.max_voxel_mm:g} mm.",
-            code="SCAN-COARSE", where=where,
-            hint="Use a 3D acquisition, or raise prepare.max_voxel_mm.",
-        )  # fmt: skip
-    extent = sides * np.array(scan.shape)
-    if extent.min() < config.min_extent_mm:
-        raise InputError(
-            f"the field of view is {extent.min():.0f} mm along one side, "
-            f"at least {config.min_extent_mm:g} mm are needed.",
-            code="SCAN-COVERAGE", where=where,
-        )  # fmt: skip
+    for finding in (*check_voxel_sides(scan, config), *check_coverage(scan, config)):
+        raise InputError(finding.message, code=finding.code, where=where)
     if float(scan.data.max()) == float(scan.data.min()):
         raise InputError("every voxel has the same value.", code="SCAN-EMPTY", where=where)
 

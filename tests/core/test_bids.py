@@ -79,6 +79,28 @@ def test_a_folder_inside_a_data_set_still_knows_its_root(tmp_path: Path) -> None
     assert People(tree.scans[0].root, tree.tables, Store()).of("1", None).site == "A"
 
 
+@pytest.mark.parametrize(
+    "source", ["", "sub-1", "sub-1/ses-2", "sub-1/ses-2/anat/sub-1_ses-2_run-1_T1w.nii.gz"]
+)
+def test_whatever_part_is_listed_the_same_is_known_of_a_scan(tmp_path: Path, source: str) -> None:
+    image = "sub-1/ses-2/anat/sub-1_ses-2_run-1_T1w"
+    put(tmp_path, {
+        f"{image}.nii.gz": "", f"{image}.json": '{"Own": 1}', "T1w.json": '{"Top": 1, "Own": 0}',
+        "sub-1/sub-1_run-1_T1w.json": '{"Subject": 1}',
+        "sub-1/sub-1_run-2_T1w.json": '{"Other": 1}',
+        "sub-1/ses-2/sub-1_ses-2_T1w.json": '{"Session": 1}',
+        "participants.tsv": "participant_id\tsite\tage\nsub-1\thome\t30\n",
+        "sub-1/sub-1_sessions.tsv": "session_id\tsite\tage\nses-2\tfaraway\t34\n",
+    })  # fmt: skip
+    tree = tree_of(tmp_path / source)
+    (scan,) = tree.scans
+    person = People(scan.root, tree.tables, Store(), tree.listed).of("1", "2")
+    assert (person.site, person.session_site, person.age) == ("home", "faraway", 34)
+    fields, deepest = Sidecars(tree, Store()).of(scan)
+    assert fields == {"Top": 1, "Subject": 1, "Session": 1, "Own": 1}
+    assert deepest == str(tmp_path / f"{image}.json")
+
+
 def test_a_flat_prefix_of_bids_names_is_read(tmp_path: Path) -> None:
     put(tmp_path, {"sub-1_T1w.nii.gz": "", "sub-2_T1w.nii.gz": ""})
     assert names(tmp_path) == ["sub-1_T1w.nii.gz", "sub-2_T1w.nii.gz"]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pipelines.lake import Lake
-from pipelines.manifest import IndexResult, index_sources, latest_by_uri
+from pipelines.manifest import IndexResult, index_sources
 from sgcd_core.errors import InputError, StorageError, UsageError
 from sgcd_core.io.store import Store
 
@@ -51,10 +51,9 @@ def by_subject(result: IndexResult) -> dict[str, dict[str, Any]]:
     return {row["subject"]: row for row in result.rows}
 
 
-def remembered(*results: IndexResult) -> dict[str, Any]:
+def remembered(*results: IndexResult) -> list[dict[str, Any]]:
     """What the catalog holds after appending these results: the latest row of each scan_id."""
-    latest = {row["scan_id"]: row for result in results for row in result.rows}
-    return latest_by_uri(latest.values())
+    return list({row["scan_id"]: row for result in results for row in result.rows}.values())
 
 
 def test_each_scan_has_one_row_whatever_its_state(tree: Path) -> None:
@@ -78,7 +77,7 @@ def test_rows_fit_the_catalog(tree: Path, tmp_lake: Lake) -> None:
     catalog.append("scans", first.rows)
     stored = catalog.rows("scans").to_pylist()
     assert len(stored) == 3
-    again = index_sources([str(tree)], known=latest_by_uri(stored))
+    again = index_sources([str(tree)], known=stored)
     assert again.rows == []
     assert len(again.unchanged) == 3
 
@@ -107,9 +106,22 @@ def test_a_replaced_and_a_removed_file_leave_no_usable_row_behind(
     (tree / NAME.format("3")).unlink()
     second = index_sources([str(tree)], known=remembered(first))
     states = {row["scan_id"]: (row["status"], row["code"]) for row in second.rows}
-    assert states[old["1"]["scan_id"]] == ("failed", "SCAN-MISSING")
+    assert states[old["1"]["scan_id"]] == ("failed", "SCAN-REPLACED")
     assert states[old["3"]["scan_id"]] == ("failed", "SCAN-MISSING")
     assert sum(state == ("ok", None) for state in states.values()) == 1
+
+
+def test_a_repaired_file_leaves_no_row_that_says_it_cannot_be_used(
+    tree: Path, make_scan: MakeScan
+) -> None:
+    first = index_sources([str(tree)])
+    (tree / NAME.format("2")).write_bytes(make_scan(1))
+    second = index_sources([str(tree)], known=remembered(first))
+    states = {row["scan_id"]: row["code"] for row in second.rows}
+    assert states[by_subject(first)["2"]["scan_id"]] == "SCAN-REPLACED"
+    assert sorted(map(str, states.values())) == ["None", "SCAN-REPLACED"]
+    third = index_sources([str(tree)], known=remembered(first, second))
+    assert third.rows == []
 
 
 def test_equal_bytes_under_two_names_are_two_rows(tree: Path) -> None:

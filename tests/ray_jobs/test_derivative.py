@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import json
+from datetime import UTC, datetime
 
 import pyarrow as pa
+import pytest
 
 from pipelines.bids_links import Links
-from pipelines.derivative import IN_SIDECAR, Names, sidecar_bytes, stems
+from pipelines.catalog import Catalog
+from pipelines.derivative import IN_SIDECAR, Names, bids_label, output_names, sidecar_bytes, stems
+from pipelines.lake import Lake
 from pipelines.schemas import STRING
+from sgcd_core.io.bids import parse_name
 
 
 def scan(scan_id: str, **more: str | None) -> dict[str, str | None]:
     base: dict[str, str | None] = {
         "scan_id": scan_id, "subject": "01", "session": None, "sequence": "T1w",
-        "indexed_at": "2026-01-01", "uri": "/d/sub-01/anat/sub-01_T1w.nii.gz",
+        "indexed_at": "2026-01-01", "status": "ok", "uri": "/d/sub-01/anat/sub-01_T1w.nii.gz",
     }  # fmt: skip
     return base | more
 
 
-def named(*scans: dict[str, str | None]) -> dict[str, str]:
+def named(*scans: dict[str, str | None], given: dict[str, str] | None = None) -> dict[str, str]:
     schema = pa.schema([(name, STRING) for name in scan("a")])
-    table = stems(pa.Table.from_pylist(list(scans), schema=schema))
+    table = stems(pa.Table.from_pylist(list(scans), schema=schema), given)
     return {row["scan_id"]: row["stem"] for row in table.to_pylist()}
 
 
@@ -40,6 +45,50 @@ def test_two_data_sets_with_the_same_subject_do_not_overwrite_each_other() -> No
     found = named(scan(second, uri="/e/sub-01/anat/sub-01_T1w.nii.gz"), scan(first))
     assert len(set(found.values())) == 2
     assert found[first] == "sub-01/anat/sub-01_T1w"
+
+
+def test_a_name_that_was_given_stays_and_others_go_to_scans_that_can_be_used() -> None:
+    old, new = scan("b" * 32, status="failed"), scan("a" * 32, indexed_at="2026-01-02")
+    plain = "sub-01/anat/sub-01_T1w"
+    assert named(old, new)["a" * 32] == plain
+    found = named(old, new, given={"b" * 32: plain})
+    assert found == {"b" * 32: plain, "a" * 32: "sub-01/anat/sub-01_acq-aaaaaaaa_T1w"}
+
+
+def test_outputs_keep_their_names_whatever_is_indexed_later(tmp_lake: Lake) -> None:
+    catalog, plain = Catalog(tmp_lake), "sub-01/anat/sub-01_T1w"
+    first, second = scan("b" * 32), scan("a" * 32, uri="/e/sub-01/anat/sub-01_T1w.nii.gz")
+
+    def index(row: dict[str, str | None], day: int) -> None:
+        catalog.append("scans", [row | {"indexed_at": datetime(2026, 1, day, tzinfo=UTC)}])
+
+    def names(version: int = 1) -> dict[str, str]:
+        table = output_names(catalog, catalog.rows("scans"), "m", version)
+        return {row["scan_id"]: row["stem"] for row in table.to_pylist()}
+
+    index(first, 1)
+    index(second, 2)
+    index(first, 3)  # a corrected age, say
+    assert names()["b" * 32] == plain != names()["a" * 32]
+    root = tmp_lake.derivatives("m-v1")
+    row = {"scan_id": "a" * 32, "model": "m", "model_version": 1, "status": "ok",
+           "output_uri": Names(root, plain).native}  # fmt: skip
+    catalog.append("results", [row])
+    assert names()["a" * 32] == plain != names()["b" * 32]
+    assert names(version=2)["b" * 32] == plain
+
+
+@pytest.mark.parametrize("word", ["MR_001", "IXI002-Guys", "../../../../etc/x", "Ärger"])
+def test_a_manifests_labels_become_bids_labels(word: str) -> None:
+    stem = named(scan("a" * 32, subject=word, session="2019-03-01", uri="/d/x.nii.gz"))["a" * 32]
+    name = parse_name(stem.rpartition("/")[2] + ".nii.gz")
+    assert name is not None and stem.count("/") == 3
+    assert stem.startswith(f"sub-{name.subject}/ses-{name.session}/anat/")
+
+
+def test_labels_that_only_lose_what_bids_forbids_stay_two() -> None:
+    assert bids_label("A1") == "A1"
+    assert len({bids_label(word) for word in ("A1", "A_1", "A-1")}) == 3
 
 
 def test_the_sidecar_says_what_made_the_scan() -> None:
