@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from pipelines.lake import Lake
 from pipelines.prepare import PreparedFiles, load_native_mask, load_prepared
 from sgcd_core.config import PrepareConfig
-from sgcd_core.io.nifti import read_nifti
+from sgcd_core.io.nifti import read_nifti, to_ras
 from sgcd_core.io.store import Store
-from sgcd_core.volume.bias import bias_field
+from sgcd_core.volume.prepare import corrected_brain
 from sgcd_core.volume.register import align_rigid
 from sgcd_core.volume.resample import resample_masked
 
@@ -87,10 +87,10 @@ def _resampled(
     """The truth, resampled once from its own voxels; `grid` leads to template mm."""
     native = read_nifti(truth["uri"], Store(), max_inflated=config.max_inflated_bytes)
     inside = load_native_mask(lake, config.digest(), truth["scan_id"])
-    data: NDArray[Any] = np.asarray(native.data, np.float32)
-    if config.bias_correction == "n4":
-        data = data / bias_field(data, inside, native.affine)
-    placed = turn @ np.array(files.geometry.world_to_template) @ native.affine
+    data, affine, _ = to_ras(native.data, native.affine)
+    inside, *_ = to_ras(inside, native.affine)
+    data, inside, affine = corrected_brain(data, inside, affine, config)
+    placed = turn @ np.array(files.geometry.world_to_template) @ affine
     image, mask = resample_masked(data, inside, placed, grid, shape)
     scaled = np.clip(files.geometry.scale(image), 0, 1) * mask
     return scaled.astype(np.float32), mask

@@ -249,7 +249,7 @@ def _refused_at_index(catalog: Catalog, job: Job, made: Plan) -> Iterator[Row]:
     results = catalog.rows("results", where={"model": job.model, "model_version": job.version})
     refused = made.skipped.filter(
         (pc.field("reason") == FAILED_AT_INDEX)
-        & ~pc.fill_null(pc.field("code") == REPLACED, False)
+        & ~pc.field("code").isin([REPLACED])
         & ~pc.field("scan_id").isin(results["scan_id"].combine_chunks())
     )
     for batch in refused.to_batches(max_chunksize=10_000):

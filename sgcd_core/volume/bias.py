@@ -15,6 +15,9 @@ Array = NDArray[Any]
 #: N4 runs on blocks of about this side: the field is smooth, so nothing is lost.
 WORK_MM = 6.0
 ITERATIONS = (20, 20, 25)
+#: A field is a factor, so intensities need a zero of their own. Z-scores and shifted scans reach
+#: further below 0 than this part of the brain's brightest; ringing does not.
+MOST_BELOW = 0.05
 
 
 def bias_field(image: Array, mask: Array, affine: Array) -> Array:
@@ -26,13 +29,16 @@ def bias_field(image: Array, mask: Array, affine: Array) -> Array:
         affine: (4, 4) voxel → mm.
 
     Returns:
-        (X, Y, Z) float32, positive, geometric mean 1 inside the mask; smooth outside it.
+        (X, Y, Z) float32, positive, geometric mean 1 inside the mask; smooth outside it. 1
+        throughout for intensities without a zero (`MOST_BELOW`).
     """
     import SimpleITK as sitk  # noqa: N813
 
     sides = voxel_sides(affine)
     factor = np.maximum(np.round(WORK_MM / sides), 1).astype(int)
     box = bounding_box(mask)
+    if np.percentile(image, 1) < -MOST_BELOW * np.percentile(image[mask], 99):
+        return np.ones(image.shape, np.float32)
     usable = mask[box] & (image[box] > 0)
     share = block_mean(usable.astype(np.float32), factor)
     total = block_mean(np.where(usable, image[box], np.float32(0)), factor)

@@ -70,7 +70,6 @@ def prepare_scan(
         InputError: SCAN-SEQUENCE, SCAN-COARSE, SCAN-COVERAGE, SCAN-EMPTY, SCAN-NEEDS-STRIPPING,
             SCAN-NO-BRAIN or SCAN-REGISTRATION.
     """
-    from sgcd_core.volume.bias import bias_field
     from sgcd_core.volume.register import centred, register_rigid
     from sgcd_core.volume.strip import brain_mask
     from sgcd_core.volume.template import model_affine
@@ -83,15 +82,9 @@ def prepare_scan(
     brain_ml = float(mask_ras.sum()) * float(voxel_sides(affine).prod()) / 1000.0
     _check_brain(brain_ml, source, where)
 
-    # From here on only the brain and a margin are held: a head is four times as large.
-    box = bounding_box(mask_ras, margin=_MARGIN)
-    image = np.array(data[box], dtype=np.float32)
-    mask = mask_ras[box]
-    crop_affine = shifted(affine, box)
-    del data
     with _timed(seconds, "bias"):
-        if config.bias_correction == "n4":
-            image /= bias_field(image, mask, crop_affine)
+        image, mask, crop_affine = corrected_brain(data, mask_ras, affine, config)
+    del data
     with _timed(seconds, "register"):
         if placed is not None:
             transform = placed
@@ -126,6 +119,31 @@ def prepare_scan(
         mask_source=source,
         seconds=seconds,
     )
+
+
+def corrected_brain(
+    data: Array, mask: Array, affine: Array, config: PrepareConfig
+) -> tuple[Array, Array, Array]:
+    """The brain and a margin, which is a quarter of a head, corrected for the bias field.
+
+    N4 works on blocks from one corner on: the axes are RAS+ here, however a scan is stored.
+
+    Args:
+        data: (X, Y, Z), RAS+, any unit.
+        mask: (X, Y, Z) bool, the brain.
+        affine: (4, 4) voxel → mm.
+        config: `bias_correction` says how.
+
+    Returns:
+        Image float32, mask and affine of the part.
+    """
+    from sgcd_core.volume.bias import bias_field
+
+    box = bounding_box(mask, margin=_MARGIN)
+    image, inside, part = np.array(data[box], dtype=np.float32), mask[box], shifted(affine, box)
+    if config.bias_correction == "n4":
+        image /= bias_field(image, inside, part)
+    return image, inside, part
 
 
 @contextmanager

@@ -147,6 +147,18 @@ def test_a_bias_field_is_taken_out() -> None:
     assert error["n4"] < 0.5 * error["none"]
 
 
+@pytest.mark.parametrize("shift", [-400.0, -1000.0])
+def test_no_field_is_taken_out_of_intensities_without_a_zero(shift: float) -> None:
+    """A field is a factor: of z-scores or a shifted scan N4 would make another image."""
+    scan = brain(shape=(60, 70, 57), mm=3.3)
+    moved = as_scan(scan.data + np.float32(shift), scan.affine)
+    config = PrepareConfig(registration="none")
+    found = {mode: prepare_scan(one, config.model_copy(update={"bias_correction": mode}),
+                                sequence="T1w").image
+             for mode, one in (("n4", moved), ("none", scan))}  # fmt: skip
+    assert np.abs(found["n4"] - found["none"]).max() < 0.01
+
+
 def test_the_same_scan_gives_the_same_voxels() -> None:
     scan = brain(shape=(60, 70, 57), mm=3.3, pose=rotation(8, 3, -4))
     first, second = (prepare_scan(scan, PrepareConfig(), sequence="T1w") for _ in range(2))

@@ -176,3 +176,43 @@ def test_against_several_classical_methods_the_best_of_each_measure_counts():
         "(24.01 against 25.01 of histogram matching)" in classical
     )
     assert "the raw scans in 2 of 2 and than every classical method in 1 of 2" in summary.headline
+
+
+def test_an_evaluation_that_skipped_a_scan_is_completed_by_the_next(tmp_path):
+    lake, config = fake_lake(str(tmp_path), perfect)
+    result = Catalog(lake).rows("results").to_pylist()[-1]
+    output = Path(result["model_grid_uri"])
+    data = output.read_bytes()
+    output.unlink()
+    first = evaluate(lake, "target-T", 1, config)
+    assert first.skipped == {result["scan_id"]: "SCAN-MISSING"}
+    output.write_bytes(data)
+    second = evaluate(lake, "target-T", 1, config)
+    assert second.skipped == {} and second.written
+    assert result["scan_id"] in set(Catalog(lake).frame("metrics").scan_id)
+    assert not evaluate(lake, "target-T", 1, config).written
+
+
+def test_subjects_of_two_data_sets_are_two_though_they_have_one_label():
+    rows = [
+        {"scan_id": f"{dataset}{n}", "dataset": dataset, "subject": f"0{n}", "site": "A",
+         "sequence": "T1w", "seen": True, "method": method, "metric": "psnr", "value": value}
+        for dataset, value in (("x", 20.0), ("y", 30.0))
+        for n in (1, 2)
+        for method in ("raw", "sgcd")
+    ]  # fmt: skip
+    (line,) = summarize(rows).lines
+    assert (line.n, line.scans) == (4, 4)
+    assert line.by_method["sgcd"].low < 25 < line.by_method["sgcd"].high
+
+
+def test_the_scan_of_a_replaced_file_is_not_evaluated_any_more(tmp_path):
+    lake, config = fake_lake(str(tmp_path), perfect)
+    catalog = Catalog(lake)
+    scan = next(s for s in catalog.rows("scans").to_pylist()
+                if s["split"] == "test" and s["site"] == "A")  # fmt: skip
+    scan = {k: v for k, v in scan.items() if k != "recorded_at"}
+    catalog.append("scans", [scan | {"status": "failed", "code": "SCAN-REPLACED"}])
+    found = evaluate(lake, "target-T", 1, config)
+    assert found.pairs == 3
+    assert scan["scan_id"] not in set(catalog.frame("metrics").scan_id)

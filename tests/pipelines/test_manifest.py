@@ -153,6 +153,24 @@ def test_a_moved_file_keeps_its_scan_id(tree: Path) -> None:
     assert second["1"]["uri"].startswith(str(moved))
 
 
+def test_two_data_sets_in_folders_of_one_name_are_told_apart(
+    tree: Path, tmp_path: Path, make_scan: MakeScan
+) -> None:
+    other = tmp_path / "aaa" / tree.name  # comes first by address
+    (other / NAME.format("1")).parent.mkdir(parents=True)
+    (other / NAME.format("1")).write_bytes(make_scan(50))
+    (other / "participants.tsv").write_text("participant_id\tsite\nsub-1\tB\n")
+    first = index_sources([str(tree)])
+    second = index_sources([str(other)], known=remembered(first))
+    assert {row["dataset"] for row in first.rows} == {"bids"}
+    (row,) = second.rows
+    assert row["dataset"].startswith("bids-") and row["subject"] == "1"
+    third = index_sources([str(other), str(tree)], known=remembered(first, second))
+    assert [row for row in third.rows if row["status"] == "ok"] == []  # names stay
+    both = index_sources([str(tree), str(other)])
+    assert len({(row["dataset"], row["subject"]) for row in both.rows}) == len(both.rows)
+
+
 def test_sites_come_from_where_the_user_says(tree: Path, make_scan: MakeScan) -> None:
     folder = tree / "sub-4" / "ses-x" / "anat"
     folder.mkdir(parents=True)
