@@ -14,7 +14,8 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -52,6 +53,9 @@ def run_query(
             where the statement reads one table; versions by table (`results=7,scans=3`).
         limits: What the query may use.
 
+    Returns:
+        Each column under a name of its own: of two `status` the second is `status_1`.
+
     Raises:
         UsageError: QUERY-INVALID, the statement is not SQL or names something unknown;
             QUERY-REFUSED, it does something else than read the tables; QUERY-LIMIT, it needs more
@@ -66,7 +70,22 @@ def run_query(
         for table in _given(catalog, needs, versions):
             child.give(pack(table))
         child.hear(limits.seconds)
-        return child.result()
+        found = child.result()
+        return found.rename_columns(_distinct(found.column_names))
+
+
+def _distinct(names: Sequence[str]) -> list[str]:
+    """The names, a repeated one numbered so that it is like no other."""
+    taken, seen = set(names), Counter[str]()
+    found: list[str] = []
+    for name in names:
+        own = name
+        while seen[name] and (own := f"{name}_{seen[name]}") in taken:
+            seen[name] += 1
+        seen[name] += 1
+        taken.add(own)
+        found.append(own)
+    return found
 
 
 def _given(catalog: Catalog, needs: Mapping[str, Any], as_of: Any) -> Iterator[pa.Table]:

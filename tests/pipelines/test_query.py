@@ -38,6 +38,12 @@ def test_sql_sees_the_latest_rows_and_the_history(lake: Lake) -> None:
     assert history["n"].to_pylist() == [4]
 
 
+def test_columns_of_one_name_all_come_out(lake: Lake) -> None:
+    sql = "SELECT 1 AS status, 2 AS status, 3 AS status_1, 4 AS status, 5 AS status"
+    found = run_query(lake, sql).to_pylist()
+    assert found == [{"status": 1, "status_2": 2, "status_1": 3, "status_3": 4, "status_4": 5}]
+
+
 def test_days_are_those_of_utc(lake: Lake) -> None:
     sql = "SELECT CAST(TIMESTAMPTZ '2026-03-01 23:30:00Z' AS VARCHAR) AS at"
     assert run_query(lake, sql)["at"].to_pylist() == ["2026-03-01 23:30:00+00"]

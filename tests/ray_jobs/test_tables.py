@@ -64,6 +64,22 @@ def test_results_go_where_they_are_wanted(
     assert [row["site"] for row in json.loads(out)["rows"]] == ["B", "A"]
 
 
+def test_two_columns_of_one_name_are_both_shown(
+    lake: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sql = "SELECT a.site, b.site FROM scans a, scans b WHERE a.site < b.site"
+    code, out, _ = run(capsys, "query", sql, "--lake", lake)
+    assert code == 0
+    assert [line.split() for line in out.splitlines()[::2]] == [["site", "site_1"], ["A", "B"]]
+    code, out, _ = run(capsys, "query", sql, "--lake", lake, "--json")
+    assert (code, json.loads(out)["rows"]) == (0, [{"site": "A", "site_1": "B"}])
+    code, out, _ = run(capsys, "query", sql, "--lake", lake, "--format", "csv")
+    assert (code, out) == (0, "site,site_1\nA,B\n")
+    target = tmp_path / "both.parquet"
+    assert run(capsys, "query", sql, "--lake", lake, "--out", str(target))[0] == 0
+    assert pq.read_table(target).to_pylist() == [{"site": "A", "site_1": "B"}]
+
+
 def test_a_refusal_is_one_line_with_a_code(lake: str, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, err = run(capsys, "query", "DROP VIEW scans", "--lake", lake, "--json")
     assert code == 2
