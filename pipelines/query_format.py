@@ -5,10 +5,13 @@ from __future__ import annotations
 import io
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import date
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from sgcd_core.errors import UsageError
 
@@ -19,24 +22,41 @@ def format_result(table: pa.Table, format: str = "table") -> bytes:
     """The result as text or as a Parquet file.
 
     Raises:
-        UsageError: There is no such format.
+        UsageError: There is no such format; QUERY-INVALID, it cannot hold a value of the result.
     """
-    if format == "table":
-        return _text(table).encode()
-    out = io.BytesIO()
-    if format == "csv":
-        # As objects: a column of whole numbers with one missing would get decimals.
-        table.to_pandas(integer_object_nulls=True).to_csv(out, index=False)
-    elif format == "json":
-        text = json.dumps(plain_rows(table), default=str, ensure_ascii=False, indent=1)
-        out.write(text.encode() + b"\n")
-    elif format == "parquet":
-        import pyarrow.parquet as pq
-
-        pq.write_table(table, out)
-    else:
+    if format not in FORMATS:
         raise UsageError(f"no format {format!r}; there are {', '.join(FORMATS)}.")
+    out = io.BytesIO()
+    with _holding(format):
+        if format == "table":
+            out.write(_text(table).encode())
+        elif format == "csv":
+            for column in table.columns:  # pandas takes infinity for a year
+                if pa.types.is_timestamp(column.type):
+                    pc.min_max(column).as_py()
+            # As objects: a column of whole numbers with one missing would get decimals.
+            table.to_pandas(integer_object_nulls=True).to_csv(out, index=False)
+        elif format == "json":
+            text = json.dumps(plain_rows(table), default=str, ensure_ascii=False, indent=1)
+            out.write(text.encode() + b"\n")
+        else:
+            import pyarrow.parquet as pq
+
+            pq.write_table(table, out)
     return out.getvalue()
+
+
+@contextmanager
+def _holding(format: str) -> Iterator[None]:
+    """While open, a value that the format has no word for is an error of the statement."""
+    try:
+        yield
+    except (ValueError, OverflowError, NotImplementedError) as error:
+        raise UsageError(
+            f"the result holds a value that {format} output cannot: a date outside the years 1 to "
+            "9999, say, or a type of its own.",
+            code="QUERY-INVALID", hint="Select it as text: CAST(… AS VARCHAR).",
+        ) from error  # fmt: skip
 
 
 def format_of(path: str | None, default: str = "table") -> str:
@@ -46,8 +66,13 @@ def format_of(path: str | None, default: str = "table") -> str:
 
 
 def plain_rows(table: pa.Table) -> list[Any]:
-    """The rows as JSON has them: times in ISO 8601, NaN and infinity as missing."""
-    return [_plain(row) for row in table.to_pylist()]
+    """The rows as JSON has them: times in ISO 8601, NaN and infinity as missing.
+
+    Raises:
+        UsageError: QUERY-INVALID, JSON cannot hold a value of the result.
+    """
+    with _holding("json"):
+        return [_plain(row) for row in table.to_pylist()]
 
 
 def _plain(value: Any) -> Any:

@@ -40,6 +40,22 @@ def test_json_has_no_nan_and_times_in_iso() -> None:
     ]
 
 
+@pytest.mark.parametrize("kind", [pa.timestamp("us"), pa.timestamp("us", "UTC"), pa.date32()])
+@pytest.mark.parametrize("format", ["table", "csv", "json"])
+def test_infinity_as_a_date_is_to_be_asked_for_as_text(kind: pa.DataType, format: str) -> None:
+    bits = pa.int32() if pa.types.is_date(kind) else pa.int64()
+    infinity = pa.array([0, 2 ** (bits.bit_width - 1) - 1], bits).cast(kind)  # as DuckDB has it
+    with pytest.raises(UsageError, match="AS VARCHAR") as caught:
+        format_result(pa.table({"at": infinity}), format)
+    assert caught.value.code == "QUERY-INVALID"
+
+
+def test_a_span_of_time_is_no_column_of_a_parquet_file() -> None:
+    spans = pa.array([(1, 2, 3)], pa.month_day_nano_interval())
+    with pytest.raises(UsageError, match="parquet output cannot"):
+        format_result(pa.table({"span": spans}), "parquet")
+
+
 def test_the_file_name_says_the_format() -> None:
     assert [format_of(name) for name in ("a.CSV", "s3://b/a.parquet", "a.txt", None)] == [
         "csv", "parquet", "table", "table",
