@@ -414,7 +414,11 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def parse_pairs(settings: Sequence[str]) -> dict[str, Any]:
-    """`["a.b=1"]` → `{"a": {"b": 1}}`; values are read as YAML."""
+    """`["a.b=1"]` → `{"a": {"b": 1}}`; values are read as YAML.
+
+    Raises:
+        ConfigError: CONFIG-KEY, it is no pair; CONFIG-VALUE, the value is not YAML.
+    """
     out: dict[str, Any] = {}
     for item in settings:
         key, sign, text = item.partition("=")
@@ -423,7 +427,13 @@ def parse_pairs(settings: Sequence[str]) -> dict[str, Any]:
                 f"--set takes key=value, got {item!r}.", code="CONFIG-KEY",
                 hint="Example: --set global_stage.steps=500",
             )  # fmt: skip
-        node: Any = yaml.safe_load(text)
+        try:
+            node: Any = yaml.safe_load(text)
+        except (ValueError, yaml.YAMLError) as error:
+            raise ConfigError(
+                f"--set cannot read {text!r}: a value is written as in YAML.", where=key.strip(),
+                hint="Example: --set 'prepare.shape=[48, 56, 48]'",
+            ) from error  # fmt: skip
         for part in reversed(key.strip().split(".")):
             node = {part: node}
         out = merge(out, node)
@@ -453,7 +463,7 @@ def load_config(
     if file is not None:
         try:
             from_file = yaml.safe_load(Path(file).read_text(encoding="utf-8")) or {}
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        except (OSError, ValueError, yaml.YAMLError) as error:
             raise ConfigError(
                 f"cannot be read as YAML ({type(error).__name__}).", code="CONFIG-FILE",
                 where=str(file),
@@ -463,7 +473,7 @@ def load_config(
     user = merge(from_file, parse_pairs(settings))
     base = base or {}
     name = preset or user.get("preset") or base.get("preset") or "tiny"
-    if name not in PRESETS:
+    if not isinstance(name, str) or name not in PRESETS:
         raise ConfigError(f"preset {name!r} does not exist; choose from {', '.join(PRESETS)}.")
     start = merge(PRESETS[name], base if name == base.get("preset") else {})
     return parse_config(merge(merge(start, user), {"preset": name}))

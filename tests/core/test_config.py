@@ -37,6 +37,9 @@ def test_later_sources_win(tmp_path):
         (["prepare.shape=[47, 56, 48]"], "CONFIG-VALUE", "prepare.shape"),
         (["target_sampler.t_start=1000"], "CONFIG-VALUE", "target_sampler.t_start"),
         (["steps"], "CONFIG-KEY", "key=value"),
+        (["prepare.mm=["], "CONFIG-VALUE", "prepare.mm"),
+        (["prepare.mm=2026-99-99"], "CONFIG-VALUE", "prepare.mm"),
+        (["preset=[tiny]"], "CONFIG-VALUE", "preset"),
     ],
 )
 def test_a_wrong_setting_is_named(pairs, code, named):
@@ -48,7 +51,7 @@ def test_a_wrong_setting_is_named(pairs, code, named):
 
 
 def test_a_damaged_file_is_a_clear_error(tmp_path):
-    for content in (b"\xff\xfe\x00", b"a: [1", b"- 1\n- 2\n"):
+    for content in (b"\xff\xfe\x00", b"a: [1", b"- 1\n- 2\n", b"seed: 2026-99-99\n"):
         file = tmp_path / "bad.yaml"
         file.write_bytes(content)
         with pytest.raises(ConfigError) as caught:
