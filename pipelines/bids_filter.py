@@ -48,7 +48,14 @@ def read_filters(path: str) -> Filters:
         )  # fmt: skip
     filters = {KINDS[k.lower()]: v for k, v in found.items() if k.lower() in KINDS}
     for wanted in filters.values():
-        for key in wanted:
+        for key, value in wanted.items():
+            labels = value if isinstance(value, list) else [value]
+            if any(isinstance(label, list | dict) for label in labels):
+                raise ConfigError(
+                    f"the filter's value of {key!r} is neither a label nor a list of labels.",
+                    code="CONFIG-FILE", where=path,
+                    hint='Write it as {"t1w": {"session": ["01", "02"]}}.',
+                )  # fmt: skip
             if key not in ENTITIES and key not in _GIVEN:
                 raise ConfigError(
                     f"the filter's entity {key!r} is not known.", code="CONFIG-KEY", where=path,
@@ -87,4 +94,4 @@ def _fits(label: str | None, value: Any, entity: str) -> bool:
         return False
     text = str(value).removeprefix(f"{entity}-")
     # pybids takes indices as numbers: run 1 is run-01.
-    return label == text or (label.isdigit() and text.isdigit() and int(label) == int(text))
+    return label == text or (label.isdecimal() and text.isdecimal() and int(label) == int(text))

@@ -24,6 +24,7 @@ SCAN = "s3://b/sub-01/ses-1/anat/sub-01_ses-1_acq-mprage_run-01_T1w.nii.gz"
         ({"session": "2"}, False),
         ({"run": 1}, True),
         ({"run": 2}, False),
+        ({"run": "²"}, False),
         ({"acquisition": None}, False),
         ({"reconstruction": None}, True),
         ({"reconstruction": "*"}, False),
@@ -44,7 +45,13 @@ def test_kinds_of_other_programs_are_left_out(tmp_path: Path) -> None:
     assert read_filters(str(file)) == {"T1w": {"session": "1"}}
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"t1w": 3}', '{"t1w": {"sesion": "1"}}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "[]", '{"t1w": 3}', '{"t1w": {"sesion": "1"}}', '{"t1w": {"datatype": [["anat"]]}}',
+        '{"t1w": {"suffix": {"T1w": 1}}}',
+    ],
+)  # fmt: skip
 def test_a_filter_that_says_nothing_sensible_is_refused(tmp_path: Path, text: str) -> None:
     file = tmp_path / "filter.json"
     file.write_text(text)
