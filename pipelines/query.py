@@ -132,13 +132,13 @@ def parse_as_of(text: str | None) -> dict[str, int] | AsOf:
     """
     if text is None or text == "":
         return None
-    if text.isdigit():
+    if text.isdecimal():
         return int(text)
     if "=" in text:
         versions = {}
         for part in text.split(","):
             name, _, number = part.strip().partition("=")
-            if name not in SCHEMAS or not number.isdigit():
+            if name not in SCHEMAS or not number.isdecimal():
                 raise UsageError(
                     f"--as-of takes TABLE=VERSION, got {part!r}.",
                     hint=f"Tables: {', '.join(SCHEMAS)}.",

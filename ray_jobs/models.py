@@ -103,7 +103,7 @@ def resolve(lake: Lake, reference: str) -> tuple[str, int]:
 def alias_of(reference: str) -> str | None:
     """The alias in `NAME@ALIAS`; None where a version is named, or the newest is meant."""
     wish = reference.partition("@")[2]
-    number = wish.removeprefix("v").isdigit()
+    number = wish.removeprefix("v").isdecimal()
     return None if number or wish in ("", *NEWEST) else wish
 
 

@@ -152,6 +152,27 @@ def _seconds(text: str) -> float:
     return value
 
 
+def _days(text: str) -> float:
+    value = float(text)
+    if not abs(value) < 1e6:
+        raise argparse.ArgumentTypeError("must be a number of days such as 30")
+    return value
+
+
+def _timeout(text: str) -> int:
+    value = int(text)
+    if not 1 <= value <= 1_000_000:
+        raise argparse.ArgumentTypeError("must be 1 to 1000000")
+    return value
+
+
+def _port(text: str) -> int:
+    value = int(text)
+    if not 0 <= value <= 65535:
+        raise argparse.ArgumentTypeError("must be 0 to 65535")
+    return value
+
+
 def _share(text: str) -> float:
     value = float(text)
     if not 0 < value <= 1:
@@ -386,7 +407,7 @@ def _serve(sub: Any) -> None:
         "sgcd serve --lake LAKE --port 8765",
     )  # fmt: skip
     p.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="default: %(default)s")
-    p.add_argument("--port", type=int, default=8765, help="0: any that is free (%(default)s)")
+    p.add_argument("--port", type=_port, default=8765, help="0: any that is free (%(default)s)")
 
 
 def _cite(sub: Any) -> None:
@@ -468,7 +489,7 @@ def _query(sub: Any) -> None:
     )  # fmt: skip
     p.add_argument("--out", metavar="FILE", help="a file or s3:// address (default: stdout)")
     p.add_argument("--as-of", metavar="WHEN", help="a date, a version, or results=7,scans=3")
-    p.add_argument("--timeout", type=_positive, metavar="SECONDS", help="longest run (60)")
+    p.add_argument("--timeout", type=_timeout, metavar="SECONDS", help="longest run (60)")
 
 
 def _optimize(sub: Any) -> None:
@@ -477,7 +498,7 @@ def _optimize(sub: Any) -> None:
         "sgcd optimize --lake LAKE --dry-run",
     )  # fmt: skip
     p.add_argument(
-        "--keep-days", type=float, default=30.0, metavar="DAYS",
+        "--keep-days", type=_days, default=30.0, metavar="DAYS",
         help="keep replaced files for running readers and old versions (%(default)g)",
     )  # fmt: skip
     p.add_argument("--tables", nargs="+", default=[], metavar="TABLE", help="only these")

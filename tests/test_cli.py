@@ -128,6 +128,23 @@ def test_a_wrong_setting_is_78(
     assert found == 78 and f"[{code}]" in err
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("optimize", "--keep-days", "nan"), "number of days"),
+        (("optimize", "--keep-days", "inf"), "number of days"),
+        (("serve", "--port", "99999"), "0 to 65535"),
+        (("serve", "--port", "-1"), "0 to 65535"),
+        (("query", "SELECT 1", "--timeout", "99999999999"), "1 to 1000000"),
+    ],
+)
+def test_a_number_out_of_its_range_is_a_usage_error(
+    words: tuple[str, ...], said: str, sgcd: Run, tmp_lake: Lake
+) -> None:
+    code, _, err = sgcd(*words, "--lake", tmp_lake.uri)
+    assert code == 2 and said in err and "Traceback" not in err
+
+
 def test_an_unindexed_lake_says_what_to_do(sgcd: Run, tmp_lake: Lake) -> None:
     code, _, err = sgcd("prepare", "--lake", tmp_lake.uri)
     assert code == 65 and "[LAKE-EMPTY]" in err and "sgcd index" in err

@@ -61,7 +61,7 @@ def test_as_of_reads_an_old_version(lake: Lake) -> None:
         run_query(lake, sql, as_of="99")
     assert parse_as_of("results=1,scans=2") == {"results": 1, "scans": 2}
     assert str(parse_as_of("2026-03-01T12:00")) == "2026-03-01 12:00:00+00:00"
-    for wrong in ("yesterday", "nope=1", "results=x"):
+    for wrong in ("yesterday", "nope=1", "results=x", "²", "results=²"):
         with pytest.raises(UsageError, match="--as-of"):
             parse_as_of(wrong)
 
