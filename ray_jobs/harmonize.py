@@ -85,6 +85,7 @@ class Tally:
 def run(args: Any) -> Outcome:
     """Plan, harmonize what is left to do, commit a row for every scan."""
     from pipelines.lesions import check_pattern
+    from pipelines.training_data import check_sequences
     from sgcd_core.io.store import Store
     from sgcd_core.modelpack import load_modelpack
 
@@ -97,8 +98,9 @@ def run(args: Any) -> Outcome:
     meta = meta_of(lake, model, version)
     target, learned = meta.get("target"), meta.get("sequences")
     config = over_model(args, load_modelpack(lake.model(model, version), Store()).config)
+    sequences = check_sequences(args.sequences or config.sequences, config.sequences)
     made = plan(
-        catalog, model, version, sites=args.sites, sequences=args.sequences or config.sequences,
+        catalog, model, version, sites=args.sites, sequences=sequences,
         only_new=args.only_new, retry_failed=args.retry_failed, force=args.force,
         only=only,
     )  # fmt: skip

@@ -18,6 +18,7 @@ from pipelines.catalog import Catalog
 from pipelines.lake import Lake
 from pipelines.lease import Lease, lease
 from pipelines.plan import plan
+from pipelines.training_data import check_sequences
 from ray_jobs.context import open_lake, quoted, recorded
 from ray_jobs.models import models, resolve
 from ray_jobs.outcome import Outcome
@@ -39,6 +40,9 @@ def run(args: Any) -> Outcome:
         raise UsageError("--target makes a model of its own: leave --model out.")
     lake = open_lake(args.lake)
     model = f"target-{args.target}" if args.target else the_model(lake, args.model)
+    if args.sequences:  # before anything is indexed under a name that no model knows
+        made = not args.target or model in models(lake)
+        check_sequences(args.sequences, _config(lake, model if made else "global").sequences)
     if args.dry_run:
         return _dry_run(args, lake, model)
     name = model.partition("@")[0]

@@ -56,6 +56,25 @@ def test_the_only_target_model_needs_no_name(tmp_lake: Lake) -> None:
         the_model(tmp_lake, None)
 
 
+def test_a_sequence_that_the_model_does_not_know_is_refused_before_any_work(
+    tmp_lake: Lake, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_global_model(tmp_lake.uri)
+    source = make_site(tmp_path / "a", "A", 1)
+    Catalog(tmp_lake).append("scans", [scan("A", scan_id="s", uri="/s.nii.gz")])
+    for words in (
+        ["harmonize", "--model", "global"],
+        ["new-site", str(source), "--model", "global"],
+        ["new-site", str(source), "--target", "A"],
+    ):
+        assert cli.main([*words, "--lake", tmp_lake.uri, "--sequences", "t1w"]) == 65
+        assert "[SCAN-SEQUENCE] the model knows T1w, T2w, not 't1w'" in capsys.readouterr().err
+    # one that it knows and the lake lacks is no mistake
+    words = ["harmonize", "--model", "global", "--lake", tmp_lake.uri, "--sequences", "T2w"]
+    assert cli.main(words) == 0
+    assert "nothing to harmonize with global@1: 0 to do" in capsys.readouterr().out
+
+
 @dataclass
 class Place:
     lake: str
