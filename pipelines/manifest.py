@@ -18,6 +18,7 @@ from sgcd_core.config import PrepareConfig
 from sgcd_core.errors import SgcdError
 from sgcd_core.io.store import Store, sha256_hex
 from sgcd_core.volume.checks import examine
+from sgcd_core.volume.prepare import SEQUENCES
 
 WORKERS = 4
 #: Code of a scan whose file holds other bytes now: no scan of the lake's any more.
@@ -95,7 +96,9 @@ def index_sources(
         found, notes = list_source(source, site_from=site_from, sequences=sequences, store=store)
         result.notes += notes
         for one in found:
-            listed.setdefault(one.object.uri, one)
+            # of the sequences that there are, a manifest lists those too that are not wanted now
+            if one.facts["sequence"] not in set(SEQUENCES) - set(sequences):
+                listed.setdefault(one.object.uri, one)
 
     names = dataset_names({one.root for one in listed.values() if one.root}, known)
 

@@ -160,18 +160,27 @@ def _from_table(address: str, store: Store) -> tuple[list[Listed], list[str]]:
             code="MANIFEST-COLUMN", where=address,
             hint=f"Required: {', '.join(_REQUIRED)}; optional: {', '.join(_OPTIONAL)}.",
         )  # fmt: skip
+    nowhere = [number for number, row in enumerate(rows, 2) if not row["uri"].strip()]
+    if nowhere:
+        raise InputError(
+            f"names no address in {len(nowhere)} of its rows, the first being line {nowhere[0]}.",
+            code="MANIFEST-COLUMN", where=address, hint="Fill in the column uri.",
+        )  # fmt: skip
     folder = address.rpartition("/")[0] or "/"
     listed = [_listed(row, folder, address) for row in rows]
+    again = len(listed) - len({one.object.uri for one in listed})
     extra = len(set(rows[0]) - {*_REQUIRED, *_OPTIONAL})
     notes = [f"{address}: {extra} other columns are not used"] if extra else []
+    if again:
+        notes.append(f"{address}: {again} rows name a file that a row before names; left out")
     return listed, notes
 
 
 def _listed(row: Mapping[str, str], folder: str, manifest: str) -> Listed:
     uri = row["uri"].strip()
-    if uri and "://" not in uri and not uri.startswith("/"):
+    if "://" not in uri and not uri.startswith("/"):
         uri = join(folder, uri)
-    elif uri and not is_s3(uri) and (uri.startswith(("/", "file:"))):
+    elif not is_s3(uri) and uri.startswith(("/", "file:")):
         uri = local_path(uri)
     subject, session = cell(row, "subject"), cell(row, "session")
     stem = manifest.rpartition("/")[2].rpartition(".")[0]
@@ -186,4 +195,4 @@ def _listed(row: Mapping[str, str], folder: str, manifest: str) -> Listed:
         "split": parse_split(cell(row, "split")),
         "field_strength": None, "manufacturer": None, "model_name": None, "sidecar_uri": None,
     }  # fmt: skip
-    return Listed(ObjectInfo(uri or manifest, 0, ""), facts)
+    return Listed(ObjectInfo(uri, 0, ""), facts)

@@ -122,6 +122,15 @@ def is_skipped(relative: str) -> bool:
     return name.startswith(".") or any(f in SKIPPED_FOLDERS or f.startswith(".") for f in folders)
 
 
+def is_text(address: str) -> bool:
+    """Whether an address can be written down: a folder's name on disk may be any bytes."""
+    try:
+        address.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def list_tree(
     source: str, store: Store, suffixes: Iterable[str], *, everything: bool = False
 ) -> BidsTree:
@@ -137,12 +146,15 @@ def list_tree(
         StorageError: As for `Store.list`.
     """
     base = source.rstrip("/")
-    tree, wanted, odd = BidsTree(listed=join(base)), set(suffixes), 0
+    tree, wanted, odd, unsayable = BidsTree(listed=join(base)), set(suffixes), 0, 0
     for item in store.list(source):
         relative = item.uri[len(join(base)) :].lstrip("/") or item.uri.rpartition("/")[2]
         if not everything and is_skipped(relative):
             continue
         folder, _, file = item.uri.rpartition("/")
+        if not is_text(item.uri):
+            unsayable += 1
+            continue
         if file in ("participants.tsv", "sessions.tsv") or file.endswith("_sessions.tsv"):
             tree.tables.add(item.uri)
             continue
@@ -157,6 +169,8 @@ def list_tree(
                 tree.notes.append(f"{item.uri}: its folders and its name disagree; left out")
             else:
                 tree.scans.append(BidsScan(item, name, root))
+    if unsayable:
+        tree.notes.append(f"{source}: {unsayable} files lie at addresses not in UTF-8; left out")
     if odd:
         tree.notes.append(f"{source}: {odd} images are not named as BIDS asks; left out")
     return tree

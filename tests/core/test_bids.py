@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -99,6 +100,15 @@ def test_whatever_part_is_listed_the_same_is_known_of_a_scan(tmp_path: Path, sou
     fields, deepest = Sidecars(tree, Store()).of(scan)
     assert fields == {"Top": 1, "Subject": 1, "Session": 1, "Own": 1}
     assert deepest == str(tmp_path / f"{image}.json")
+
+
+def test_names_that_are_no_text_are_left_out_and_said(tmp_path: Path) -> None:
+    put(tmp_path, {"sub-1/anat/sub-1_T1w.nii.gz": ""})
+    folder = os.path.join(os.fsencode(tmp_path), b"k\xf6ln", b"sub-2", b"anat")
+    os.makedirs(folder)
+    Path(os.fsdecode(os.path.join(folder, b"sub-2_T1w.nii.gz"))).touch()
+    assert names(tmp_path) == ["sub-1/anat/sub-1_T1w.nii.gz"]
+    assert "1 files lie at addresses not in UTF-8" in " ".join(tree_of(tmp_path).notes)
 
 
 def test_a_flat_prefix_of_bids_names_is_read(tmp_path: Path) -> None:

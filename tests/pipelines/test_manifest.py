@@ -221,6 +221,22 @@ def test_a_manifest_lists_scans_anywhere(tmp_path: Path, make_scan: MakeScan) ->
     assert again.rows == []
 
 
+def test_a_manifest_loses_no_row_without_a_word(tmp_path: Path, make_scan: MakeScan) -> None:
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.nii.gz").write_bytes(make_scan(ord(name)))
+    table, head = tmp_path / "scans.csv", "uri,subject,sequence,site\n"
+    table.write_text(f"{head}a.nii.gz,1,T1w,A\na.nii.gz,2,T1w,A\nb.nii.gz,3,T2w,A\n")
+    result = index_sources([str(table)])
+    assert sorted(by_subject(result)) == ["1", "3"]
+    assert "1 rows name a file that a row before names" in result.notes[0]
+    again = index_sources([str(table)], sequences=("T2w",), known=remembered(result))
+    assert (again.rows, len(again.unchanged)) == ([], 1)  # T1w is as it was
+    table.write_text(f"{head}a.nii.gz,1,T1w,A\n,2,T1w,A\n,3,T1w,A\n")
+    with pytest.raises(InputError, match="2 of its rows, the first being line 3") as error:
+        index_sources([str(table)])
+    assert error.value.code == "MANIFEST-COLUMN"
+
+
 def test_a_manifest_without_its_columns_says_which(tmp_path: Path) -> None:
     table = tmp_path / "scans.csv"
     table.write_text("uri;subject\nx.nii;1\n")
