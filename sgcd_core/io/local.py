@@ -182,7 +182,10 @@ def leftovers(uri: str, path: str, before: datetime) -> Iterator[str]:
 
 
 def walk(uri: str, path: str) -> Iterator[tuple[str, int, str]]:
-    """(path, size, etag) of every file under a folder, sorted by path; links are followed once."""
+    """(path, size, etag) of every file under a folder, sorted by path.
+
+    Links are followed, under each of their names, except back to a folder above.
+    """
     root = path.rstrip("/") or "/"
     try:  # one look: between two, another process may make the folder
         is_folder = stat.S_ISDIR(os.stat(root).st_mode)
@@ -196,14 +199,15 @@ def walk(uri: str, path: str) -> Iterator[tuple[str, int, str]]:
         yield _entry(uri, root)
         return
     found: list[str] = []
-    seen: set[tuple[int, int]] = set()
+    above: dict[str, frozenset[tuple[int, int]]] = {root: frozenset()}
 
     for folder, subfolders, names in os.walk(root, onerror=_complain(uri), followlinks=True):
         here = os.stat(folder)
-        if (here.st_dev, here.st_ino) in seen:  # a link back to a folder above
+        over, place = above.pop(folder), (here.st_dev, here.st_ino)
+        if place in over:  # a link back to a folder above
             subfolders.clear()
             continue
-        seen.add((here.st_dev, here.st_ino))
+        above |= dict.fromkeys((os.path.join(folder, n) for n in subfolders), over | {place})
         found.extend(os.path.join(folder, n) for n in names if not n.startswith(_TEMPORARY))
     for name in sorted(found):
         yield _entry(uri, name)
@@ -212,8 +216,8 @@ def walk(uri: str, path: str) -> Iterator[tuple[str, int, str]]:
 def _entry(uri: str, path: str) -> tuple[str, int, str]:
     try:
         found = os.stat(path)
-    except FileNotFoundError:
-        return path, 0, ""
     except OSError as error:
+        if error.errno in _ABSENT:  # a link that leads nowhere, or to itself
+            return path, 0, ""
         raise _problem(uri, error) from error
     return path, found.st_size, _etag(found)

@@ -157,14 +157,26 @@ def test_a_reader_sees_the_old_or_the_new_content_only(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["x"]  # no temporary file is left
 
 
-def test_links_are_followed_once_and_a_broken_one_is_listed(tmp_path: Path) -> None:
+def test_loops_of_links_end_and_a_broken_one_is_listed(tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "real" / "x").write_bytes(b"1")
     (tmp_path / "real" / "loop").symlink_to(tmp_path)
-    (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
+    broken = {"gone": "nowhere", "itself": "itself", "through a file": "real/x/y"}
+    for name, target in broken.items():
+        (tmp_path / name).symlink_to(target)
     listed = {Path(o.uri).name: o.etag for o in Store().list(str(tmp_path))}
-    assert set(listed) == {"x", "gone"}
-    assert listed["gone"] == ""
+    assert set(listed) == {"x", *broken}
+    assert not any(listed[name] for name in broken)
+
+
+def test_a_link_takes_nothing_from_the_folder_it_leads_to(tmp_path: Path) -> None:
+    """Whatever order the file system names them in; two folders that link to each other end."""
+    for name, other in (("a", "b"), ("b", "a")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x").write_bytes(b"1")
+        (tmp_path / name / "link").symlink_to(tmp_path / other)
+    listed = [o.uri.removeprefix(f"{tmp_path}/") for o in Store().list(str(tmp_path))]
+    assert listed == ["a/link/x", "a/x", "b/link/x", "b/x"]
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")

@@ -284,3 +284,17 @@ def test_real_scans_index_alike_from_a_folder_and_from_s3(
     again = index_sources([prefix], store=counting, known=remembered(remote))
     assert again.rows == []
     assert counting.scans_read == 6  # only those that failed
+
+
+def test_links_take_no_scan_away_and_end_no_index(tree: Path) -> None:
+    """Which folder the file system names first does not count."""
+    for number, folder in enumerate(("code", "sourcedata", "stimuli", "phenotype")):
+        (tree / folder).mkdir()
+        (tree / folder / "example").symlink_to(tree / f"sub-{number % 2 * 2 + 1}")
+    itself = tree / "sub-1/anat/sub-1_T2w.nii.gz"
+    itself.symlink_to(itself.name)
+    result = index_sources([str(tree)])
+    assert [(row["subject"], row["sequence"], row["code"]) for row in result.rows] == [
+        ("1", "T1w", None), ("1", "T2w", "SCAN-MISSING"), ("2", "T1w", "SCAN-TRUNCATED"),
+        ("3", "T1w", "SCAN-NO-SITE"),
+    ]  # fmt: skip
