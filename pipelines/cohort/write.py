@@ -63,17 +63,17 @@ def claim(out: str, request: CohortRequest, store: Store) -> None:
     """Record what this folder holds, or check that it holds just that.
 
     Raises:
-        ConfigError: The folder holds another cohort, or another data set.
+        ConfigError: The folder holds another cohort, or anything else.
     """
     uri = join(out, "derivatives", "truth", "cohort.json")
     wanted = json_bytes(request.model_dump(mode="json"))
     try:
         old = store.read_bytes(uri, max_bytes=1_000_000)
     except InputError:
-        if store.exists(join(out, "dataset_description.json")):
+        if store.has_any(out):
             raise ConfigError(
-                "holds a data set that is not a digital cohort.", where=out,
-                hint="Choose another folder.",
+                "holds files and is not a digital cohort.", where=out,
+                hint="Choose a new folder.",
             ) from None  # fmt: skip
         store.write_bytes(uri, wanted)
         return

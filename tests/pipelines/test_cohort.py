@@ -281,11 +281,14 @@ def test_other_settings_in_the_same_folder_are_refused(tree: Path) -> None:
         make_cohort(str(tree), **{**SMALL, "seed": 4})
 
 
-def test_a_foreign_data_set_is_left_alone(tmp_path: Path) -> None:
-    (tmp_path / "dataset_description.json").write_text("{}")
-    with pytest.raises(ConfigError, match="not a digital cohort"):
+@pytest.mark.parametrize("name", ["dataset_description.json", "participants.tsv", "sub-1/x.nii"])
+def test_a_foreign_folder_is_left_alone(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(ConfigError, match="not a digital cohort") as refused:
         make_cohort(str(tmp_path), **SMALL)
-    assert [p.name for p in tmp_path.iterdir()] == ["dataset_description.json"]
+    assert refused.value.exit_code == 78
+    assert [p for p in tmp_path.rglob("*") if p.is_file()] == [tmp_path / name]
 
 
 def test_workers_change_nothing(tree: Path, tmp_path: Path) -> None:
