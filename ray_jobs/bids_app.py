@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -21,7 +22,8 @@ from ray_jobs.context import absolute, open_lake, quoted
 from ray_jobs.models import models, resolve
 from ray_jobs.outcome import WITH_FAILURES, Outcome
 from sgcd_core.errors import InputError, ModelError, UsageError
-from sgcd_core.io.store import Store, is_s3, join, sha256_hex
+from sgcd_core.io.bids import is_skipped
+from sgcd_core.io.store import Store, is_below, is_s3, join, sha256_hex
 
 #: Memory a worker may take with the model and one scan of 1 mm, GB.
 WORKER_GB = 3.0
@@ -31,15 +33,31 @@ _VALIDATION_SECONDS = 3600
 def run(args: Any) -> Outcome:
     """One level of the app."""
     bids, out = absolute(args.bids_dir), absolute(args.out_dir)
-    if bids == out:
-        raise UsageError(
-            "BIDS_DIR and OUT_DIR are one folder.",
-            hint="Write to another one, such as BIDS_DIR/derivatives/sgcd.",
-        )
+    refuse_inside(bids, out, "OUT_DIR", "such as BIDS_DIR/derivatives/sgcd")
+    refuse_inside(bids, absolute(args.work_dir), "the work folder", "with -w")
     # One lake for each pair: results of another OUT_DIR are not there.
     digest = sha256_hex("\n".join((bids, out)).encode())[:12]
     lake = Lake(join(absolute(args.work_dir), f"sgcd-{digest}"))
     return (_participant if args.level == "participant" else _group)(args, bids, out, lake)
+
+
+def refuse_inside(bids: str, folder: str, what: str, instead: str) -> None:
+    """Refuse a folder to write to in which BIDS_DIR's scans are looked for.
+
+    Raises:
+        UsageError: It is BIDS_DIR or lies in it, and in no folder that is passed over.
+    """
+    for inner, outer in ((folder, bids), (_real(folder), _real(bids))):
+        path, root = join(inner), join(outer)
+        if is_below(path, root) and not is_skipped(join(path[len(root) :], "file")):
+            raise UsageError(
+                f"{what} lies in BIDS_DIR, so its files would be taken for the data set's.",
+                where=folder, hint=f"Name another one, {instead}.",
+            )  # fmt: skip
+
+
+def _real(folder: str) -> str:
+    return folder if is_s3(folder) else os.path.realpath(folder)
 
 
 def _participant(args: Any, bids: str, out: str, lake: Lake) -> Outcome:

@@ -36,7 +36,10 @@ def build_bids_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     p.set_defaults(command="bids-app", run="ray_jobs.bids_app:run", preset=None, config=None)
     p.add_argument("bids_dir", metavar="BIDS_DIR", help="a BIDS data set: a folder or s3://")
-    p.add_argument("out_dir", metavar="OUT_DIR", help="the derivative data set to write")
+    p.add_argument(
+        "out_dir", metavar="OUT_DIR",
+        help="the derivative data set to write, outside BIDS_DIR or in its derivatives/",
+    )  # fmt: skip
     p.add_argument("level", choices=LEVELS, metavar="{participant,group}")
 
     model = p.add_argument_group("model")
@@ -94,7 +97,11 @@ def build_bids_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     how.add_argument("--gpus", action="store_true", help="one GPU for each worker")
     how.add_argument("--ray-address", metavar="ADDRESS", help="a Ray cluster")
-    how.add_argument("--dry-run", action="store_true", help="say what would be done")
+    how.add_argument(
+        "--dry-run", action="store_true",
+        help="say what would be done; the list of scans and the model are written to the work "
+        "folder, nothing else anywhere",
+    )  # fmt: skip
 
     p.add_argument("--json", action="store_true", help="one JSON document on stdout")
     p.add_argument("-v", "--verbose", action="count", default=0, help="-vv: logs")

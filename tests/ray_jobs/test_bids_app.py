@@ -169,6 +169,31 @@ def test_words_that_cannot_be_followed(app_files: App, capsys: pytest.CaptureFix
     assert not app.out.exists()
 
 
+def test_no_folder_in_which_scans_are_looked_for_is_written_to(
+    app_files: App, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    app, before = app_files, sorted(app_files.bids.rglob("*"))
+    (tmp_path / "link").symlink_to(app.bids)
+    words = ["participant", "--model", str(app.model), "--skip-bids-validation", "--dry-run", "-w"]
+    for out, work in (
+        ("ds", "work"), ("ds/out", "work"), ("link/out", "work"), ("ds/sub-01/derivative", "work"),
+        ("out", "ds/work"), ("ds/derivatives/sgcd", "link"),
+    ):  # fmt: skip
+        folders = [str(app.bids), str(tmp_path / out)]
+        assert cli.main([*folders, *words, str(tmp_path / work)]) == 2, (out, work)
+        assert "lies in BIDS_DIR" in capsys.readouterr().err
+    assert sorted(app.bids.rglob("*")) == before
+
+
+def test_a_dry_run_writes_to_the_work_folder_only(app_files: App) -> None:
+    app, before = app_files, sorted(app_files.bids.rglob("*"))
+    app.out = app.bids / "derivatives/sgcd"
+    assert app.run("participant", "--skip-bids-validation", "--dry-run") == 0
+    assert sorted(app.bids.rglob("*")) == before
+    (lake,) = app.work.iterdir()
+    assert {path.name for path in lake.iterdir()} == {"sgcd-lake.json", "catalog", "models"}
+
+
 @pytest.fixture
 def app_files(tmp_path: Path, scan: Callable[..., bytes]) -> App:
     return App(tmp_path, scan)
