@@ -35,12 +35,12 @@ def run(args: Any) -> Outcome:
             )  # fmt: skip
             suggested = step(args.json, "suggest-target", *words)
             target = str(suggested.data["target"])
-            step(
+            tuned = step(
                 args.json, "tune", *words, "--target", target,
                 "--set", f"target_stage.steps={args.tune_steps}",
                 "--set", f"target_stage.encoder={args.encoder}",
             )  # fmt: skip
-            model = ["--model", f"target-{target}"]
+            model = ["--model", str(tuned.data["model"])]
             harmonized = step(args.json, "harmonize", *words, *model)
             evaluated = step(args.json, "evaluate", *words, *model, "--methods", "all")
             reported = step(args.json, "report", *words, *model)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 from typing import Any
 
 from pipelines.aliases import NEWEST, aliases, current
@@ -31,6 +32,18 @@ def models(lake: Lake) -> dict[str, list[int]]:
         if len(parts) == 3 and parts[2] == PACK and parts[1].isdigit():
             found.setdefault(parts[0], []).append(int(parts[1]))
     return {name: sorted(versions) for name, versions in found.items()}
+
+
+def target_model(site: str) -> str:
+    """Name of the model that is tuned to a site: `target-SITE`.
+
+    Where a name of a model cannot hold what is in the site's, a like one with a digest.
+    """
+    word = site
+    if re.search(r"[/@\x00-\x1f\x7f]", site):  # folders, versions, what no store takes
+        digest = sha256_hex(site.encode())[:8]
+        word = "-".join([*re.findall(r"[\w.]+", site), digest])
+    return f"target-{word}"
 
 
 def next_version(lake: Lake, name: str) -> int:

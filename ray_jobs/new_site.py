@@ -20,7 +20,7 @@ from pipelines.lease import Lease, lease
 from pipelines.plan import plan
 from pipelines.training_data import check_sequences
 from ray_jobs.context import open_lake, quoted, recorded
-from ray_jobs.models import models, resolve
+from ray_jobs.models import models, resolve, target_model
 from ray_jobs.outcome import Outcome
 from ray_jobs.prepare import settings_words
 from ray_jobs.session import session
@@ -39,7 +39,7 @@ def run(args: Any) -> Outcome:
     if args.target and args.model:
         raise UsageError("--target makes a model of its own: leave --model out.")
     lake = open_lake(args.lake)
-    model = f"target-{args.target}" if args.target else the_model(lake, args.model)
+    model = target_model(args.target) if args.target else the_model(lake, args.model)
     if args.sequences:  # before anything is indexed under a name that no model knows
         made = not args.target or model in models(lake)
         check_sequences(args.sequences, _config(lake, model if made else "global").sequences)

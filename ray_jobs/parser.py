@@ -309,7 +309,10 @@ def _tune(sub: Any) -> None:
         "sgcd tune --lake LAKE --target SITE --set target_stage.steps=200",
         settings=True, ray=True,
     )  # fmt: skip
-    p.add_argument("--target", required=True, metavar="SITE")
+    p.add_argument(
+        "--target", required=True, metavar="SITE",
+        help="its model has another name, which is said at the end, where SITE holds a / or @",
+    )  # fmt: skip
     p.add_argument(
         "--model", default="global", metavar="NAME[@VERSION]", help="start from (default: global)"
     )

@@ -10,7 +10,7 @@ from pipelines.lease import lease
 from ray_jobs.checkpoint import Checkpoints
 from ray_jobs.context import code_version, open_lake, quoted, track_training, tracked
 from ray_jobs.loop import fit, schedule_steps
-from ray_jobs.models import find_trained, next_version, resolve
+from ray_jobs.models import find_trained, next_version, resolve, target_model
 from ray_jobs.outcome import Outcome
 from ray_jobs.preflight import need_of
 from ray_jobs.session import session
@@ -30,7 +30,7 @@ def run(args: Any) -> Outcome:
     lake = open_lake(args.lake)
     if args.dry_run:
         return _tune(args, lake)
-    with lease(lake, f"model-target-{args.target}"):  # two would write the same version
+    with lease(lake, f"model-{target_model(args.target)}"):  # two would write the same version
         return _tune(args, lake)
 
 
@@ -70,7 +70,7 @@ def _tune(args: Any, lake: Lake) -> Outcome:
     known = {row["sequence"] for row in own}
     others = [row for row in rows if row["site"] != args.target]
     check_encoder(config.target_stage.encoder)  # missing weights are said before, not after
-    name, stage = f"target-{args.target}", config.target_stage
+    name, stage = target_model(args.target), config.target_stage
     meta: dict[str, Any] = {
         "name": name, "kind": "target", "target": args.target,
         "parent": f"{parent}@{parent_version}",
@@ -97,7 +97,7 @@ def _tune(args: Any, lake: Lake) -> Outcome:
         return Outcome(f"would tune {name} version {version}: {plan}", data=data)
     started = time.monotonic()
     start = f"{meta['parent_weights'][:16]}-{meta['config_digest']}"
-    key = f"tune-{start}-{meta['data_digest']}-{args.target}"
+    key = f"tune-{start}-{meta['data_digest']}-{name.removeprefix('target-')}"
     checkpoints = Checkpoints(lake.scratch(key))
     schedule = schedule_steps(
         {"source": others or own, "target": own}, config, steps, stage.batch_size,
