@@ -183,8 +183,12 @@ def sidecar_bytes(
         source: Address of the scan.
         lesion: Address of the lesion mask that was honoured.
     """
-    text = "Scan in the look of the target site, on its own grid."
+    text = f"Scan in {_look(row)}, on its own grid."
     return _sidecar({"Description": text}, row, links, _sources(source, lesion), lesion)
+
+
+def _look(row: Mapping[str, Any]) -> str:
+    return "the look of the target site" if row.get("target") else "the common look of all sites"
 
 
 def model_grid_sidecar_bytes(
@@ -204,7 +208,7 @@ def model_grid_sidecar_bytes(
         registration: `prepare.registration` of the settings.
         lesion: Address of the lesion mask that was honoured.
     """
-    text = "Scan in the look of the target site, on the model grid, intensities in [0, 1]."
+    text = f"Scan in {_look(row)}, on the model grid, intensities in [0, 1]."
     values = {"Description": text, **_space(registration)}
     return _sidecar(values, row, links, _sources(source, lesion), lesion)
 

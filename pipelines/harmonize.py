@@ -215,6 +215,7 @@ def _harmonize(
     from sgcd_core.io.store import join
     from sgcd_core.volume.guard import flags, guard_scores
     from sgcd_core.volume.lesion import fill_smoothly, lesion_on_model_grid, require_surroundings
+    from sgcd_core.volume.resample import voxel_ml
     from sgcd_core.volume.transport import carry_to_native, carry_uncertainty, recolour_lesion
 
     store, config, lake = Store(), job.config, job.lake
@@ -243,7 +244,7 @@ def _harmonize(
         if lesion_uri is not None:
             marked = load_lesion(lesion_uri, native, store, config.prepare.max_inflated_bytes)
             marked &= native_mask
-            row["lesion_ml"] = float(marked.sum() * np.prod(native.voxel_mm) / 1000)
+            row["lesion_ml"] = float(marked.sum()) * voxel_ml(native.affine)
             lesion = lesion_on_model_grid(marked, files.geometry)
             require_surroundings(lesion, mask, where=lesion_uri)
     grid = np.array(files.geometry.model_affine)
@@ -288,14 +289,15 @@ def _harmonize(
             "sidecar_uri": names.sidecar,
         }  # fmt: skip
     links, where = job.links, config.prepare.registration
+    sampler = config.global_sampler if job.target is None else config.target_sampler
     if spread is not None:
         for uri, sources, registration in (
             (names.uncertainty_model_grid, [scan["uri"]], where),
             (names.uncertainty, [scan["uri"], names.uncertainty_model_grid], None),
         ):
             body = uncertainty_sidecar_bytes(
-                row, links=links, sources=sources, samples=job.samples, seed=config.seed,
-                registration=registration,
+                row, links=links, sources=sources, seed=config.seed,
+                samples=max(job.samples, sampler.seeds), registration=registration,
             )  # fmt: skip
             store.write_bytes(json_beside(uri), body)
     facts: dict[str, Any] = {"links": links, "source": scan["uri"], "lesion": lesion_uri}

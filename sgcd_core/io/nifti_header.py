@@ -185,7 +185,8 @@ def _affines(
         turn = (by_s / np.linalg.norm(by_s, axis=0)) @ np.linalg.inv(
             by_q / np.linalg.norm(by_q, axis=0)
         )
-        if np.linalg.det(turn) < 0 or turn[0, 0] < 0:
+        # a tilt of the head turns the left by far less than 60 degrees
+        if np.linalg.det(turn) < 0 or turn[0, 0] < 0.5:
             raise InputError(
                 "sform and qform disagree about left and right.", code="SCAN-ORIENTATION",
                 where=where, hint="Convert the scan again, or correct the wrong one of the two.",

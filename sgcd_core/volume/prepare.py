@@ -20,7 +20,7 @@ from sgcd_core.errors import InputError
 from sgcd_core.io.nifti import NiftiScan, from_ras, to_ras
 from sgcd_core.volume.checks import check_coverage, check_voxel_sides
 from sgcd_core.volume.geometry import Geometry, rows
-from sgcd_core.volume.resample import bounding_box, resample_masked, shifted, voxel_sides
+from sgcd_core.volume.resample import bounding_box, resample_masked, shifted, voxel_ml
 
 Array = NDArray[Any]
 
@@ -79,7 +79,7 @@ def prepare_scan(
     data, affine, orientation = to_ras(scan.data, scan.affine)
     with _timed(seconds, "strip"):
         mask_ras, source = brain_mask(data, affine, config, where=where)
-    brain_ml = float(mask_ras.sum()) * float(voxel_sides(affine).prod()) / 1000.0
+    brain_ml = float(mask_ras.sum()) * voxel_ml(affine)
     _check_brain(brain_ml, source, where)
 
     with _timed(seconds, "bias"):

@@ -18,6 +18,11 @@ Box = tuple[slice, slice, slice]
 FWHM = 2.0 * float(np.sqrt(2.0 * np.log(2.0)))
 
 
+def voxel_ml(affine: Array) -> float:
+    """Volume of a voxel, ml; the affine (4, 4) may be sheared."""
+    return abs(float(np.linalg.det(affine[:3, :3]))) / 1000.0
+
+
 def voxel_sides(affine: Array) -> Array:
     """Voxel sides in mm, (3,) float64, of a (4, 4) affine."""
     sides: Array = np.sqrt((np.asarray(affine, float)[:3, :3] ** 2).sum(axis=0))

@@ -22,7 +22,7 @@ from scipy import ndimage
 
 from sgcd_core.config import PrepareConfig
 from sgcd_core.errors import InputError
-from sgcd_core.volume.resample import bounding_box, voxel_sides
+from sgcd_core.volume.resample import bounding_box, voxel_ml, voxel_sides
 
 Array = NDArray[Any]
 
@@ -73,8 +73,7 @@ def extracted_mask(data: Array, affine: Array) -> Array | None:
     Returns:
         (X, Y, Z) bool, or None.
     """
-    sides = voxel_sides(affine)
-    ml = float(sides.prod()) / 1000.0
+    sides, ml = voxel_sides(affine), voxel_ml(affine)
     value = background(data)
     foreground = data != value
     if not EXTRACTED_ML[0] * 0.8 <= foreground.sum() * ml <= EXTRACTED_ML[1]:

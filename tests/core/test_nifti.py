@@ -182,6 +182,17 @@ def test_forms_that_disagree_about_left_and_right_are_refused(axes: tuple[int, .
     assert refused(mirrored(axes)) == "SCAN-ORIENTATION"
 
 
+@pytest.mark.parametrize("order", [(1, 0, 2), (2, 0, 1), (1, 2, 0)])
+def test_forms_that_exchange_left_for_another_direction_are_refused(order: tuple[int, ...]) -> None:
+    turn = np.eye(4)
+    turn[:3, :3] = np.eye(3)[list(order)]
+    turn[:3, 0] *= np.linalg.det(turn[:3, :3])  # a rotation
+    image = nib.Nifti1Image(voxels(), np.eye(4))
+    image.set_sform(turn, 1)
+    image.set_qform(np.eye(4), 1)
+    assert refused(gzip.compress(image.to_bytes())) == "SCAN-ORIENTATION"
+
+
 def test_a_qform_alone_is_enough_and_a_tilt_between_the_forms_is_allowed() -> None:
     alone = read(build(sform_code=0))
     np.testing.assert_allclose(alone.affine, OBLIQUE, atol=1e-5)

@@ -97,6 +97,9 @@ def test_the_sidecar_says_what_made_the_scan() -> None:
     assert body["Sources"] == ["s3://b/sub-01_T1w.nii.gz"] and body["SkullStripped"] is True
     assert (body["Model"], body["ModelVersion"]) == ("target-A", 2)
     assert body["GradientCorrelation"] == 0.9
+    assert "target site" not in body["Description"]  # a global model has none
+    tuned = sidecar_bytes(row | {"target": "A"}, links=Links(), source="s3://b/sub-01_T1w.nii.gz")
+    assert "target site" in json.loads(tuned)["Description"]
     assert "gradient_correlation" in IN_SIDECAR
 
 
