@@ -14,7 +14,6 @@ import pyarrow.compute as pc
 
 from pipelines.bids_links import Links
 from pipelines.catalog import Catalog
-from pipelines.ledger import model_key
 from pipelines.schemas import RESULTS
 from sgcd_core.io.store import join, sha256_hex
 
@@ -76,6 +75,10 @@ class Names:
 
 _ENTITY = re.compile(r"_(?P<key>task|acq|ce|rec|dir|run|echo|part|chunk)-(?P<value>[A-Za-z0-9]+)")
 
+_OUTPUT = re.compile(
+    rf"(?P<stem>sub-[^/]+/(?:ses-[^/]+/)?anat/[^/]+_){HARMONIZED}_(?P<suffix>[^/]+)\.nii\.gz$"
+)
+
 
 def output_names(catalog: Catalog, scans: pa.Table, model: str, version: int) -> pa.Table:
     """Output name of every scan of the lake in one model version's derivative, see `stems`.
@@ -96,12 +99,11 @@ def output_names(catalog: Catalog, scans: pa.Table, model: str, version: int) ->
         "results", where={"model": model, "model_version": version},
         columns=("scan_id", "output_uri"),
     ).filter(pc.field("output_uri").is_valid())  # fmt: skip
-    folder = f"/{model_key(model, version)}/"
-    given = {
-        row["scan_id"]: str(row["output_uri"]).rpartition(folder)[2]
-        .removesuffix(".nii.gz").replace(f"_{HARMONIZED}_", "_")
-        for row in written.to_pylist()
-    }  # fmt: skip
+    owner: dict[str, str] = {}
+    for row in written.to_pylist():  # the oldest first: a file holds what was written last
+        if found := _OUTPUT.search(row["output_uri"]):
+            owner[found["stem"] + found["suffix"]] = row["scan_id"]
+    given = {scan_id: stem for stem, scan_id in owner.items()}
     return stems(scans.set_column(place, "indexed_at", at), given)
 
 

@@ -76,6 +76,8 @@ def test_outputs_keep_their_names_whatever_is_indexed_later(tmp_lake: Lake) -> N
     catalog.append("results", [row])
     assert names()["a" * 32] == plain != names()["b" * 32]
     assert names(version=2)["b" * 32] == plain
+    catalog.append("results", [row | {"scan_id": "b" * 32}])  # as lakes of before may have it
+    assert names()["b" * 32] == plain != names()["a" * 32]
 
 
 @pytest.mark.parametrize("word", ["MR_001", "IXI002-Guys", "../../../../etc/x", "Ärger"])
