@@ -14,7 +14,7 @@ import yaml
 
 from pipelines.catalog import Catalog
 from pipelines.lake import Lake
-from pipelines.manifest import replaced_scans
+from pipelines.plan import replaced_scans
 from sgcd_core.config import SgcdConfig, parse_config
 from sgcd_core.errors import InputError, ModelError
 from sgcd_core.io.store import Store, join

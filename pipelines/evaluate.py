@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from pipelines.baselines import Baseline, make_baseline
 from pipelines.catalog import Catalog
 from pipelines.lake import Lake
-from pipelines.manifest import replaced_scans
+from pipelines.plan import replaced_scans
 from pipelines.prepare import PreparedFiles, load_prepared
 from pipelines.truth import load_truth
 from pipelines.verdict import Summary, estimate, person, summarize

@@ -8,21 +8,15 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.compute as pc
-
-from pipelines.catalog import Catalog
 from pipelines.lesions import dataset_root
 from pipelines.scan_list import Listed, absolute, list_source
 from sgcd_core.config import PrepareConfig
-from sgcd_core.errors import SgcdError
+from sgcd_core.errors import REPLACED, SgcdError
 from sgcd_core.io.store import Store, sha256_hex
 from sgcd_core.volume.checks import examine
 from sgcd_core.volume.prepare import SEQUENCES
 
 WORKERS = 4
-#: Code of a scan whose file holds other bytes now: no scan of the lake's any more.
-REPLACED = "SCAN-REPLACED"
 
 
 @dataclass
@@ -43,12 +37,6 @@ class IndexResult:
     def failed(self) -> int:
         """How many rows cannot be used."""
         return sum(row["status"] == "failed" for row in self.rows)
-
-
-def replaced_scans(catalog: Catalog) -> pa.Array:
-    """scan_id of the scans whose file holds other bytes now."""
-    scans = catalog.rows("scans", columns=("scan_id", "code"))
-    return scans.filter(pc.field("code") == REPLACED)["scan_id"].combine_chunks()
 
 
 def latest_by_uri(rows: Iterable[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:

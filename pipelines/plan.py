@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipelines.catalog import Catalog
-from sgcd_core.errors import InputError
+from sgcd_core.errors import REPLACED, InputError
 
 #: Failures that say nothing about the scan: planned again without being asked.
 TRANSIENT_CODES = (
@@ -133,6 +133,12 @@ def plan(
     return Plan(scans=scans, todo=scans.filter(todo), skipped=told.filter(pc.invert(todo)))
 
 
+def replaced_scans(catalog: Catalog) -> pa.Array:
+    """scan_id of the scans whose file holds other bytes now."""
+    scans = catalog.rows("scans", columns=("scan_id", "code"))
+    return scans.filter(pc.field("code") == REPLACED)["scan_id"].combine_chunks()
+
+
 _NOTHING = pa.scalar(None, pa.string())
 
 
@@ -158,8 +164,10 @@ def _at_index(
     def none_of(name: str, wanted: Collection[str]) -> Any:
         return pc.invert(pc.is_in(scans[name], pa.array(sorted(wanted), pa.string())))
 
+    code, message = scans["code"], scans["message"]
     rules = [
-        _Rule(pc.not_equal(scans["status"], "ok"), FAILED_AT_INDEX, scans["code"], scans["message"])
+        _Rule(pc.equal(code, REPLACED), "replaced since", code, message),
+        _Rule(pc.not_equal(scans["status"], "ok"), FAILED_AT_INDEX, code, message),
     ]
     if sites is not None:
         rules.append(_Rule(none_of("site", sites), "other site"))

@@ -18,7 +18,6 @@ from pipelines.catalog import Catalog
 from pipelines.harmonize import Job, Row, blank_row
 from pipelines.lake import Lake
 from pipelines.ledger import forget_attempts, model_key, taken_back
-from pipelines.manifest import REPLACED
 from pipelines.plan import FAILED_AT_INDEX, Plan, plan
 from ray_jobs.commit import Committer
 from ray_jobs.context import code_version, open_lake, quoted, tracked
@@ -251,7 +250,6 @@ def _refused_at_index(catalog: Catalog, job: Job, made: Plan) -> Iterator[Row]:
     results = catalog.rows("results", where={"model": job.model, "model_version": job.version})
     refused = made.skipped.filter(
         (pc.field("reason") == FAILED_AT_INDEX)
-        & ~pc.field("code").isin([REPLACED])
         & ~pc.field("scan_id").isin(results["scan_id"].combine_chunks())
     )
     for batch in refused.to_batches(max_chunksize=10_000):

@@ -14,14 +14,18 @@ if TYPE_CHECKING:
 
 def run(args: Any) -> Outcome:
     """Count scans, prepared volumes, models and results; name the next command."""
+    import pyarrow.compute as pc
+
     from pipelines.aliases import aliases
     from pipelines.catalog import Catalog
+    from pipelines.plan import replaced_scans
     from pipelines.training_data import prepared_ids
     from ray_jobs.models import models
 
     lake = open_lake(args.lake)
     catalog = Catalog(lake)
     scans = catalog.rows("scans", columns=("scan_id", "site", "sequence", "status"))
+    scans = scans.filter(~pc.field("scan_id").isin(replaced_scans(catalog)))
     ready = prepared_ids(lake, "")  # under whatever recipe
     groups = _groups(scans, ready)
     results = _counted(

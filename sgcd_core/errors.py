@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+#: Code of a scan whose file holds other bytes now: no scan of the lake's any more.
+REPLACED = "SCAN-REPLACED"
 #: Every code this project may print. The value is what the code means, for the reference pages.
 CODES: dict[str, str] = {
     # scans: what `sgcd check` and the results table say
     "SCAN-MISSING": "There is no object at this address.",
-    "SCAN-REPLACED": "The file at this address was repaired or replaced; its scan is another now.",
+    REPLACED: "The file at this address was repaired or replaced; its scan is another now.",
     "SCAN-CHANGED": "The object is not the one that was indexed.",
     "SCAN-UNREADABLE": "The object is not a NIfTI-1 or NIfTI-2 image.",
     "SCAN-TRUNCATED": "The image holds fewer voxels than its header says.",

@@ -15,7 +15,7 @@ from pipelines.catalog import Catalog
 from pipelines.lake import Lake
 from pipelines.verdict import Summary, summarize
 from sgcd_core.config import SgcdConfig, parse_config
-from sgcd_core.errors import SgcdError
+from sgcd_core.errors import REPLACED, SgcdError
 from sgcd_core.io.store import Store, join
 
 log = logging.getLogger(__name__)
@@ -133,11 +133,13 @@ def load_source(lake: Lake, model: str | None, version: int | None) -> Source:
     of_model = model is not None
     results = read("results", chosen) if of_model else []
     meta, text = _pack(lake, model, version, problems) if of_model else ({}, "")
+    shown = {row["scan_id"] for row in results if row["output_uri"]}
     tables = ("scans", "results", "metrics", "site_metrics")
     return Source(
         lake, model, version,
         target=next((r["target"] for r in results if r["target"]), meta.get("target")),
-        scans=read("scans"),
+        scans=[scan for scan in read("scans") if scan["code"] != REPLACED
+               or scan["scan_id"] in shown],
         results={row["scan_id"]: row for row in results},
         metrics=read("metrics", chosen) if of_model else [],
         site_metrics=read("site_metrics", chosen) if of_model else [],

@@ -9,7 +9,7 @@ import pytest
 
 from pipelines.catalog import Catalog
 from pipelines.lake import Lake
-from pipelines.plan import Plan, plan
+from pipelines.plan import Plan, plan, replaced_scans
 from sgcd_core.errors import InputError
 
 SCANS: list[tuple[str, dict[str, Any]]] = [
@@ -97,3 +97,11 @@ def test_an_unknown_site_and_an_empty_lake_are_errors(catalog: Catalog, tmp_path
     with pytest.raises(InputError) as caught:
         plan(Catalog(Lake(str(tmp_path / "empty"))), "m", 1)
     assert caught.value.code == "LAKE-EMPTY"
+
+
+def test_the_scan_of_a_replaced_file_is_no_failure_of_the_index(catalog: Catalog) -> None:
+    row = {"scan_id": "old", "uri": "/a1", "subject": "1", "sequence": "T1w", "site": "A",
+           "status": "failed", "code": "SCAN-REPLACED", "message": "replaced"}  # fmt: skip
+    catalog.append("scans", [row])
+    assert reasons(plan(catalog, "m", 1, sequences=KNOWN))["old"] == "replaced since"
+    assert replaced_scans(catalog).to_pylist() == ["old"]
