@@ -32,6 +32,12 @@ if TYPE_CHECKING:
 
 # Before torch is imported: threads that spin while they wait make a shared machine crawl.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+#: Whether this process runs some of the tests beside another (`pytest -n 2`).
+IN_A_LANE = "PYTEST_XDIST_WORKER" in os.environ
+if IN_A_LANE:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+#: As Ray starts its workers (`RAY_worker_niceness`).
+NICENESS = 15
 KEY, SECRET = "lake-test-key", "lake-test-secret"
 #: A bucket that anyone may read.
 PUBLIC = "open-data"
@@ -269,6 +275,12 @@ def starts_ray(file: str) -> bool:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What lasts longest begins first."""
     items.sort(key=lambda item: not starts_ray(item.nodeid.partition("::")[0]))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Tests beside those on Ray are as nice as Ray's workers, which else would starve."""
+    if IN_A_LANE and not starts_ray(item.nodeid.partition("::")[0]):
+        os.nice(max(0, NICENESS - os.nice(0)))
 
 
 @pytest.hookimpl(optionalhook=True)
