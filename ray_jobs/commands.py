@@ -7,7 +7,7 @@ from typing import Any
 
 from ray_jobs.context import absolute, open_lake, quoted, recorded
 from ray_jobs.outcome import DONE, WITH_FAILURES, Outcome, failure_line, table
-from sgcd_core.errors import InputError, ModelError, StorageError
+from sgcd_core.errors import REPLACED, InputError, ModelError, StorageError
 
 
 def check(args: Any) -> Outcome:
@@ -77,20 +77,20 @@ def index(args: Any) -> Outcome:
             site_from=args.site_from, sequences=args.sequences, known=known,
             progress=progress.reach,
         )  # fmt: skip
-    # what a file held before it was repaired or replaced is no scan that cannot be used
-    now = {row["uri"] for row in found.rows if row["status"] == "ok"} | set(found.unchanged)
-    bad = [row for row in found.rows if row["status"] != "ok" and row["uri"] not in now]
+    # what a file held before it was repaired or replaced is no scan any more
+    rows = [row for row in found.rows if row["code"] != REPLACED]
+    bad = [row for row in rows if row["status"] != "ok"]
     lines = [f"note: {note}" for note in found.notes] + [failure_line(row) for row in bad]
-    sites = Counter(row["site"] or "-" for row in found.rows if row["status"] == "ok")
-    text = f"{len(found.rows)} scans new or changed, {len(found.unchanged)} unchanged"
+    sites = Counter(row["site"] or "-" for row in rows if row["status"] == "ok")
+    text = f"{len(rows)} scans new or changed, {len(found.unchanged)} unchanged"
     text += f", {len(bad)} cannot be used" if bad else ""
     if sites:
         text += f"; sites: {', '.join(f'{site} {n}' for site, n in sorted(sites.items()))}"
-    usable = [row["site"] for row in found.rows if row["status"] == "ok"]
+    usable = [row["site"] for row in rows if row["status"] == "ok"]
     before = latest_by_uri(known)
     usable += [before[uri]["site"] for uri in found.unchanged if before[uri]["status"] == "ok"]
     data = {
-        "new": len(found.rows), "unchanged": len(found.unchanged), "sites": dict(sites),
+        "new": len(rows), "unchanged": len(found.unchanged), "sites": dict(sites),
         "source_sites": sorted(set(usable)),
         "failed": [{k: row[k] for k in ("scan_id", "uri", "code", "message")} for row in bad],
         "notes": found.notes,
@@ -100,7 +100,7 @@ def index(args: Any) -> Outcome:
     lake = open_lake(args.lake, create=True)
     with recorded(lake, "index") as summary:
         Catalog(lake).append("scans", found.rows)
-        summary.update(new=len(found.rows), unchanged=len(found.unchanged), failed=len(bad))
+        summary.update(new=len(rows), unchanged=len(found.unchanged), failed=len(bad))
     follow = f"sgcd prepare --lake {quoted(args.lake)}"
     code = WITH_FAILURES if bad else DONE
     return Outcome(text, next=follow, exit_code=code, lines=lines, data=data)
