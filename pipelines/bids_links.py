@@ -7,7 +7,7 @@ that `DatasetLinks` of dataset_description.json gives for NAME, `bids::PATH` is 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 
@@ -47,14 +47,29 @@ def link_names(roots: Iterable[str], given: Mapping[str, str]) -> dict[str, str]
         roots: Addresses of data sets.
         given: Root → name as an earlier run gave them; these stay, since sidecars use them.
     """
+
+    def plain(root: str) -> str:
+        return re.sub(r"[^A-Za-z0-9]+", "-", folder_name(root)).strip("-") or "raw"
+
+    return told_apart(roots, given, plain)
+
+
+def told_apart(
+    roots: Iterable[str], given: Mapping[str, str], plain: Callable[[str], str]
+) -> dict[str, str]:
+    """Names by root: those given, then `plain` of each other, with a digest where it is taken."""
     names = dict(given)
     for root in sorted(set(roots) - set(given)):
-        name = re.sub(r"[^A-Za-z0-9]+", "-", root.rstrip("/").rpartition("/")[2]).strip("-")
-        name = name or "raw"
+        name = plain(root)
         if name in names.values():
             name = f"{name}-{sha256_hex(root.encode())[:8]}"
         names[root] = name
     return names
+
+
+def folder_name(root: str) -> str:
+    """The last part of an address."""
+    return root.rstrip("/").rpartition("/")[2]
 
 
 def as_uri(address: str) -> str:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
+from pipelines.bids_links import folder_name, told_apart
 from pipelines.lesions import dataset_root
 from pipelines.scan_list import Listed, absolute, list_source
 from sgcd_core.config import PrepareConfig
@@ -127,16 +128,11 @@ def dataset_names(roots: Collection[str], known: Iterable[Mapping[str, Any]]) ->
     first: dict[str, tuple[Any, str]] = {}
     for row in known:
         root = dataset_root(row)
-        if root is not None and row["dataset"] == root.rpartition("/")[2]:
+        if root is not None and row["dataset"] == folder_name(root):
             at = (row["indexed_at"], root)
             first[row["dataset"]] = min(first.get(row["dataset"], at), at)
-    owner = {name: root for name, (_, root) in first.items()}
-    names = {}
-    for root in sorted(roots):
-        name = root.rstrip("/").rpartition("/")[2]
-        mine = owner.setdefault(name, root) == root
-        names[root] = name if mine else f"{name}-{sha256_hex(root.encode())[:8]}"
-    return names
+    owners = {root: name for name, (_, root) in first.items()}
+    return told_apart(roots, owners, folder_name)
 
 
 def _row(

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pipelines.bids_links import folder_name
 from sgcd_core.errors import InputError, StorageError, UsageError
 from sgcd_core.io.bids import BidsScan, BidsTree, Sidecars, list_tree
 from sgcd_core.io.bids_tables import (
@@ -131,7 +132,7 @@ def _facts(scan: BidsScan, people: People, sidecars: Sidecars, site_from: str) -
     person = people.of(scan.name.subject, scan.name.session)
     sidecar, sidecar_uri = sidecars.of(scan)
     return {
-        "dataset": scan.root.rstrip("/").rpartition("/")[2],
+        "dataset": folder_name(scan.root),
         "subject": scan.name.subject,
         "session": scan.name.session,
         "site": _site(person, sidecar, site_from),

@@ -21,7 +21,7 @@ from pipelines.lake import Lake
 from ray_jobs.context import absolute, open_lake, quoted
 from ray_jobs.models import models, resolve
 from ray_jobs.outcome import WITH_FAILURES, Outcome
-from sgcd_core.errors import InputError, ModelError, UsageError
+from sgcd_core.errors import REPLACED, InputError, ModelError, UsageError
 from sgcd_core.io.bids import is_skipped
 from sgcd_core.io.store import Store, is_below, is_s3, join, sha256_hex
 
@@ -191,7 +191,7 @@ def chosen(args: Any, scans: list[dict[str, Any]], bids: str, filters: Any) -> s
 
     mine = [scan for scan in scans if scan["uri"].startswith(bids.rstrip("/") + "/")]
     # Files that went away or were replaced are no part of the data set any more.
-    mine = [scan for scan in mine if scan["code"] not in ("SCAN-MISSING", "SCAN-REPLACED")]
+    mine = [scan for scan in mine if scan["code"] not in ("SCAN-MISSING", REPLACED)]
     for key, prefix, labels in (
         ("subject", "sub-", args.participants), ("session", "ses-", args.sessions),
     ):  # fmt: skip

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ray_jobs.context import open_lake, quoted
 from ray_jobs.outcome import Outcome, table
+from sgcd_core.errors import REPLACED
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -18,14 +19,13 @@ def run(args: Any) -> Outcome:
 
     from pipelines.aliases import aliases
     from pipelines.catalog import Catalog
-    from pipelines.plan import replaced_scans
     from pipelines.training_data import prepared_ids
     from ray_jobs.models import models
 
     lake = open_lake(args.lake)
     catalog = Catalog(lake)
-    scans = catalog.rows("scans", columns=("scan_id", "site", "sequence", "status"))
-    scans = scans.filter(~pc.field("scan_id").isin(replaced_scans(catalog)))
+    scans = catalog.rows("scans", columns=("scan_id", "site", "sequence", "status", "code"))
+    scans = scans.filter(~pc.field("code").isin([REPLACED]))
     ready = prepared_ids(lake, "")  # under whatever recipe
     groups = _groups(scans, ready)
     results = _counted(

@@ -38,6 +38,7 @@ if IN_A_LANE:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 #: As Ray starts its workers (`RAY_worker_niceness`).
 NICENESS = 15
+ON_RAY = "on Ray"
 KEY, SECRET = "lake-test-key", "lake-test-secret"
 #: A bucket that anyone may read.
 PUBLIC = "open-data"
@@ -266,20 +267,25 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write("".join(f"{text}\n" for text in texts))
 
 
+def lane(nodeid: str) -> str:
+    """Tests of one lane run one after the other: those of a file, and all of files on Ray."""
+    file = nodeid.partition("::")[0]
+    return ON_RAY if _starts_ray(file) else file
+
+
 @cache
-def starts_ray(file: str) -> bool:
-    """Whether a file, named as node ids do, has tests on Ray."""
+def _starts_ray(file: str) -> bool:
     return "mark.ray" in (Path(__file__).parents[1] / file).read_text()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What lasts longest begins first."""
-    items.sort(key=lambda item: not starts_ray(item.nodeid.partition("::")[0]))
+    items.sort(key=lambda item: lane(item.nodeid) != ON_RAY)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Tests beside those on Ray are as nice as Ray's workers, which else would starve."""
-    if IN_A_LANE and not starts_ray(item.nodeid.partition("::")[0]):
+    if IN_A_LANE and lane(item.nodeid) != ON_RAY:
         os.nice(max(0, NICENESS - os.nice(0)))
 
 
@@ -293,8 +299,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     class OneRay(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            file = nodeid.partition("::")[0]
-            return "ray" if starts_ray(file) else file
+            return lane(nodeid)
 
     return OneRay(config, log) if config.getvalue("dist") == "loadscope" else None
 
