@@ -134,7 +134,7 @@ class Catalog:
         as_of: AsOf = None,
         columns: Sequence[str] | None = None,
     ) -> pa.Table:
-        """The latest row of each key.
+        """The latest row of each key that was not taken back.
 
         Args:
             table: A name in `SCHEMAS`. A table nobody wrote to yet is empty.
@@ -153,7 +153,8 @@ class Catalog:
                 TABLE-SCHEMA, STORE-… when the table cannot be read.
         """
         schema = find_schema(table)
-        wanted = None if columns is None else sorted({*columns, *schema.key, "recorded_at"})
+        also = {*schema.key, "recorded_at", *filter(None, [schema.counts_by])}
+        wanted = None if columns is None else sorted({*columns, *also})
         found = latest(schema, self.history(table, where=where, as_of=as_of, columns=wanted))
         return found if columns is None else found.select(list(columns))
 

@@ -66,12 +66,14 @@ def _loses(value: Any, kind: pa.DataType) -> bool:
 
 
 def latest(schema: Table, table: pa.Table) -> pa.Table:
-    """Of rows in order of appending the last of each key, ordered by key."""
+    """Of rows in order of appending the last of each key, ordered by key; but those taken back."""
     if table.num_rows == 0:
         return table
     indexed = table.append_column("_row", pa.array(range(table.num_rows), type=pa.int64()))
     last = indexed.group_by(list(schema.key), use_threads=False).aggregate([("_row", "max")])
     kept = table.take(last["_row_max"])
+    if schema.counts_by:
+        kept = kept.filter(pc.field(schema.counts_by).is_valid())
     return kept.sort_by([(name, "ascending") for name in schema.key])
 
 

@@ -19,10 +19,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.catalog import Catalog
-from pipelines.evaluate import MethodImages, digest_of, usable_results
+from pipelines.evaluate import MethodImages, usable_results
 from pipelines.features import features_of, load_features
 from pipelines.lake import Lake
 from pipelines.prepare import load_prepared
+from pipelines.record_figures import record_figures
 from pipelines.verdict import person
 from sgcd_core.config import SgcdConfig
 from sgcd_core.errors import ConfigError, SgcdError
@@ -188,9 +189,8 @@ def evaluate_downstream(
         notes += said
     base = {"model": model, "model_version": version, "target": target}
     rows = [base | row for row in _site_rows(lines, network.name)]
-    names = [*images.names, *([COMBAT] if combat else [])]
-    digest = digest_of([recipe, features, network.name, *names], scans, results, skipped)
-    written = catalog.append("site_metrics", rows, txn=f"evaluate-down/{model}/{version}/{digest}")
+    mine = {f"{measure}.{network.name}" for measure in UNITS}.__contains__
+    written = record_figures(catalog, "site_metrics", base, rows, mine)
     return DownstreamSummary(network.name, lines, notes, rows, skipped, written)
 
 

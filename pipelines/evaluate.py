@@ -6,9 +6,8 @@ no output is scaled, matched or chosen by it (method.md, Evaluation).
 
 from __future__ import annotations
 
-import hashlib
 import logging
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +20,7 @@ from pipelines.catalog import Catalog
 from pipelines.lake import Lake
 from pipelines.plan import replaced_scans
 from pipelines.prepare import PreparedFiles, load_prepared
+from pipelines.record_figures import record_figures
 from pipelines.truth import load_truth
 from pipelines.verdict import Summary, estimate, person, summarize
 from sgcd_core.config import SgcdConfig
@@ -105,9 +105,9 @@ def evaluate(
     base = {"model": model, "model_version": version, "target": job.target}
     metrics = [base | row for row in job.metrics]
     sites = [base | row for row in job.site_rows()]
-    txn = f"evaluate/{model}/{version}/{job.digest()}"
-    written = catalog.append("metrics", metrics, txn=txn)
-    written |= catalog.append("site_metrics", sites, txn=txn)
+    mine = {*MEASURES, SITE_DISTANCE}.__contains__
+    written = record_figures(catalog, "metrics", base, metrics, mine)
+    written |= record_figures(catalog, "site_metrics", base, sites, mine)
     return EvaluationSummary(
         model, version, job.target, summarize(metrics, seed=config.seed), sites,
         pairs=job.pairs, skipped=job.skipped, written=written,
@@ -166,17 +166,6 @@ def load_output(result: Row, shape: tuple[int, ...]) -> NDArray[np.float32]:
             where=uri,
         )  # fmt: skip
     return np.clip(np.nan_to_num(data), 0, 1)
-
-
-def digest_of(
-    settings: Iterable[str], scans: Sequence[Row], results: Sequence[Row],
-    skipped: Mapping[str, str],
-) -> str:  # fmt: skip
-    """Identity of an evaluation: how it is computed, what went in and what could not."""
-    parts = [*settings, *(f"{scan_id}:{code}" for scan_id, code in sorted(skipped.items()))]
-    parts += [f"{r['scan_id']}:{r['output_sha256']}:{r['finished_at']}" for r in results]
-    parts += sorted(f"{s['scan_id']}:{s['site']}:{s['split']}" for s in scans)
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
 class MethodImages:
@@ -265,11 +254,6 @@ class _Job:
         self._references: dict[str, Histogram | None] = {}
         # (site, sequence, method) → subject → histograms
         self._histograms: dict[tuple[str, str, str], dict[str, list[Histogram]]] = {}
-
-    def digest(self) -> str:
-        """Identity of this evaluation: what went in and how it is computed."""
-        parts = [self.recipe, *self.methods.names, *sorted(self.training_sites or ("?",))]
-        return digest_of(parts, self.scans, self.results, self.skipped)
 
     def score(self, result: Row) -> None:
         """Histograms of one scan, and its distances to the truth if there is one."""

@@ -57,6 +57,8 @@ class Table:
         name: Folder under `catalog/` and name in SQL.
         description: What one row is.
         key: Columns that identify a thing; of equal keys the latest row counts.
+        counts_by: Column without which the latest row of a key takes back those before; "" where
+            nothing is taken back.
         partition_by: Columns whose values are folders, so that a filter reads one folder.
         columns: In order.
     """
@@ -66,6 +68,7 @@ class Table:
     key: tuple[str, ...]
     partition_by: tuple[str, ...]
     columns: tuple[Column, ...]
+    counts_by: str = ""
 
     @property
     def arrow(self) -> pa.Schema:
@@ -185,7 +188,7 @@ METRICS = Table(
     partition_by=("target", "site", "sequence"),
     columns=(
         _SCAN_ID, _DATASET, _SUBJECT, _SITE, _SEQUENCE, _MODEL, _VERSION, _TARGET, _METHOD, _METRIC,
-        Column("value", FLOAT, "the number"),
+        Column("value", FLOAT, "the number; in `metrics_all` missing where it was taken back"),
         Column("unit", STRING, "unit of the number: 1, dB, intensity range"),
         Column("region", STRING, "voxels it is taken over: brain, grey matter, white matter"),
         Column(
@@ -193,9 +196,10 @@ METRICS = Table(
             "scan_id of the same subject's scan at the target site; truth: a digital subject's own",
         ),
         _SEEN,
-        Column("created_at", TIME, "when it was computed", now=True),
+        Column("created_at", TIME, "when it was first computed to this number", now=True),
         _RECORDED,
     ),
+    counts_by="value",
 )  # fmt: skip
 
 SITE_METRICS = Table(
@@ -213,11 +217,16 @@ SITE_METRICS = Table(
             "random partitions, the mean less a standard deviation",
         ),
         Column("high", FLOAT, "upper end, likewise"),
-        Column("n", INT, "subjects behind the means", unit="subjects"),
+        Column(
+            "n", INT,
+            "subjects behind the means; in `site_metrics_all` missing where they were taken back",
+            unit="subjects",
+        ),
         _SEEN,
-        Column("created_at", TIME, "when it was computed", now=True),
+        Column("created_at", TIME, "when it was first computed to these numbers", now=True),
         _RECORDED,
     ),
+    counts_by="n",
 )  # fmt: skip
 
 RUNS = Table(

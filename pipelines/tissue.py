@@ -17,9 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.catalog import Catalog
-from pipelines.evaluate import MethodImages, digest_of, find_truth, usable_results
+from pipelines.evaluate import MethodImages, find_truth, usable_results
 from pipelines.lake import Lake
 from pipelines.prepare import PreparedFiles, load_prepared
+from pipelines.record_figures import record_figures
 from pipelines.segment import (
     GREY,
     STEM,
@@ -145,16 +146,16 @@ def evaluate_tissue(
     base = {"model": model, "model_version": version, "target": job.target}
     lines = tissue_lines(job.metrics, config.seed)
     sites = [base | row for row in _site_rows(lines, job.segmenter.name)]
-    settings = [job.recipe, segmenter, *job.methods.names, *sorted(job.training_sites or ("?",))]
-    digest = digest_of(settings, job.scans, results, job.skipped)
-    txn = f"evaluate-tissue/{model}/{version}/{digest}"
     # The segmenter is part of the measure: two segmenters' figures are not one series.
-    rows = [base | r | {"metric": f"{r['metric']}.{job.segmenter.name}"} for r in job.metrics]
-    written = catalog.append("metrics", rows, txn=txn)
-    written |= catalog.append("site_metrics", sites, txn=txn)
-    return TissueSummary(
-        job.segmenter.name, lines, sites, job.pairs, job.truths, job.skipped, written
-    )
+    name = job.segmenter.name
+    rows = [base | r | {"metric": f"{r['metric']}.{name}"} for r in job.metrics]
+
+    def mine(metric: str) -> bool:
+        return metric.startswith(("dice.", "ap.")) and metric.endswith(f".{name}")
+
+    written = record_figures(catalog, "metrics", base, rows, mine)
+    written |= record_figures(catalog, "site_metrics", base, sites, mine)
+    return TissueSummary(name, lines, sites, job.pairs, job.truths, job.skipped, written)
 
 
 def compare(labels: Labels, reference: Labels, where: Mask) -> Iterable[tuple[str, str, float]]:

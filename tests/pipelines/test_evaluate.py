@@ -193,6 +193,65 @@ def test_an_evaluation_that_skipped_a_scan_is_completed_by_the_next(tmp_path):
     assert not evaluate(lake, "target-T", 1, config).written
 
 
+def test_figures_of_an_evaluation_that_missed_a_scan_do_not_stay(tmp_path):
+    lake, config = fake_lake(str(tmp_path), perfect)
+    catalog = Catalog(lake)
+
+    def subjects() -> list[int]:
+        rows = catalog.rows("site_metrics", where={"metric": "psnr", "method": "sgcd"})
+        return rows.sort_by("site")["n"].to_pylist()
+
+    evaluate(lake, "target-T", 1, config)
+    assert subjects() == [2, 2]
+    scan = catalog.rows("metrics", where={"site": "A"})["scan_id"][0].as_py()
+    result = catalog.rows("results", where={"scan_id": scan}).to_pylist()[0]
+    output = Path(result["model_grid_uri"])
+    output.rename(output.with_suffix(".away"))
+    evaluate(lake, "target-T", 1, config)
+    assert subjects() == [1, 2]
+    assert scan not in catalog.rows("metrics")["scan_id"].to_pylist()
+    output.with_suffix(".away").rename(output)
+    assert evaluate(lake, "target-T", 1, config).written
+    assert subjects() == [2, 2]
+    assert scan in catalog.rows("metrics")["scan_id"].to_pylist()
+
+
+def test_figures_that_no_longer_count_leave_the_tables_and_stay_in_their_history(tmp_path):
+    lake, config = fake_lake(str(tmp_path), perfect)
+    catalog = Catalog(lake)
+    evaluate(lake, "target-T", 1, config, methods=("raw", "nyul"))
+    before = catalog.rows("metrics")
+    scans = catalog.rows("scans").to_pylist()
+    moved = next(s for s in scans if s["split"] == "test" and s["site"] == "A")
+    named = [s for s in scans if s["site"] == "B"]
+    catalog.append("scans", [
+        moved | {"split": "train", "recorded_at": None},
+        *(s | {"site": "Bonn", "recorded_at": None} for s in named),
+    ])  # fmt: skip
+    evaluate(lake, "target-T", 1, config, methods=("raw", "zscore"))
+    rows = catalog.query("SELECT DISTINCT scan_id, site, method FROM metrics").to_pylist()
+    assert moved["scan_id"] not in {row["scan_id"] for row in rows}
+    assert {row["site"] for row in rows} == {"A", "Bonn"}
+    assert {row["method"] for row in rows} == {"raw", "zscore", "sgcd"}
+    sites = catalog.rows("site_metrics")
+    assert set(sites["site"].to_pylist()) == {"A", "Bonn"}
+    assert set(sites["method"].to_pylist()) == {"raw", "zscore", "sgcd"}
+    every = catalog.history("metrics")
+    assert every.num_rows > before.num_rows
+    assert every["value"].null_count > 0, "taken back by rows without a number"
+    assert {"B", "Bonn"} <= set(catalog.history("site_metrics")["site"].to_pylist())
+
+
+def test_figures_that_did_not_change_are_not_written_again(tmp_path):
+    lake, config = fake_lake(str(tmp_path), perfect)
+    catalog = Catalog(lake)
+    evaluate(lake, "target-T", 1, config)
+    rows = catalog.history("metrics").num_rows
+    evaluate(lake, "target-T", 1, config, methods=("raw", "nyul", "zscore"))
+    more = catalog.rows("metrics", where={"method": "zscore"}).num_rows
+    assert catalog.history("metrics").num_rows == rows + more > rows
+
+
 def test_subjects_of_two_data_sets_are_two_though_they_have_one_label():
     rows = [
         {"scan_id": f"{dataset}{n}", "dataset": dataset, "subject": f"0{n}", "site": "A",
