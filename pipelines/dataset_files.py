@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 from urllib.parse import unquote
 
@@ -96,7 +96,9 @@ def write_description(
     return links
 
 
-def write_participants(root: str, scans: Iterable[Row], store: Store | None = None) -> None:
+def write_participants(
+    root: str, scans: Iterable[Row], store: Store | None = None, gone: Collection[str] = ()
+) -> None:
     """Write participants.tsv and .json: who has an output, with what the sources say of them.
 
     Rows of others stay, since runs with a lake of their own may write to one data set.
@@ -105,9 +107,10 @@ def write_participants(root: str, scans: Iterable[Row], store: Store | None = No
         root: Address of the derivative data set.
         scans: Rows of `scans` with an output of this model version.
         store: Where it lies.
+        gone: Participants (`sub-01`) whose rows do not stay, unless `scans` hold them.
     """
     store = store or Store()
-    table, columns = participants_tables(scans, store, root)
+    table, columns = participants_tables(scans, store, root, gone)
     if table.count(b"\n") < 2:  # nobody
         return
     write_changed(store, join(root, "participants.tsv"), table)

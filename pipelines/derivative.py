@@ -14,8 +14,9 @@ import pyarrow.compute as pc
 
 from pipelines.bids_links import Links
 from pipelines.catalog import Catalog
+from pipelines.plan import LABELS, labels_differ
 from pipelines.schemas import RESULTS
-from sgcd_core.io.store import join, sha256_hex
+from sgcd_core.io.store import Store, join, sha256_hex
 
 #: Label of the model grid in file names (BIDS entity `space`).
 SPACE = "MNI152rigid"
@@ -72,6 +73,17 @@ class Names:
         """The same on the model grid."""
         return self._named(f"space-{SPACE}_desc-harmonizedstd", ".nii.gz")
 
+    @property
+    def files(self) -> tuple[str, ...]:
+        """All that may have been written, each after its sidecar."""
+        images = self.native, self.model_grid, self.uncertainty, self.uncertainty_model_grid
+        return tuple(uri for image in images for uri in (json_beside(image), image))
+
+    @property
+    def participant(self) -> str:
+        """`sub-01`."""
+        return self.stem.partition("/")[0]
+
 
 _ENTITY = re.compile(r"_(?P<key>task|acq|ce|rec|dir|run|echo|part|chunk)-(?P<value>[A-Za-z0-9]+)")
 
@@ -95,16 +107,62 @@ def output_names(catalog: Catalog, scans: pa.Table, model: str, version: int) ->
         pc.index_in(scans["scan_id"], first["scan_id"].combine_chunks())
     )
     place = scans.column_names.index("indexed_at")
-    written = catalog.history(
-        "results", where={"model": model, "model_version": version},
-        columns=("scan_id", "output_uri"),
-    ).filter(pc.field("output_uri").is_valid())  # fmt: skip
-    owner: dict[str, str] = {}
-    for row in written.to_pylist():  # the oldest first: a file holds what was written last
-        if found := _OUTPUT.search(row["output_uri"]):
-            owner[found["stem"] + found["suffix"]] = row["scan_id"]
-    given = {scan_id: stem for stem, scan_id in owner.items()}
+    owner: dict[str, str | None] = {}
+    for row in written_outputs(catalog, scans, model, version):
+        # the oldest first: a file holds what was written last
+        owner[row["stem"]] = None if row["relabelled"] else row["scan_id"]
+    given = {scan_id: stem for stem, scan_id in owner.items() if scan_id is not None}
     return stems(scans.set_column(place, "indexed_at", at), given)
+
+
+def written_outputs(
+    catalog: Catalog, scans: pa.Table, model: str, version: int
+) -> list[dict[str, Any]]:
+    """Every output that a model version ever wrote, the oldest first.
+
+    `scan_id`, `output_uri`, its `stem`, and `relabelled`: a label that it is named or made by is
+    no longer the scan's.
+
+    Args:
+        catalog: The lake's tables.
+        scans: Rows of `scans`; outputs of others are left out.
+        model: Name in the registry.
+        version: Version in the registry.
+    """
+    found = catalog.history(
+        "results", where={"model": model, "model_version": version},
+        columns=("scan_id", "output_uri", *LABELS),
+    ).filter(pc.field("output_uri").is_valid())  # fmt: skip
+    at = pc.index_in(found["scan_id"], scans["scan_id"].combine_chunks())
+    found, at = found.filter(at.is_valid()), at.drop_null()
+    rows = found.append_column("relabelled", labels_differ(scans.take(at), found)).to_pylist()
+    return [
+        row | {"stem": name["stem"] + name["suffix"]}
+        for row in rows if (name := _OUTPUT.search(row["output_uri"]))
+    ]  # fmt: skip
+
+
+def misnamed_outputs(
+    catalog: Catalog, scans: pa.Table, root: str, model: str, version: int
+) -> list[Names]:
+    """Outputs that lie under labels their scans have no more, others having taken their place.
+
+    Args:
+        catalog: The lake's tables.
+        scans: All rows of `scans` of the lake.
+        root: Root of the derivative data set.
+        model: Name in the registry.
+        version: Version in the registry.
+    """
+    latest = catalog.rows("results", where={"model": model, "model_version": version})
+    current = set(latest["output_uri"].to_pylist())
+    old = {
+        row["stem"] for row in written_outputs(catalog, scans, model, version)
+        if row["relabelled"] and row["output_uri"] not in current
+    }  # fmt: skip
+    found = [Names(root, stem) for stem in sorted(old)]
+    return [names for names in found if names.native not in current
+            and Store().exists(names.native)]  # fmt: skip
 
 
 def stems(scans: pa.Table, given: Mapping[str, str] | None = None) -> pa.Table:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from pipelines.derivative import bids_label, participant
@@ -26,7 +26,7 @@ _KNOWN = {
 
 
 def participants_tables(
-    scans: Iterable[Row], store: Store, present: str | None = None
+    scans: Iterable[Row], store: Store, present: str | None = None, gone: Collection[str] = ()
 ) -> tuple[bytes, dict[str, Any]]:
     """participants.tsv, and the content of participants.json.
 
@@ -37,6 +37,7 @@ def participants_tables(
         scans: Rows of `scans` with an output; read once, only what they say of people is kept.
         store: Where the sources lie.
         present: Root of the data set they are for; its rows of other participants are kept.
+        gone: Other participants whose rows are not.
     """
     people: dict[str, list[dict[str, str]]] = {}
     described: dict[str, Any] = {}
@@ -62,7 +63,7 @@ def participants_tables(
     if present is not None:
         described |= {k: v for k, v in _columns(store, present).items() if k not in described}
         for row in _rows(store, present):
-            if row.get(_ID) and row[_ID] not in people:
+            if row.get(_ID) and row[_ID] not in people and row[_ID] not in gone:
                 people[row[_ID]] = [row]
     names = list(dict.fromkeys(
         name for rows in people.values() for row in rows for name in row if name != _ID

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import pyarrow as pa
@@ -22,6 +23,8 @@ TRANSIENT_CODES = (
     "SCAN-CHANGED", "SCAN-STRIP-ENDED", "CLUSTER",
 )  # fmt: skip
 FAILED_AT_INDEX = "failed at index"
+#: What a result is named and made by: with another label its scan is planned again.
+LABELS = ("subject", "session", "site", "sequence")
 _ORDER = ("site", "sequence", "subject", "session", "scan_id")
 _COLUMNS = (
     "scan_id", "dataset", "subject", "session", "site", "sequence", "split", "uri", "status",
@@ -38,11 +41,13 @@ class Plan:
         todo: Rows of `scans` to work on, ordered by site, sequence, subject, session, scan_id.
         skipped: Every other row of `scans` in the same order, with `reason`, and in `code` and
             `message` what the index or the earlier result says.
+        relabelled: How many of `todo` have a result under labels that were corrected since.
     """
 
     scans: pa.Table
     todo: pa.Table
     skipped: pa.Table
+    relabelled: int = 0
 
     def reasons(self) -> dict[str, int]:
         """How many scans are skipped for each reason, the commonest first."""
@@ -53,6 +58,8 @@ class Plan:
     def sentence(self) -> str:
         """One line for a person."""
         text = f"{self.todo.num_rows} to do"
+        if self.relabelled:
+            text += f" ({self.relabelled} of them since labels were corrected)"
         if self.skipped.num_rows:
             reasons = ", ".join(f"{n} {reason}" for reason, n in self.reasons().items())
             text += f", {self.skipped.num_rows} skipped ({reasons})"
@@ -89,7 +96,8 @@ def plan(
         only: Only these scan_ids; None for all.
 
     Returns:
-        todo and skipped together hold every row of `scans` once.
+        todo and skipped together hold every row of `scans` once. A result whose subject, session,
+        site or sequence is no longer its scan's settles nothing, but with `only_new`.
 
     Raises:
         InputError: LAKE-EMPTY when nothing was indexed; TARGET-UNKNOWN for a site that no scan
@@ -116,9 +124,12 @@ def plan(
         asked = pc.is_in(scans["scan_id"], pa.array(sorted(only), pa.string()))
         rules.append(_Rule(pc.invert(asked), "not asked for"))
     rules += _at_index(scans, sites, sequences, split, target)
+    results = catalog.rows("results", where={"model": model, "model_version": version})
+    # Where each scan's result lies; taking at a missing index gives a missing value.
+    mine = results.take(pc.index_in(scans["scan_id"], results["scan_id"].combine_chunks()))
+    relabelled = labels_differ(scans, mine)
     if not force:
-        results = catalog.rows("results", where={"model": model, "model_version": version})
-        rules += _by_result(scans, results, only_new, retry_failed)
+        rules += _by_result(mine, relabelled, only_new, retry_failed)
     none = pa.nulls(scans.num_rows, pa.string())
     reason, code, message = none, none, none
     for rule in reversed(rules):  # so that of several the first counts
@@ -130,7 +141,21 @@ def plan(
     told = scans.drop_columns(["code", "message"])
     for name, values in (("reason", reason), ("code", code), ("message", message)):
         told = told.append_column(name, values)
-    return Plan(scans=scans, todo=scans.filter(todo), skipped=told.filter(pc.invert(todo)))
+    again = pc.sum(pc.and_(todo, relabelled)).as_py() or 0
+    return Plan(scans, scans.filter(todo), told.filter(pc.invert(todo)), again)
+
+
+def labels_differ(scans: pa.Table, results: pa.Table) -> pa.ChunkedArray:
+    """Whether a label of each scan is another than in its result, row by row; False without one.
+
+    Args:
+        scans: Rows with the columns `LABELS`.
+        results: As many, with these and `scan_id`; rows of scans without a result are missing.
+    """
+    same = [
+        pc.equal(pc.fill_null(scans[name], ""), pc.fill_null(results[name], "")) for name in LABELS
+    ]
+    return pc.and_(results["scan_id"].is_valid(), pc.invert(reduce(pc.and_, same)))
 
 
 def replaced_scans(catalog: Catalog) -> pa.Array:
@@ -182,18 +207,17 @@ def _at_index(
 
 
 def _by_result(
-    scans: pa.Table, results: pa.Table, only_new: bool, retry_failed: bool
+    results: pa.Table, relabelled: pa.ChunkedArray, only_new: bool, retry_failed: bool
 ) -> list[_Rule]:
-    """Why an earlier result settles the scan, if it does."""
-    # Where each scan's result lies; taking at a missing index gives a missing value.
-    mine = results.take(pc.index_in(scans["scan_id"], results["scan_id"].combine_chunks()))
-    status, code, message = mine["status"], mine["code"], mine["message"]
-    failed = pc.equal(status, "failed")
+    """Why an earlier result settles the scan, if it does; `results` are row by row the scans'."""
+    status, code, message = results["status"], results["code"], results["message"]
+    done, failed = pc.is_in(status, pa.array(["ok", "flagged"])), pc.equal(status, "failed")
     if not only_new:
         again = pa.scalar(True) if retry_failed else pc.is_in(code, pa.array(TRANSIENT_CODES))
         failed = pc.and_(failed, pc.invert(pc.fill_null(again, False)))
+        done, failed = (pc.and_(mask, pc.invert(relabelled)) for mask in (done, failed))
     return [
-        _Rule(pc.is_in(status, pa.array(["ok", "flagged"])), "done", code, message),
+        _Rule(done, "done", code, message),
         _Rule(pc.equal(status, "quarantined"), "quarantined", code, message),
         _Rule(failed, "failed before", code, message),
     ]

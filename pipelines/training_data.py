@@ -33,6 +33,17 @@ def prepared_ids(lake: Lake, recipe: str) -> set[str]:
     return ids
 
 
+def forget_prepared(lake: Lake, scan_ids: Collection[str]) -> None:
+    """Let these scans be prepared anew, under every recipe."""
+    if not scan_ids:
+        return
+    store = Store()
+    for item in list(store.list(lake.prepared("") + "/")):
+        folder, _, name = item.uri.rpartition("/")
+        if name == COMPLETE and folder.rpartition("/")[2] in scan_ids:
+            store.delete(item.uri)
+
+
 def training_rows(
     catalog: Catalog,
     recipe: str,

@@ -65,6 +65,7 @@ def index(args: Any) -> Outcome:
     from pipelines.lake import Lake
     from pipelines.manifest import index_sources, latest_by_uri
     from pipelines.progress import Progress
+    from pipelines.training_data import forget_prepared
     from sgcd_core.io.store import Store
 
     # The lake is made only once the sources are known to hold something.
@@ -99,6 +100,12 @@ def index(args: Any) -> Outcome:
         return Outcome(f"would list: {text}", lines=lines, data=data)
     lake = open_lake(args.lake, create=True)
     with recorded(lake, "index") as summary:
+        # a scan is aligned with the template in its sequence's contrast
+        was = {row["scan_id"]: row["sequence"] for row in known}
+        forget_prepared(lake, {
+            row["scan_id"] for row in rows
+            if row["sequence"] != was.get(row["scan_id"], row["sequence"])
+        })  # fmt: skip
         Catalog(lake).append("scans", found.rows)
         summary.update(new=len(rows), unchanged=len(found.unchanged), failed=len(bad))
     follow = f"sgcd prepare --lake {quoted(args.lake)}"

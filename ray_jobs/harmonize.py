@@ -159,6 +159,8 @@ def run(args: Any) -> Outcome:
     lines = [failure_line(row) for row in tally.bad]
     if tally.failed > len(tally.bad):
         lines.append(f"… and {tally.failed - len(tally.bad)} more: see the table `results`")
+    if made.relabelled:
+        lines.append(f"note: {made.relabelled} of them again: a label was corrected since.")
     lines += tally.notes()
     code = WITH_FAILURES if tally.failed or refused else DONE
     return Outcome(text, next=follow, exit_code=code, lines=lines, data=data)
@@ -224,9 +226,12 @@ def _addresses(scans: pa.Table) -> list[Row]:
 
 
 def describe(lake: Lake, model: str, version: int) -> None:
-    """Bring participants.tsv and the citation of the derivative up to date; from the tables."""
+    """Bring the derivative up to date with the tables: its people, its citation, and no output
+    under a label that its scan has no more.
+    """
     from pipelines.cite import citation
     from pipelines.dataset_files import LOGS, write_changed, write_participants
+    from pipelines.derivative import misnamed_outputs
     from sgcd_core.io.store import Store, join
 
     catalog, where = Catalog(lake), {"model": model, "model_version": version}
@@ -234,10 +239,18 @@ def describe(lake: Lake, model: str, version: int) -> None:
     done = results.filter(pc.field("output_uri").is_valid())["scan_id"].combine_chunks()
     if not len(done):
         return
-    scans = catalog.rows("scans", columns=("scan_id", "uri", "subject", "age", "sex"))
+    scans = catalog.rows("scans")
     mine = scans.filter(pc.field("scan_id").isin(done)).to_batches(max_chunksize=10_000)
     root = lake.derivatives(model_key(model, version))
-    write_participants(root, (scan for batch in mine for scan in batch.to_pylist()))
+    misnamed = misnamed_outputs(catalog, scans, root, model, version)
+    write_participants(
+        root, (scan for batch in mine for scan in batch.to_pylist()),
+        gone={names.participant for names in misnamed},
+    )  # fmt: skip
+    for names in misnamed:
+        log.info("event=misnamed_removed uri=%s", names.native)
+        for uri in names.files:
+            Store().delete(uri)
     text = citation(lake, model, version).encode()
     write_changed(Store(), join(root, LOGS, "CITATION.md"), text)
 

@@ -3,13 +3,14 @@
 What a site does to its scans is told by several of them better than by one, so a scan is taken to
 look as its site does. The look of a site is written down the first time it is needed. Scans that
 arrive later meet the same one: two scans of a site are never corrected differently because of when
-they came.
+they came. It is measured again when a scan that it was measured on turns out to be of another site.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import logging
 from typing import Any
 from urllib.parse import quote
 
@@ -30,6 +31,7 @@ MOST_SCANS = 32
 _FORMAT = 3
 
 Look = NDArray[np.float32]
+log = logging.getLogger(__name__)
 
 
 def look_uri(lake: Lake, recipe: str, site: str, sequence: str) -> str:
@@ -62,10 +64,17 @@ def site_looks(
         if row["site"] is not None and row["sequence"] in config.sequences
     )  # fmt: skip
     found: dict[tuple[str, str], Look] = {}
+    left: set[tuple[str, str]] = set()
     for site, sequence in wanted:
         uri = look_uri(lake, recipe, site, sequence)
-        if not again and store.exists(uri):
-            found[site, sequence] = _read(store, uri)
+        if again or not store.exists(uri):
+            continue
+        look, measured_on = _read(store, uri)
+        if _elsewhere(scans, measured_on, site, sequence):
+            log.info("event=look_measured_again site=%s sequence=%s", site, sequence)
+            left.add((site, sequence))
+        else:
+            found[site, sequence] = look
     missing = [key for key in wanted if key not in found]
     if not missing:
         return found
@@ -77,17 +86,29 @@ def site_looks(
             continue  # none of its scans could be prepared: each says so in its row
         count, look = measured[site, index[sequence]]
         uri = look_uri(lake, recipe, site, sequence)
+        key = (site, sequence)
+        mine = [row["scan_id"] for row in sample if (row["site"], row["sequence"]) == key]
         body = {"format": _FORMAT, "site": site, "sequence": sequence, "scans": count,
-                "look": [float(value) for value in look]}  # fmt: skip
+                "scan_ids": mine, "look": [float(value) for value in look]}  # fmt: skip
+        anew = again or key in left
         with contextlib.suppress(FileExistsError):  # another run was first: its look counts
-            store.write_bytes(uri, json.dumps(body).encode(), if_absent=not again)
-        found[site, sequence] = _read(store, uri)
+            store.write_bytes(uri, json.dumps(body).encode(), if_absent=not anew)
+        found[key], _ = _read(store, uri)
     return found
 
 
-def _read(store: Store, uri: str) -> Look:
+def _read(store: Store, uri: str) -> tuple[Look, list[str]]:
+    """A look, and the scans it was measured on (none are named by earlier versions)."""
     body = json.loads(store.read_bytes(uri, max_bytes=1_000_000))
-    return np.asarray(body["look"], np.float32)
+    return np.asarray(body["look"], np.float32), body.get("scan_ids", [])
+
+
+def _elsewhere(scans: pa.Table, scan_ids: list[str], site: str, sequence: str) -> bool:
+    """Whether one of these scans is of another site or sequence now."""
+    field = pc.field
+    mine = scans.filter(field("scan_id").isin(pa.array(scan_ids, pa.string())))
+    other = (field("site") != site) | field("site").is_null() | (field("sequence") != sequence)
+    return bool(mine.filter(other).num_rows)
 
 
 def _sample(scans: pa.Table, key: tuple[str, str]) -> list[Row]:

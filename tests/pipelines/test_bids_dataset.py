@@ -184,6 +184,9 @@ def test_participants_of_other_runs_stay(data: Dataset, tmp_path: Path) -> None:
     ]  # fmt: skip
     columns = json.loads((tmp_path / "participants.json").read_text())
     assert columns["group"] == {"Description": "arm"} and "Handedness" in columns
+    write_participants(str(tmp_path), iter(one), gone={"sub-02", "sub-03"})
+    lines = (tmp_path / "participants.tsv").read_text().splitlines()
+    assert [line.split("\t")[0] for line in lines] == ["participant_id", "sub-02"]
 
 
 def test_describing_again_touches_nothing(data: Dataset) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from pipelines.catalog import Catalog
 from pipelines.lake import Lake
-from pipelines.plan import Plan, plan, replaced_scans
+from pipelines.plan import LABELS, Plan, plan, replaced_scans
 from sgcd_core.errors import InputError
 
 SCANS: list[tuple[str, dict[str, Any]]] = [
@@ -33,8 +33,9 @@ def catalog(tmp_path: Path) -> Catalog:
 
 
 def record(catalog: Catalog, scan_id: str, status: str, code: str | None = None) -> None:
+    scan = catalog.rows("scans", where={"scan_id": scan_id}).to_pylist()[0]
     row = {"scan_id": scan_id, "model": "m", "model_version": 1, "status": status, "code": code}
-    catalog.append("results", [row])
+    catalog.append("results", [row | {name: scan[name] for name in LABELS}])
 
 
 def ids(made: Plan) -> list[str]:
@@ -105,3 +106,19 @@ def test_the_scan_of_a_replaced_file_is_no_failure_of_the_index(catalog: Catalog
     catalog.append("scans", [row])
     assert reasons(plan(catalog, "m", 1, sequences=KNOWN))["old"] == "replaced since"
     assert replaced_scans(catalog).to_pylist() == ["old"]
+
+
+@pytest.mark.parametrize("label", LABELS)
+@pytest.mark.parametrize("status", ["ok", "flagged", "failed", "quarantined"])
+def test_a_result_under_a_label_that_was_corrected_settles_nothing(
+    catalog: Catalog, label: str, status: str
+) -> None:
+    record(catalog, "a1", status, "SCAN-EMPTY")
+    assert "a1" not in ids(plan(catalog, "m", 1))
+    scan = catalog.rows("scans", where={"scan_id": "a1"}).to_pylist()[0]
+    catalog.append("scans", [scan | {label: "B", "recorded_at": None}])
+    made = plan(catalog, "m", 1)
+    again = status != "quarantined"
+    assert ("a1" in ids(made)) is again and made.relabelled == again
+    assert ("labels were corrected" in made.sentence()) is again
+    assert "a1" not in ids(plan(catalog, "m", 1, only_new=True))

@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import json
 from datetime import UTC, datetime
+from typing import Any
 
 import pyarrow as pa
 import pytest
 
 from pipelines.bids_links import Links
 from pipelines.catalog import Catalog
-from pipelines.derivative import IN_SIDECAR, Names, bids_label, output_names, sidecar_bytes, stems
+from pipelines.derivative import (
+    IN_SIDECAR,
+    Names,
+    bids_label,
+    misnamed_outputs,
+    output_names,
+    sidecar_bytes,
+    stems,
+)
 from pipelines.lake import Lake
+from pipelines.plan import LABELS
 from pipelines.schemas import STRING
 from sgcd_core.io.bids import parse_name
+from sgcd_core.io.store import Store
 
 
 def scan(scan_id: str, **more: str | None) -> dict[str, str | None]:
@@ -71,13 +82,57 @@ def test_outputs_keep_their_names_whatever_is_indexed_later(tmp_lake: Lake) -> N
     index(first, 3)  # a corrected age, say
     assert names()["b" * 32] == plain != names()["a" * 32]
     root = tmp_lake.derivatives("m-v1")
-    row = {"scan_id": "a" * 32, "model": "m", "model_version": 1, "status": "ok",
-           "output_uri": Names(root, plain).native}  # fmt: skip
+    labels = {name: first.get(name) for name in LABELS}
+    row = labels | {"scan_id": "a" * 32, "model": "m", "model_version": 1, "status": "ok",
+                    "output_uri": Names(root, plain).native}  # fmt: skip
     catalog.append("results", [row])
     assert names()["a" * 32] == plain != names()["b" * 32]
     assert names(version=2)["b" * 32] == plain
     catalog.append("results", [row | {"scan_id": "b" * 32}])  # as lakes of before may have it
     assert names()["b" * 32] == plain != names()["a" * 32]
+
+
+def test_scans_that_exchanged_subjects_exchange_their_names(tmp_lake: Lake) -> None:
+    catalog, root = Catalog(tmp_lake), tmp_lake.derivatives("m-v1")
+    now = datetime(2026, 1, 1, tzinfo=UTC)
+    a, b = (
+        scan(key * 32, subject=key, uri=f"/d/sub-{key}/anat/sub-{key}_T1w.nii.gz")
+        | {"indexed_at": now} for key in "ab"
+    )  # fmt: skip
+
+    def harmonize(row: dict[str, Any]) -> str:
+        """Write a result, and the file that it is of, under the name that is planned."""
+        table = output_names(catalog, catalog.rows("scans"), "m", 1).to_pylist()
+        names = Names(root, {r["scan_id"]: r["stem"] for r in table}[row["scan_id"]])
+        Store().write_bytes(names.native, row["scan_id"].encode())
+        result = {name: row.get(name) for name in LABELS} | {
+            "scan_id": row["scan_id"], "model": "m", "model_version": 1, "status": "ok",
+            "output_uri": names.native,
+        }  # fmt: skip
+        catalog.append("results", [result])
+        return names.native
+
+    def misnamed() -> list[str]:
+        found = misnamed_outputs(catalog, catalog.rows("scans"), root, "m", 1)
+        return [names.native for names in found]
+
+    catalog.append("scans", [a, b])
+    one, two = harmonize(a), harmonize(b)
+    swapped = [
+        a | {"subject": "b", "uri": b["uri"]}, b | {"subject": "a", "uri": a["uri"]},
+    ]  # fmt: skip
+    catalog.append("scans", swapped)
+    assert misnamed() == [], "no other output has taken their place yet"
+    assert [harmonize(row) for row in swapped] == [two, one]
+    assert misnamed() == [], "both names are used again"
+    assert Store().read_bytes(two) == a["scan_id"].encode()
+
+    catalog.append("scans", [renamed := swapped[0] | {"subject": "c"}])
+    assert misnamed() == []
+    three = harmonize(renamed)
+    assert "sub-c" in three and misnamed() == [two]
+    Store().delete(two)
+    assert misnamed() == []
 
 
 @pytest.mark.parametrize("word", ["MR_001", "IXI002-Guys", "../../../../etc/x", "Ärger"])

@@ -1,0 +1,37 @@
+"""`sgcd index` on a lake that holds something already."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from pipelines.catalog import Catalog
+from pipelines.lake import Lake
+from pipelines.training_data import COMPLETE, prepared_ids
+from ray_jobs import cli
+from sgcd_core.io.store import Store, join
+
+
+def test_a_scan_whose_sequence_was_corrected_is_prepared_anew(
+    tmp_path: Path, make_scan: Callable[..., bytes]
+) -> None:
+    source, address = tmp_path / "scans.csv", str(tmp_path / "lake")
+    for number in (1, 2):
+        (tmp_path / f"{number}.nii.gz").write_bytes(make_scan(number))
+
+    def index(*sequences: str) -> None:
+        lines = [f"{n}.nii.gz,{n},A,{word}" for n, word in enumerate(sequences, 1)]
+        source.write_text("\n".join(["uri,subject,site,sequence", *lines]) + "\n")
+        assert cli.main(["index", str(source), "--lake", address]) == 0
+
+    index("T1w", "T1w")
+    lake = Lake(address)
+    rows = Catalog(lake).rows("scans").sort_by("subject")
+    one, two = rows["scan_id"].to_pylist()
+    for recipe in ("r1", "r2"):
+        for scan_id in (one, two):
+            Store().write_bytes(join(lake.prepared(recipe, scan_id), COMPLETE), b"{}")
+    index("T1w", "T1w")
+    assert prepared_ids(lake, "r1") == {one, two}
+    index("T2w", "T1w")
+    assert prepared_ids(lake, "r1") == prepared_ids(lake, "r2") == {two}
