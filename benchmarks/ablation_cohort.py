@@ -138,7 +138,7 @@ def make_member(folder: Path, plan: Plan, member: Member) -> Path:
 
 @dataclass(frozen=True, eq=False)
 class Scan:
-    """A prepared scan; `look` is its own."""
+    """A prepared scan; `look` is its own, `voxel_mm` the longest side of its stored voxels."""
 
     scan_id: str
     subject: str
@@ -148,6 +148,7 @@ class Scan:
     image: NDArray[np.float32]
     mask: NDArray[np.bool_]
     look: Look
+    voxel_mm: float
 
     def row(self) -> dict[str, Any]:
         """As the schedule of a training takes it."""
@@ -168,6 +169,10 @@ class Cohort:
         self.rescans: dict[tuple[str, str], tuple[NDArray[np.float32], NDArray[np.bool_]]] = {}
         self.training_sites = [s.site for s in plan.scanners[: plan.request.sites]]
         self.scans: dict[str, Scan] = {}
+        sides = {
+            (scanner.site, sequence): max(made.voxel) * plan.request.mm
+            for scanner in plan.scanners for sequence, made in scanner.acquisitions.items()
+        }  # fmt: skip
         for member in sorted(plan.members, key=lambda m: m.number):
             with np.load(folder / f"{member.label}.npz") as arrays:
                 for site in member.sites:
@@ -177,7 +182,8 @@ class Cohort:
                         look = measure_look(image, mask, plan.prepare.mm, sequence).vector()
                         scan_id = f"{member.label}_{name}"
                         self.scans[scan_id] = Scan(scan_id, member.label, site, sequence,
-                                                   member.split, image, mask, look)  # fmt: skip
+                                                   member.split, image, mask, look,
+                                                   sides[site, sequence])  # fmt: skip
                         if f"{name}{AGAIN}_image" in arrays:
                             self.rescans[member.label, sequence] = (
                                 arrays[f"{name}{AGAIN}_image"], arrays[f"{name}{AGAIN}_mask"],
@@ -249,4 +255,5 @@ class Cohort:
             yield make_batch(
                 [s.image for s in scans], [s.mask for s in scans], [s.sequence for s in scans],
                 [row[2] for row in rows], config.sequences, looks, sources,
+                [scan.voxel_mm for scan in scans],
             )  # fmt: skip

@@ -249,8 +249,9 @@ def _by_model(pack: ModelPack, cohort: Cohort) -> Callable[[Scan], NDArray[np.fl
 
     def method(scan: Scan) -> NDArray[np.float32]:
         return harmonizer.harmonize(
-            scan.image, scan.mask, scan.sequence, scan.scan_id, site_look=cohort.site_look(scan)
-        ).image
+            scan.image, scan.mask, scan.sequence, scan.scan_id, site_look=cohort.site_look(scan),
+            voxel_mm=scan.voxel_mm,
+        ).image  # fmt: skip
 
     return method
 

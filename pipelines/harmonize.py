@@ -251,6 +251,7 @@ def _harmonize(
     result = harmonizer.harmonize(
         files.image, mask, sequence=sequence, scan_id=scan_id, seed=config.seed,
         samples=job.samples, site_look=scan.get("site_look"),
+        voxel_mm=files.geometry.longest_voxel_mm(),
     )  # fmt: skip
     row["seconds_model"] = result.seconds  # without waiting for another scan to leave the model
     row["outlier_score"] = float(harmonizer.outlier_score(files.image, mask, sequence))

@@ -114,6 +114,7 @@ def load_packed(
         out[f"{role}_mask"] = np.asarray(files.mask, dtype=np.uint8)
         out[f"{role}_sequence"] = sequence
         out[f"{role}_seed"] = seed
+        out[f"{role}_voxel_mm"] = files.geometry.longest_voxel_mm()
         out[f"{role}_look"] = leave_out(mean, count, own)
         # from its own to its site's: the smaller a group, the further off its look is
         out[f"{role}_source"] = blend(mean, own, np.random.default_rng(seed).uniform())
@@ -190,4 +191,5 @@ def to_batch(columns: dict[str, Any], role: str) -> Batch:
         "seed": tensor("seed").long(),
         "look": tensor("look").float(),
         "source": tensor("source").float(),
+        "voxel_mm": tensor("voxel_mm").float(),
     }

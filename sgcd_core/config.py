@@ -92,6 +92,12 @@ class ConditionConfig(Settings):
         0.0, ge=0, le=1,
         description="share of scans brought onto another scanner's voxels and back (the box)",
     )  # fmt: skip
+    fine_voxel_mm: float = Field(
+        0.0, ge=0,
+        description="scans whose longest voxel side is at most this need a part of the look filter "
+        "only, those of a side longer by 0.15 of it or more all; 0: all do",
+    )  # fmt: skip
+    fine_voxel_filter: float = Field(0.5, ge=0, le=1, description="that part")
 
     @property
     def matched_content(self) -> bool:
@@ -355,7 +361,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {},
     "small": {
         "prepare": {"shape": (96, 112, 96), "mm": 2.0},
-        "condition": {"noise_std": 0.08},
+        "condition": {"noise_std": 0.08, "fine_voxel_mm": 1.3},
         "global_stage": {"steps": 4000, "crop": (48, 48, 48)},
         "target_stage": {"steps": 400},
     },

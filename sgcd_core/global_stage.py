@@ -311,7 +311,9 @@ def predict(
         config,
         condition.channels,
         condition.content,
-        LookEmbedding.labels_of(batch["sequence"], batch["look"], condition.source),
+        LookEmbedding.labels_of(
+            batch["sequence"], batch["look"], condition.source, condition.strength
+        ),
         precision_name,
     )
     return denoiser, x_t, denoiser.output(x_t, drawn.t)

@@ -77,6 +77,7 @@ class Harmonizer:
         scan_id: str,
         *,
         site_look: NDArray[np.float32] | None = None,
+        voxel_mm: float = 0.0,
         seed: int = 0,
         samples: int = 1,
     ) -> Harmonized:
@@ -89,6 +90,7 @@ class Harmonizer:
             scan_id: Seeds the noise, with `seed`.
             site_look: (LOOK_SIZE,), the mean look of the scans of its site and sequence; with
                 None the scan stands for its site.
+            voxel_mm: The longest side of the stored scan's voxels; 0: not known.
             seed: The run's seed.
             samples: Outputs drawn; more than one also gives their mean and deviation.
 
@@ -97,7 +99,7 @@ class Harmonizer:
             ModelError: MODEL-GRID.
         """
         started = time.perf_counter()
-        batch = self._batch(image, mask, sequence, site_look)
+        batch = self._batch(image, mask, sequence, site_look, voxel_mm)
         sampler = self.config.target_sampler if self.is_target else self.config.global_sampler
         draws = max(samples, sampler.seeds)
         shape = tuple(batch["image"].shape)
@@ -135,7 +137,7 @@ class Harmonizer:
 
     def _batch(
         self, image: NDArray[np.float32], mask: NDArray[np.bool_], sequence: str,
-        site_look: NDArray[np.float32] | None,
+        site_look: NDArray[np.float32] | None, voxel_mm: float = 0.0,
     ) -> Batch:  # fmt: skip
         config = self.config
         if sequence not in config.sequences:
@@ -156,7 +158,9 @@ class Harmonizer:
         if config.condition.match != "none":
             look = measure_look(image, mask, config.prepare.mm, sequence).vector()
             look = look if site_look is None else blend(site_look, look, OWN_PART)
-        batch = make_batch([image], [mask], [sequence], [0], config.sequences, [look], [look])
+        batch = make_batch(
+            [image], [mask], [sequence], [0], config.sequences, [look], [look], [voxel_mm]
+        )
         return to_device(batch, self.device)
 
     def _draw(self, batch: Batch, denoisers: Denoisers, noise: Tensor) -> Tensor:
@@ -238,7 +242,7 @@ def sampling_denoiser(
     condition = build_condition(batch, config.condition, matcher, look)
     return ConditionalDenoiser(
         network, schedule, config, condition.channels, condition.content,
-        LookEmbedding.labels_of(sequence, look, condition.source),
+        LookEmbedding.labels_of(sequence, look, condition.source, condition.strength),
         config.target_stage.precision, clip=True,
     )  # fmt: skip
 

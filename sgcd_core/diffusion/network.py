@@ -60,7 +60,7 @@ class LookEmbedding(nn.Module):
         """What is known of the two looks, each number of the size of 1: (B, COUNT + details)."""
         if not self.reads_look:
             labels = torch.zeros_like(labels)
-        quantiles, found = labels[:, 1 : 1 + self.COUNT], labels[:, 1 + self.COUNT :]
+        quantiles, found = labels[:, 1 : 1 + self.COUNT], labels[:, 1 + self.COUNT : -1]
         known = (found.reshape(-1, 2, DETAIL_SIZE) - self.detail_mean) / self.detail_std
         return torch.cat([quantiles, known.clamp(-4, 4).flatten(1)], 1)
 
@@ -70,10 +70,15 @@ class LookEmbedding(nn.Module):
         return torch.cat([one.to(labels.dtype), self.looks(labels)], 1)
 
     @classmethod
-    def labels_of(cls, sequence: Tensor, look: Tensor, source: Tensor) -> Tensor:
-        """Sequence (B,), look wanted and look of the scan (B, LOOK_SIZE) as one float32 tensor."""
+    def labels_of(
+        cls, sequence: Tensor, look: Tensor, source: Tensor, strength: Tensor | None = None
+    ) -> Tensor:
+        """Sequence (B,), look wanted and look of the scan (B, LOOK_SIZE), and how much of the look
+        filter is wanted (B,), all of it unless told, as one float32 tensor.
+        """
         quantiles = 2 * look[:, : len(LEVELS) : cls.STRIDE] - 1
-        parts = [quantiles, details(look), details(source)]
+        strength = torch.ones(len(look)) if strength is None else strength
+        parts = [quantiles, details(look), details(source), strength[:, None]]
         return torch.cat([sequence[:, None].float(), *(p.to(sequence.device) for p in parts)], 1)
 
 
@@ -135,6 +140,7 @@ class CellNetwork(nn.Module):
         at = self.content_index
         given = x[:, at, None].float()
         content: Tensor = self.look_filter(given, self.embedding.features(class_labels))
+        content = torch.lerp(given, content, class_labels[:, -1].view(-1, 1, 1, 1, 1).float())
         x = torch.cat([x[:, :at], content.to(x.dtype), x[:, at + 1 :]], 1)
         return self._corrected(x, timesteps, class_labels) + (content - given)
 

@@ -25,6 +25,8 @@ from sgcd_core.style.look import Look, restyled, with_rim
 LONGEST = 1.35
 #: Variance that interpolating linearly adds, in voxels²: the mean over where a voxel may lie.
 INTERPOLATED = 1 / 6
+#: How much longer than `fine_voxel_mm`, as a part of it, voxels are that need all of the filter.
+FINE_TO_COARSE = 0.15
 
 
 def to_network(image: Tensor) -> Tensor:
@@ -46,11 +48,13 @@ class Condition:
         content: (B, 1, X, Y, Z) float32 in [-1, 1], or None where the option is off.
         source: (B, LOOK_SIZE), the looks the scans had before they were matched, with the rims
             they have now.
+        strength: (B,), how much of what the look filter does suits the scans.
     """
 
     channels: Tensor
     content: Tensor | None
     source: Tensor
+    strength: Tensor
 
 
 class LookMatcher:
@@ -135,7 +139,19 @@ def build_condition(
     if content is not None:
         parts.append(content)
     channels = torch.cat(parts, dim=1) if parts else image[:, :0]
-    return Condition(channels, content, source)
+    return Condition(channels, content, source, filter_strength(batch["voxel_mm"], config))
+
+
+def filter_strength(voxel_mm: Tensor, config: ConditionConfig) -> Tensor:
+    """How much of what the look filter does scans of these voxels need, (B,) of (B,) mm.
+
+    On a grid far coarser than their voxels two scanners are nearly equally sharp.
+    """
+    if config.fine_voxel_mm == 0:
+        return torch.ones_like(voxel_mm)
+    rise = (voxel_mm / config.fine_voxel_mm - 1) / FINE_TO_COARSE
+    part = torch.where(voxel_mm > 0, rise.clamp(0, 1), 1.0)
+    return torch.lerp(torch.full_like(part, config.fine_voxel_filter), torch.ones_like(part), part)
 
 
 def forward_gradient(image: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from sgcd_core.errors import StorageError
 from sgcd_core.io.nifti import Orientation
+from sgcd_core.volume.resample import voxel_sides
 
 Array = NDArray[Any]
 Rows = tuple[tuple[float, ...], ...]
@@ -44,6 +45,10 @@ class Geometry:
     intensity_low: float
     intensity_high: float
     brain_ml: float
+
+    def longest_voxel_mm(self) -> float:
+        """The longest side of the stored scan's voxels."""
+        return float(voxel_sides(np.array(self.native_affine)).max())
 
     def native_to_model(self) -> Array:
         """(4, 4) float64, stored voxel index → model voxel index."""
