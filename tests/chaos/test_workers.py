@@ -102,20 +102,33 @@ def quiet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
+def cluster(quiet: None) -> Iterator[contextlib.ExitStack]:
+    """One Ray for all cases of this process; it ends before those that bring their own."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(session())
+        yield stack
+
+
+@pytest.fixture(scope="module")
 def calm(
-    template: Path, quiet: None, tmp_path_factory: pytest.TempPathFactory
+    template: Path, cluster: contextlib.ExitStack, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[dict[str, str]]:
     """Digests of what a run without faults writes."""
     lake = tmp_path_factory.mktemp("calm") / "lake"
     shutil.copytree(template, lake)
-    with session():
-        assert harmonize(lake, *WORKERS) == 0
+    assert harmonize(lake, *WORKERS) == 0
     assert set(noted(lake, "computed").values()) == {1}
     # The model is loaded once in each worker, which reads and writes other scans meanwhile.
     assert noted(lake, "loaded").keys() == noted(lake, "workers").keys()
     assert set(noted(lake, "loaded").values()) == {1} and len(noted(lake, "loaded")) == ACTORS
     assert max(map(int, noted(lake, "held"))) == IN_FLIGHT
     yield outputs(lake)
+
+
+@pytest.fixture
+def no_cluster(calm: dict[str, str], cluster: contextlib.ExitStack) -> None:
+    """Once the calm run is over."""
+    cluster.close()
 
 
 @pytest.fixture
@@ -133,8 +146,7 @@ def test_a_scan_that_kills_its_worker_is_set_aside_alone(
 ) -> None:
     killer = case.scan_ids()[SCANS // 2]
     set_faults(case.lake, kill=[killer])
-    with session():
-        assert harmonize(case.lake, *WORKERS) == 1
+    assert harmonize(case.lake, *WORKERS) == 1
     case.check(without=(killer,), deaths=3)
     row = case.rows()[killer]
     assert (row["status"], row["code"]) == ("quarantined", "SCAN-QUARANTINED")
@@ -153,14 +165,13 @@ def test_a_scan_that_hangs_is_failed_at_its_deadline(
     hangs = case.scan_ids()[SCANS // 3]
     set_faults(case.lake, hang=[hangs])
     started = time.monotonic()
-    with session():
-        assert harmonize(case.lake, *WORKERS, "--scan-deadline", "15") == 1
-        seconds = time.monotonic() - started
-        case.check(without=(hangs,), deaths=1)
-        assert case.rows()[hangs]["code"] == "SCAN-DEADLINE"
-        assert case.redone() <= IN_HAND
-        set_faults(case.lake)
-        assert harmonize(case.lake, *WORKERS, "--retry-failed") == 0
+    assert harmonize(case.lake, *WORKERS, "--scan-deadline", "15") == 1
+    seconds = time.monotonic() - started
+    case.check(without=(hangs,), deaths=1)
+    assert case.rows()[hangs]["code"] == "SCAN-DEADLINE"
+    assert case.redone() <= IN_HAND
+    set_faults(case.lake)
+    assert harmonize(case.lake, *WORKERS, "--retry-failed") == 0
     assert outputs(case.lake) == case.calm
     figure(
         f"a scan hangs, deadline 15 s: failed after one try, {case.redone()} others redone, "
@@ -172,8 +183,7 @@ def test_random_exceptions_cost_a_second_try_each(
     case: Case, figure: Callable[[str], None]
 ) -> None:
     set_faults(case.lake, **{"raise": 0.05})
-    with session():
-        assert harmonize(case.lake, *WORKERS) == 0
+    assert harmonize(case.lake, *WORKERS) == 0
     raised = noted(case.lake, "raised").total()
     assert raised > 0
     case.check()
@@ -197,20 +207,21 @@ def test_a_worker_killed_every_five_seconds(case: Case, figure: Callable[[str], 
                 at_work[0].kill()
 
     thread = threading.Thread(target=kill)
-    with session():
-        thread.start()
-        try:
-            assert harmonize(case.lake, *WORKERS) == 0
-        finally:
-            over.set()
-            thread.join()
+    thread.start()
+    try:
+        assert harmonize(case.lake, *WORKERS) == 0
+    finally:
+        over.set()
+        thread.join()
     assert len(killed) >= 3
     case.check(deaths=len(killed))
     assert case.redone() <= len(killed) * IN_HAND
     figure(f"a worker killed every 5 s: {len(killed)} killed, {case.redone()} scans redone")
 
 
-def test_a_node_of_three_is_killed(case: Case, figure: Callable[[str], None]) -> None:
+def test_a_node_of_three_is_killed(
+    no_cluster: None, case: Case, figure: Callable[[str], None]
+) -> None:
     import ray
     from ray.cluster_utils import Cluster
 
@@ -242,7 +253,9 @@ def test_a_node_of_three_is_killed(case: Case, figure: Callable[[str], None]) ->
     figure(f"a node of three killed after {len(gone[0])} scans: {case.redone()} redone")
 
 
-def test_a_driver_killed_at_10_50_and_90_percent(case: Case, figure: Callable[[str], None]) -> None:
+def test_a_driver_killed_at_10_50_and_90_percent(
+    no_cluster: None, case: Case, figure: Callable[[str], None]
+) -> None:
     rig = str(Path(__file__).with_name("chaos_rig.py"))
     command = [sys.executable, rig, str(case.lake), *WORKERS]
     root = str(Path(__file__).resolve().parents[2])

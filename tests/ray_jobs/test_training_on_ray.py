@@ -207,18 +207,6 @@ def test_every_step_is_logged_with_its_time_and_its_wait(unbroken: Place) -> Non
         assert 0 <= waited <= took
 
 
-def test_a_worker_that_is_killed_changes_nothing(
-    place: Place, unbroken: Place, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    killed: list[int] = []
-    heard = at_step(monkeypatch, 4, lambda: killed.extend(kill_workers()))
-    monkeypatch.setattr(train_global, "train_worker", slow_worker())
-    assert place.train() == 0
-    assert killed and len(heard) > STEPS  # some steps were done again
-    for name in SHARED:
-        assert place.curve()[name] == unbroken.curve()[name]
-
-
 def test_one_of_two_workers_is_killed_and_both_go_on(
     place: Place, unbroken: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -238,7 +226,7 @@ def test_one_of_two_workers_is_killed_and_both_go_on(
         assert place.curve()[name] == pytest.approx(unbroken.curve()[name], abs=1e-5)
 
 
-def test_a_killed_worker_changes_nothing_in_stage_two(
+def test_two_workers_that_are_killed_tune_as_one(
     place: Place, unbroken: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(unbroken.folder / "models" / "global", place.folder / "models" / "global")
@@ -246,11 +234,14 @@ def test_a_killed_worker_changes_nothing_in_stage_two(
     heard = at_step(monkeypatch, 2, lambda: killed.extend(kill_workers()))
     slowly = slow_worker(seconds=1.0, stage="tune_target:tune_worker")
     monkeypatch.setattr(tune_target, "tune_worker", slowly)
-    assert place.tune("--set", "global_stage.checkpoint_every=1") == 0
-    assert killed and sorted(set(heard)) == list(range(4))
-    for name, values in unbroken.curve("tune").items():
-        if name not in (watch.SECONDS, watch.WAIT):
-            assert place.curve("tune")[name] == values, name
+    words = ("global_stage.checkpoint_every=1", "target_stage.accumulate=2")
+    set_ = [word for setting in words for word in ("--set", setting)]
+    assert place.tune("--workers", "2", *set_) == 0
+    assert len(killed) == 2 and sorted(set(heard)) == list(range(4))
+    ours, theirs = place.curve("tune"), unbroken.curve("tune")
+    assert len(ours["style"]) == 2 and len(ours["denoising"]) == 4
+    for name in ("loss", "denoising", "style", "reconstruction", "anatomy"):
+        assert ours[name] == pytest.approx(theirs[name], abs=1e-5)
 
 
 def test_a_notice_and_sigterm_keep_the_state_and_one_worker_goes_on_for_two(
@@ -317,15 +308,6 @@ def wait_for_silence(place: Place) -> None:
             return
         before = now
     pytest.fail("the workers of a killed driver live on")
-
-
-def test_two_workers_tune_as_one(place: Place, unbroken: Place) -> None:
-    shutil.copytree(unbroken.folder / "models" / "global", place.folder / "models" / "global")
-    assert place.tune("--workers", "2", "--set", "target_stage.accumulate=2") == 0
-    ours, theirs = place.curve("tune"), unbroken.curve("tune")
-    assert len(ours["style"]) == 2 and len(ours["denoising"]) == 4
-    for name in ("loss", "denoising", "style", "reconstruction", "anatomy"):
-        assert ours[name] == pytest.approx(theirs[name], abs=1e-5)
 
 
 def test_a_training_that_diverges_is_not_tried_again(
