@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import sys
 import tempfile
@@ -16,7 +15,7 @@ from typing import Any, Literal
 from pipelines.lake_check import Finding, check_lake
 from ray_jobs.context import absolute
 from ray_jobs.outcome import DONE, Outcome, table
-from ray_jobs.session import cpu_count
+from ray_jobs.session import cluster_address, cpu_count
 from sgcd_core.errors import StorageError
 
 Answer = Literal["ok", "warn", "fail"]
@@ -27,11 +26,11 @@ MIN_MEMORY, MIN_DISK = 6e9, 5e9
 def run(args: Any) -> Outcome:
     """Run every check; exit code 69 when one of them fails."""
     started = time.monotonic()
+    address = cluster_address(args.ray_address)
     with ThreadPoolExecutor(1) as pool:  # the store answers while torch is loaded
         asked = pool.submit(check_lake, absolute(args.lake)) if args.lake else None
         found = [Finding(name, *check()) for name, check in CHECKS.items()]
         found += asked.result() if asked else []
-    address = args.ray_address or os.environ.get("RAY_ADDRESS")
     if address:
         found += cluster(address, args.lake and absolute(args.lake))
     worst = [finding for finding in found if finding.answer == "fail"]

@@ -14,7 +14,7 @@ from typing import Any
 from pipelines.lake import Lake
 from pipelines.lake_check import require_lake
 from ray_jobs.preflight import Need, require_nodes, require_room
-from sgcd_core.errors import StorageError
+from sgcd_core.errors import StorageError, UsageError
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +44,22 @@ def threads_per_worker(workers: int) -> int:
     return max(1, cpu_count() // max(1, workers))
 
 
+def cluster_address(given: str | None) -> str | None:
+    """The cluster to drive from here: `given` or RAY_ADDRESS; none is this machine.
+
+    Raises:
+        UsageError: It is that of a Ray Client. Ray Data wants a driver that is on the cluster.
+    """
+    address = given or os.environ.get("RAY_ADDRESS")
+    if address and address.startswith("ray://"):
+        raise UsageError(
+            "the commands cannot be driven through Ray Client.", where=address,
+            hint="Use `sgcd submit --address http://HEAD:8265 …`, or run on the head with "
+            "`--ray-address auto`.",
+        )  # fmt: skip
+    return address
+
+
 def _environment(address: str | None) -> None:
     """Settings that Ray reads at import and at start; a user's own values win."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -51,7 +67,7 @@ def _environment(address: str | None) -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     # Workers are to use this very environment, not one that `uv run` would build again.
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
-    if not (address or os.environ.get("RAY_ADDRESS")):
+    if not address:
         # Nobody takes this machine away; a process less that watches for it.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     # Torch's threads wait for each other by spinning. Where they share cores with Ray's own
@@ -75,10 +91,12 @@ def session(
     Ray on this machine; what was opened here is closed at the end.
 
     Raises:
+        UsageError: The address is that of a Ray Client.
         StorageError: CLUSTER when the cluster does not answer, is too small or has a node with
             another program; STORE-… when the lake cannot be worked on from here or from a node.
     """
     began = time.monotonic()
+    address = cluster_address(address)
     if lake is not None:
         for finding in require_lake(lake.uri):
             if finding.answer == "warn":
@@ -87,7 +105,6 @@ def session(
     import ray
 
     mine = not ray.is_initialized()
-    address = address or os.environ.get("RAY_ADDRESS")
     if mine:
         _connect(ray, address)
     try:

@@ -24,6 +24,8 @@ Row = dict[str, Any]
 WINDOW, WINDOW_PER_WORKER = 2000, 50
 #: Executions in a row that yield no row before the job gives up.
 FRUITLESS = 3
+#: What no node that dies raises: a fault of this program, or of Ray's.
+OURS = (AttributeError, KeyError, TypeError)
 #: The longest a process that is to end waits for the store to take its notes.
 NOTE_SECONDS = 10.0
 
@@ -72,7 +74,7 @@ def each_once(
                 yield scan, row
             if left:
                 raise RuntimeError(f"{len(left)} scans have no row")
-        except (SgcdError, RayTaskError, UserCodeException, KeyError):
+        except (SgcdError, RayTaskError, UserCodeException, *OURS):
             raise  # a fault of the worker or of this program: trying again is no help
         except Exception as error:
             # The edge to Ray, which raises bare exceptions when nodes die or nothing moves.

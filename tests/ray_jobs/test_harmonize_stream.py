@@ -82,6 +82,16 @@ def test_a_model_that_cannot_be_loaded_is_not_tried_again(monkeypatch: pytest.Mo
     assert len(cluster.asked) == 1
 
 
+@pytest.mark.parametrize("fault", [AttributeError("core_worker"), TypeError()])
+def test_a_fault_of_a_program_is_no_lost_node(
+    fault: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster = Cluster(monkeypatch, (2, fault))
+    with pytest.raises(type(fault)):
+        cluster.run()
+    assert len(cluster.asked) == 1
+
+
 def test_a_second_row_for_a_scan_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     cluster = Cluster(monkeypatch)
     monkeypatch.setattr(

@@ -7,7 +7,28 @@ import sys
 
 import pytest
 
-from ray_jobs.session import DATA_THREADS
+from ray_jobs import cli
+from ray_jobs.session import DATA_THREADS, session
+from sgcd_core.errors import UsageError
+
+CLIENT = "ray://127.0.0.1:1"
+
+
+@pytest.mark.parametrize("said", ["here", "in the environment"])
+def test_a_ray_client_is_refused_with_what_works(
+    said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ray Data cannot run on one: trying again, which 69 asks for, would never help."""
+    monkeypatch.setenv("RAY_ADDRESS", CLIENT if said != "here" else "auto")
+    words = ["--ray-address", CLIENT] if said == "here" else []
+    with pytest.raises(UsageError), session(*words[1:]):
+        pass
+    assert cli.main(["doctor", *words]) == 2
+    told = capsys.readouterr()
+    assert not told.out and f"[USAGE] {CLIENT}" in told.err
+    assert "`sgcd submit --address http://HEAD:8265 …`" in told.err
+    assert "`--ray-address auto`" in told.err
+
 
 PROGRAM = """
 import os, signal, sys, threading, time
