@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -225,6 +226,22 @@ def test_the_image_is_pinned_and_not_root() -> None:
             allowed = (ROOT / ".dockerignore").read_text().splitlines()
             for source in [w for w in line.split()[1:-1] if not w.startswith("--")]:
                 assert f"!{source}" in allowed and (ROOT / source).exists(), source
+
+
+def test_a_login_shell_of_the_image_finds_its_programs(tmp_path: Path) -> None:
+    """`ray up` calls no other; Debian's /etc/profile sets PATH, then reads /etc/profile.d."""
+    text = (ROOT / "infra" / "docker" / "Dockerfile").read_text()
+    told = re.search(r"echo '(.+)' > /etc/profile\.d/\w+\.sh", text)
+    profile = "PATH=/usr/local/bin:/usr/bin:/bin\nexport PATH\n" + (told[1] if told else "")
+    (tmp_path / ".bash_profile").write_text(profile.replace("/opt/sgcd", str(tmp_path)))
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "ray").write_text('#!/bin/sh\necho ray "$@"\n')
+    (tmp_path / "bin" / "ray").chmod(0o755)
+    done = subprocess.run(
+        ["/bin/bash", "--login", "-c", "ray stop"], env={"HOME": str(tmp_path)},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.stdout == "ray stop\n", done.stderr
 
 
 def test_mlflow_is_started_with_options_it_has() -> None:
