@@ -25,6 +25,7 @@ import yaml
 from ray_jobs.parser import build_parser
 
 ROOT = Path(__file__).resolve().parents[2]
+DOCKERFILE = ROOT / "infra" / "docker" / "Dockerfile"
 KUBERAY = ROOT / "infra" / "kuberay"
 KUBERNETES = "1.31"
 #: Fields of KubeRay's API v1 that may be used, by kind.
@@ -213,7 +214,7 @@ def test_the_images_entry_point_runs_commands_and_the_programs_that_ray_needs(
 
 
 def test_the_image_is_pinned_and_not_root() -> None:
-    lines = (ROOT / "infra" / "docker" / "Dockerfile").read_text().splitlines()
+    lines = DOCKERFILE.read_text().splitlines()
     bases = [line.split()[1] for line in lines if line.startswith("FROM")]
     assert bases and all(":" in base and not base.endswith(":latest") for base in bases)
     users = [line for line in lines if line.startswith("USER")]
@@ -228,10 +229,22 @@ def test_the_image_is_pinned_and_not_root() -> None:
                 assert f"!{source}" in allowed and (ROOT / source).exists(), source
 
 
+def test_ray_up_mounts_the_token_where_the_images_user_looks_for_it() -> None:
+    from ray.autoscaler._private.docker import docker_start_cmds
+
+    environment = re.findall(r"^(?:ENV|   ) (\w+)=(\S+)", DOCKERFILE.read_text(), re.M)
+    home = dict(environment).get("HOME", "/root")  # as Ray reads it off an image
+    config = yaml.safe_load((ROOT / "ray-cluster.yaml").read_text(encoding="utf-8"))
+    command = docker_start_cmds(
+        config["auth"]["ssh_user"], config["docker"]["image"], config["file_mounts"],
+        config["docker"]["container_name"], [], config["cluster_name"], home, "docker",
+    )  # fmt: skip
+    assert ":/home/sgcd/.ray/auth_token " in command
+
+
 def test_a_login_shell_of_the_image_finds_its_programs(tmp_path: Path) -> None:
     """`ray up` calls no other; Debian's /etc/profile sets PATH, then reads /etc/profile.d."""
-    text = (ROOT / "infra" / "docker" / "Dockerfile").read_text()
-    told = re.search(r"echo '(.+)' > /etc/profile\.d/\w+\.sh", text)
+    told = re.search(r"echo '(.+)' > /etc/profile\.d/\w+\.sh", DOCKERFILE.read_text())
     profile = "PATH=/usr/local/bin:/usr/bin:/bin\nexport PATH\n" + (told[1] if told else "")
     (tmp_path / ".bash_profile").write_text(profile.replace("/opt/sgcd", str(tmp_path)))
     (tmp_path / "bin").mkdir()
