@@ -242,6 +242,16 @@ def test_ray_up_mounts_the_token_where_the_images_user_looks_for_it() -> None:
     assert ":/home/sgcd/.ray/auth_token " in command
 
 
+def test_a_head_in_the_image_can_start_workers_on_aws() -> None:
+    """Ray's provider imports boto3, and its command runner calls these by name."""
+    text = DOCKERFILE.read_text().replace("\\\n", " ")
+    (programs,) = re.findall(r"apt-get install (.+?) &&", text.rpartition("\nFROM ")[2])
+    assert {"openssh-client", "rsync"} <= set(programs.split())
+    (wheels,) = re.findall(r"pip install -c constraints.txt (.+)", text)
+    assert "boto3" in wheels.split()
+    assert re.search(r"^boto3==", (ROOT / "constraints.txt").read_text(), re.M)
+
+
 def test_a_login_shell_of_the_image_finds_its_programs(tmp_path: Path) -> None:
     """`ray up` calls no other; Debian's /etc/profile sets PATH, then reads /etc/profile.d."""
     told = re.search(r"echo '(.+)' > /etc/profile\.d/\w+\.sh", DOCKERFILE.read_text())
