@@ -211,6 +211,9 @@ def test_the_images_entry_point_runs_commands_and_the_programs_that_ray_needs(
     assert run("harmonize", "--lake", "a b") == "sgcd harmonize --lake a b"
     assert run("ray", "start") == "ray start"
     assert run("bash", "-c", "echo it runs") == "it runs"
+    assert run(str(tmp_path / "ray"), "start") == "ray start"
+    # As every BIDS App is called; a folder can be entered, which `test -x` takes for more.
+    assert run(str(tmp_path), "/out", "participant") == f"sgcd {tmp_path} /out participant"
 
 
 def test_the_image_is_pinned_and_not_root() -> None:
