@@ -232,6 +232,18 @@ def test_the_image_is_pinned_and_not_root() -> None:
                 assert f"!{source}" in allowed and (ROOT / source).exists(), source
 
 
+def test_the_image_is_not_built_without_the_viewer_unless_told() -> None:
+    """setup.py fetches it by npm, and fails for want of it where SGCD_VIEWER=required."""
+    build = DOCKERFILE.read_text().rpartition("\nFROM ")[0].replace("\\\n", " ")
+    needed, told, installed = (
+        build.find(words) for words in ("COPY setup.py ./", "ARG SGCD_VIEWER=required",
+                                        "RUN pip install --no-deps --force-reinstall .")
+    )  # fmt: skip
+    assert -1 < needed < told < installed
+    (programs,) = re.findall(r"apt-get install (.+?) &&", build)
+    assert "npm" in programs.split()
+
+
 def test_ray_up_mounts_the_token_where_the_images_user_looks_for_it() -> None:
     from ray.autoscaler._private.docker import docker_start_cmds
 
