@@ -75,6 +75,9 @@ def groups(spec: dict[str, Any]) -> list[dict[str, Any]]:
 def pod_templates() -> list[dict[str, Any]]:
     found = [group["template"] for spec in cluster_specs() for group in groups(spec)]
     found.append(of_kind("CronJob")["spec"]["jobTemplate"]["spec"]["template"])
+    found += [
+        item["spec"]["submitterPodTemplate"] for item in documents() if item["kind"] == "RayJob"
+    ]
     return [*found, of_kind("Deployment")["spec"]["template"]]
 
 
@@ -122,7 +125,7 @@ def test_core_kinds_are_valid_by_kubernetes_schema() -> None:
 
 def test_pod_templates_of_rays_kinds_are_valid_pods() -> None:
     found = pod_templates()
-    assert len(found) == 8
+    assert len(found) == 9
     for number, template in enumerate(found):
         pod = {
             "apiVersion": "v1", "kind": "Pod",
@@ -152,15 +155,39 @@ def test_a_job_of_its_own_has_the_cluster_that_stands() -> None:
     assert first == second
 
 
+def test_the_autoscaler_beside_a_head_shares_its_logs() -> None:
+    """KubeRay mounts a volume of this name into it, and makes one only where there is none."""
+    for spec in cluster_specs():
+        pod = spec["headGroupSpec"]["template"]["spec"]
+        (head,) = pod["containers"]
+        (logs,) = [m["name"] for m in head["volumeMounts"] if m["mountPath"] == "/tmp/ray"]
+        assert logs == "ray-logs" and logs in {volume["name"] for volume in pod["volumes"]}
+
+
+def test_who_submits_a_job_of_its_own_is_the_heads_program() -> None:
+    """KubeRay takes the first container, and gives it command, address and token."""
+    spec = of_kind("RayJob")["spec"]
+    (submitter,) = spec["submitterPodTemplate"]["spec"]["containers"]
+    (head,) = spec["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["containers"]
+    assert submitter["image"] == head["image"] and "command" not in submitter
+    assert spec["submitterPodTemplate"]["spec"]["restartPolicy"] == "Never"
+
+
 def test_nothing_runs_as_root_or_gains_rights() -> None:
+    """What the namespace enforces; KubeRay's own containers have the context of the head's."""
+    enforced = of_kind("Namespace")["metadata"]["labels"]
+    assert enforced["pod-security.kubernetes.io/enforce"] == "restricted"
+    contexts = [spec["autoscalerOptions"]["securityContext"] for spec in cluster_specs()]
     for template in pod_templates():
         assert template["spec"]["securityContext"]["runAsUser"] == 1000
         for container in template["spec"]["containers"]:
-            context = container["securityContext"]
-            assert context["runAsNonRoot"] and not context["allowPrivilegeEscalation"]
-            assert context["capabilities"] == {"drop": ["ALL"]}
+            contexts.append(container["securityContext"])
             assert "memory" in container["resources"]["limits"]
             assert not any("SECRET" in e["name"] for e in container.get("env", []) if "value" in e)
+    for context in contexts:
+        assert context["runAsNonRoot"] and not context["allowPrivilegeEscalation"]
+        assert context["capabilities"] == {"drop": ["ALL"]}
+        assert context["seccompProfile"] == {"type": "RuntimeDefault"}
 
 
 def test_how_far_the_cluster_may_grow_is_said_as_it_is() -> None:
