@@ -247,7 +247,7 @@ def validate(bids: str) -> list[str]:
 
 def workers(args: Any) -> int | None:
     """Worker processes: as asked, fewer where memory is short; None leaves it to the machine."""
-    from ray_jobs.session import cpu_count
+    from ray_jobs.cpus import cpu_count
 
     if args.mem is None:
         count: int | None = args.nprocs

@@ -38,7 +38,7 @@ def cohort(args: Any) -> Outcome:
     """`sgcd cohort`: a BIDS tree of digital traveling subjects."""
     from pipelines.cohort.make import make_cohort
     from pipelines.progress import Progress
-    from ray_jobs.session import cpu_count
+    from ray_jobs.cpus import cpu_count
 
     with Progress("cohort", None) as progress:
 
@@ -139,8 +139,8 @@ def report(args: Any) -> Outcome:
     from pipelines.progress import Progress
     from pipelines.report import write_report
     from pipelines.report.source import newest_model
+    from ray_jobs.cpus import cpu_count
     from ray_jobs.models import resolve
-    from ray_jobs.session import cpu_count
 
     lake = open_lake(args.lake)
     lines, code = [], DONE

@@ -14,8 +14,9 @@ from typing import Any, Literal
 
 from pipelines.lake_check import Finding, check_lake
 from ray_jobs.context import absolute
+from ray_jobs.cpus import cpu_count
 from ray_jobs.outcome import DONE, Outcome, table
-from ray_jobs.session import cluster_address, cpu_count
+from ray_jobs.session import cluster_address
 from sgcd_core.errors import StorageError
 
 Answer = Literal["ok", "warn", "fail"]

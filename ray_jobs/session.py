@@ -13,6 +13,7 @@ from typing import Any
 
 from pipelines.lake import Lake
 from pipelines.lake_check import require_lake
+from ray_jobs.cpus import cpu_count
 from ray_jobs.preflight import Need, require_nodes, require_room
 from sgcd_core.errors import StorageError, UsageError
 
@@ -27,13 +28,6 @@ START_TRIES = 3
 #: The longest that closing waits for threads of Ray Data, and how their names begin.
 END_SECONDS = 60.0
 DATA_THREADS = ("StreamingExecutor-", "ray-data-metadata-prefetch", "iter_threaded")
-
-
-def cpu_count() -> int:
-    """CPUs this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def threads_per_worker(workers: int) -> int:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ray_jobs.session import cpu_count
+from ray_jobs.cpus import cpu_count
 from sgcd_core.config import PrepareConfig, SgcdConfig
 
 if TYPE_CHECKING:
