@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 OBJECT_STORE_BYTES = 320_000_000
 #: A job that makes no progress for so long is stopped with an error instead of hanging.
 NO_PROGRESS_SECONDS = 900
+#: What a client of a cluster that asks for a token needs.
+TOKEN = "RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or ~/.ray/auth_token"
 #: Starts of a local Ray that are tried on a busy machine.
 START_TRIES = 3
 #: The longest that closing waits for threads of Ray Data, and how their names begin.
@@ -177,12 +179,22 @@ def _connect(ray: Any, address: str | None) -> None:
             ray.shutdown()
             if left and not address:
                 continue
-            raise StorageError(
-                f"the Ray cluster does not answer ({type(error).__name__}).",
-                code="CLUSTER", where=address or "this machine",
-                hint="Check --ray-address or RAY_ADDRESS, or leave both out to use this machine; "
-                "if this machine is busy, try again.",
-            ) from error  # fmt: skip
+            raise _not_connected(address, type(error).__name__) from error
+
+
+def _not_connected(address: str | None, error: str) -> StorageError:
+    """Ray says the same of a cluster that is down and of one that refuses a token."""
+    if not address:
+        return StorageError(
+            f"Ray does not start ({error}).", code="CLUSTER", where="this machine",
+            hint="If this machine is busy, try again.",
+        )  # fmt: skip
+    return StorageError(
+        f"the Ray cluster does not answer, or refuses this token ({error}).", code="CLUSTER",
+        where=address,
+        hint="Check --ray-address or RAY_ADDRESS, or leave both out to use this machine. "
+        f"Where the cluster asks for a token, set {TOKEN}.",
+    )  # fmt: skip
 
 
 def _restore(handler: Any) -> None:

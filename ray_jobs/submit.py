@@ -17,6 +17,7 @@ from typing import Any
 
 from ray_jobs.context import quoted
 from ray_jobs.outcome import STOPPED, Outcome
+from ray_jobs.session import TOKEN
 from sgcd_core.errors import StorageError, UsageError
 from sgcd_core.io.store import is_s3
 
@@ -147,7 +148,7 @@ def cluster_error(error: Exception, address: str | None) -> StorageError:
     hint = "Give --address (http://HEAD:8265) or RAY_API_SERVER_ADDRESS, and check that it is up."
     refused = any(sign in text for sign in ("uthentication", "Unauthorized", "Forbidden", "token"))
     if refused:
-        hint = "Set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH."
+        hint = f"Set {TOKEN}."
     what = "refuses this token" if refused else "does not answer"
     return StorageError(
         f"the Ray cluster {what} ({type(error).__name__}).", code="CLUSTER",

@@ -9,7 +9,7 @@ import pytest
 
 from ray_jobs import cli
 from ray_jobs.session import DATA_THREADS, session
-from sgcd_core.errors import UsageError
+from sgcd_core.errors import StorageError, UsageError
 
 CLIENT = "ray://127.0.0.1:1"
 
@@ -28,6 +28,25 @@ def test_a_ray_client_is_refused_with_what_works(
     assert not told.out and f"[USAGE] {CLIENT}" in told.err
     assert "`sgcd submit --address http://HEAD:8265 …`" in told.err
     assert "`--ray-address auto`" in told.err
+
+
+@pytest.mark.parametrize("address", ["10.0.0.1:6379", None])
+def test_a_cluster_that_is_not_reached_may_want_a_token(
+    address: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray raises a ConnectionError for a wrong token, as for a head that is down."""
+    import ray
+
+    def refuse(**_: object) -> None:
+        raise ConnectionError("Failed to connect to Ray cluster")
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray, "init", refuse)
+    with pytest.raises(StorageError) as caught, session(address):
+        pass
+    assert caught.value.code == "CLUSTER"
+    wanted = ["refuses this token", "RAY_AUTH_MODE=token", "RAY_AUTH_TOKEN", "~/.ray/auth_token"]
+    assert [text in str(caught.value) for text in wanted] == [address is not None] * 4
 
 
 PROGRAM = """
