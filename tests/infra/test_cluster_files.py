@@ -108,6 +108,18 @@ def test_ray_cluster_has_a_cpu_head_spot_gpus_and_the_token() -> None:
     assert "--dashboard-host=127.0.0.1" in " ".join(starts)
 
 
+def test_no_node_of_ray_up_takes_rays_own_machine_image() -> None:
+    """It is one of CUDA 11; where a node names none Ray puts it there without a word."""
+    from ray.autoscaler._private.aws.config import _check_ami
+
+    config = yaml.safe_load((ROOT / "ray-cluster.yaml").read_text(encoding="utf-8"))
+    _check_ami(config)
+    images = {node["node_config"]["ImageId"] for node in config["available_node_types"].values()}
+    assert images == {"GPU-AMI"}
+    (pattern,) = re.findall(r"grep -rnE '(.+?)'", (ROOT / "infra" / "README.md").read_text())
+    assert re.search(pattern, "ImageId: GPU-AMI"), "the README finds what is to be filled in"
+
+
 def test_core_kinds_are_valid_by_kubernetes_schema() -> None:
     core = [item for item in documents() if not item["apiVersion"].startswith("ray.io/")]
     kinds = {item["kind"] for item in core}
