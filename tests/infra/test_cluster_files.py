@@ -341,6 +341,13 @@ def test_mlflow_is_started_with_options_it_has() -> None:
     ignored = (ROOT / "infra" / "mlflow" / ".gitignore").read_text().split()
     for secret in compose["secrets"].values():
         assert f"/{secret['file'].removeprefix('./')}" in ignored
+    # Compose mounts them with the owner they have, and mode 600 lets no other read.
+    readme = (ROOT / "infra" / "README.md").read_text()
+    ((owner, files),) = re.findall(r"^sudo chown (\d+) ([\w. ]+?) +#", readme, re.M)
+    assert f"USER {owner}:{owner}" in text
+    assert {f"./{name}" for name in files.split()} == {
+        secret["file"] for secret in compose["secrets"].values()
+    }
 
 
 def test_shellcheck_has_nothing_to_say() -> None:
