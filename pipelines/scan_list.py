@@ -13,6 +13,7 @@ from sgcd_core.io.bids import BidsScan, BidsTree, Sidecars, list_tree
 from sgcd_core.io.bids_tables import (
     People,
     Person,
+    Unread,
     cell,
     parse_age,
     parse_sex,
@@ -172,6 +173,9 @@ def _from_table(address: str, store: Store) -> tuple[list[Listed], list[str]]:
     again = len(listed) - len({one.object.uri for one in listed})
     extra = len(set(rows[0]) - {*_REQUIRED, *_OPTIONAL})
     notes = [f"{address}: {extra} other columns are not used"] if extra else []
+    unread = Unread()
+    unread.look(rows, address)
+    notes += unread.notes
     if again:
         notes.append(f"{address}: {again} rows name a file that a row before names; left out")
     return listed, notes

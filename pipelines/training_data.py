@@ -75,7 +75,8 @@ def training_rows(
         raise InputError(
             f"none of its {len(scans)} scans is prepared and free to learn from.",
             code="LAKE-EMPTY", where=catalog.lake.uri,
-            hint="Run `sgcd prepare --lake LAKE` with the same settings first.",
+            hint="Run `sgcd prepare --lake LAKE` with the same settings first; scans of the split "
+            "test are never learned from.",
         )  # fmt: skip
     return sorted(rows, key=lambda row: row["scan_id"])
 

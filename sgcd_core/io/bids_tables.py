@@ -5,7 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import re
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from sgcd_core.errors import InputError
@@ -18,8 +19,11 @@ SITE_COLUMNS = (
 )  # fmt: skip
 _MISSING = frozenset(("", "n/a", "na", "nan", "none", "null", "unknown"))
 _AGE = re.compile(r"(\d+(?:\.\d*)?)\s*([YyMmWwDd]?)\+?")
+_DECIMAL_COMMA = re.compile(r"(\d+),(\d+)")
 _YEARS = {"": 1.0, "Y": 1.0, "M": 1 / 12, "W": 7 / 365.25, "D": 1 / 365.25}
 _SEX = {"m": "M", "male": "M", "f": "F", "female": "F", "o": "O", "other": "O"}
+_SEX_COLUMNS = ("sex", "gender")
+_SPLITS = ("train", "test")
 _MAX_TEXT = 64_000_000
 
 
@@ -33,8 +37,10 @@ def cell(row: Mapping[str, str], *names: str) -> str | None:
 
 
 def parse_age(text: str | None) -> float | None:
-    """Years from "34", "34.5", "89+", "034Y" or "006M"; None for anything else or beyond 130."""
-    match = _AGE.fullmatch(text.strip()) if text else None
+    """Years from "34", "34.5", "34,5", "89+", "034Y" or "006M"; None for all else or beyond 130."""
+    text = (text or "").strip()
+    comma = _DECIMAL_COMMA.fullmatch(text)
+    match = _AGE.fullmatch(f"{comma[1]}.{comma[2]}" if comma else text)
     if match is None:
         return None
     years = round(float(match[1]) * _YEARS[match[2].upper()], 4)
@@ -47,9 +53,50 @@ def parse_sex(text: str | None) -> str | None:
 
 
 def parse_split(text: str | None) -> str | None:
-    """train or test; None for anything else."""
+    """train or test; test for any other word, so that nothing is learned from it; None for none."""
     value = (text or "").strip().lower()
-    return value if value in ("train", "test") else None
+    return value if value in _SPLITS else "test" if value else None
+
+
+#: Column → its names, whether a value is understood, what becomes of others.
+_UNDERSTOOD: dict[str, tuple[tuple[str, ...], Callable[[str], bool], str]] = {
+    "split": (
+        ("split",), lambda value: value.lower() in _SPLITS,
+        "they count as test, so that nothing is learned from them. Write train or test",
+    ),
+    "age": (
+        ("age",), lambda value: parse_age(value) is not None,
+        "they are left out. Write years, such as 34.5",
+    ),
+    "sex": (
+        _SEX_COLUMNS, lambda value: parse_sex(value) is not None,
+        "they are left out. Write F, M or O",
+    ),
+}  # fmt: skip
+
+
+class Unread:
+    """Counts the values of tables that are not understood."""
+
+    def __init__(self) -> None:
+        self._places: dict[str, list[str]] = defaultdict(list)
+
+    def look(self, rows: Sequence[Mapping[str, str]], uri: str) -> None:
+        """Look through the rows of the table at `uri`."""
+        for line, row in enumerate(rows, 2):
+            for column, (names, understood, _) in _UNDERSTOOD.items():
+                value = cell(row, *names)
+                if value is not None and not understood(value):
+                    self._places[column].append(f"line {line} of {uri}")
+
+    @property
+    def notes(self) -> list[str]:
+        """A sentence a column: how many, where the first is, and what to write."""
+        return [
+            f"{len(places)} values of {column} are not understood, the first in {places[0]}; "
+            f"{_UNDERSTOOD[column][2]}"
+            for column, places in self._places.items()
+        ]
 
 
 def read_table(
@@ -122,7 +169,8 @@ class People:
     ) -> None:
         self._root, self._tables, self._store = root, tables, store
         self._listed = root if listed is None else listed
-        self.notes: list[str] = []
+        self._notes: list[str] = []
+        self._unread = Unread()
         self._participants: dict[tuple[str, str | None], dict[str, str]] = {}
         uri = join(root, "participants.tsv")
         # A source below the root does not list the root's table: look for it.
@@ -130,14 +178,21 @@ class People:
             self._load(uri)
         self._sessions: dict[str, dict[str, dict[str, str]]] = {}
 
+    @property
+    def notes(self) -> list[str]:
+        """Sentences about rows and values that were not used so far."""
+        return self._notes + self._unread.notes
+
     def _load(self, uri: str) -> None:
-        for row in read_table(uri, self._store):
+        rows = read_table(uri, self._store)
+        self._unread.look(rows, uri)
+        for row in rows:
             subject = cell(row, "participant_id")
             if subject is None:
                 continue
             key = subject.removeprefix("sub-"), _session_of(row)
             if key in self._participants:
-                self.notes.append(f"{uri}: sub-{key[0]} has two rows; the first is used")
+                self._notes.append(f"{uri}: sub-{key[0]} has two rows; the first is used")
             else:
                 self._participants[key] = row
 
@@ -149,6 +204,7 @@ class People:
             if not there and not is_below(uri, self._listed):
                 there = self._store.exists(uri)
             rows = read_table(uri, self._store) if there else []
+            self._unread.look(rows, uri)
             self._sessions[subject] = {s: row for row in rows if (s := _session_of(row))}
         return self._sessions[subject]
 
@@ -162,7 +218,7 @@ class People:
             site=cell(row, *SITE_COLUMNS) or cell(base, *SITE_COLUMNS),
             session_site=cell(own, *SITE_COLUMNS),
             age=next((a for a in ages if a is not None), None),
-            sex=next((s for r in (row, base) if (s := parse_sex(cell(r, "sex", "gender")))), None),
+            sex=next((s for r in (row, base) if (s := parse_sex(cell(r, *_SEX_COLUMNS)))), None),
             split=next((s for r in (own, row, base) if (s := parse_split(cell(r, "split")))), None),
         )
 

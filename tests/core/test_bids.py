@@ -118,18 +118,42 @@ def test_a_flat_prefix_of_bids_names_is_read(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "years"),
-    [("34", 34), ("34.5", 34.5), ("89+", 89), ("034Y", 34), ("006M", 0.5), ("0", 0), ("n/a", None),
+    [("34,5", 34.5), ("1.234,5", None), ("12,5W", None),
+     ("34", 34), ("34.5", 34.5), ("89+", 89), ("034Y", 34), ("006M", 0.5), ("0", 0), ("n/a", None),
      ("", None), (None, None), ("-4", None), ("1e9", None), ("999", None), ("forty", None)],
 )  # fmt: skip
 def test_ages(text: str | None, years: float | None) -> None:
     assert parse_age(text) == years
 
 
-def test_sex_and_split_take_known_values_only() -> None:
+def test_sex_takes_known_values_only_and_no_word_of_split_is_free_to_learn_from() -> None:
     assert [parse_sex(s) for s in ("M", "female", "o", "n/a", "3", None)] == [
         "M", "F", "O", None, None, None,
     ]  # fmt: skip
-    assert [parse_split(s) for s in ("Train", "test", "val", None)] == ["train", "test", None, None]
+    assert [parse_split(s) for s in ("Train", "test", "val", "", None)] == [
+        "train", "test", "test", None, None,
+    ]  # fmt: skip
+
+
+def test_values_that_are_not_understood_are_counted_and_never_quoted(tmp_path: Path) -> None:
+    put(tmp_path, {
+        "participants.tsv": "participant_id\tage\tgender\tsplit\nsub-1\t34,5\tF\ttrain\n"
+                            "sub-2\t>89\twoman\theld-out\nsub-3\tn/a\t2\ttset\n",
+        "sub-1/sub-1_sessions.tsv": "session_id\tage\tsplit\nses-a\tforty\ttesting\n",
+        "sub-1/ses-a/anat/sub-1_ses-a_T1w.nii.gz": "",
+    })  # fmt: skip
+    tree = tree_of(tmp_path)
+    people = People(str(tmp_path), tree.tables, Store())
+    assert [people.of(s, "a").split for s in ("1", "2", "3")] == ["test", "test", "test"]
+    assert people.of("1", None).split == "train"
+    assert people.of("1", "a").age == 34.5  # the session's own is no age
+    notes = sorted(people.notes)
+    assert [note.split(" are ")[0] for note in notes] == [
+        "2 values of age", "2 values of sex", "3 values of split",
+    ]  # fmt: skip
+    assert f"line 3 of {tmp_path}/participants.tsv" in notes[2]
+    assert "train or test" in notes[2]
+    assert not any(word in "".join(notes) for word in ("woman", "tset", "held-out", "forty", "89"))
 
 
 def test_participants_are_read_whatever_wrote_them(tmp_path: Path) -> None:

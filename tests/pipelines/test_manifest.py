@@ -237,6 +237,24 @@ def test_a_manifest_loses_no_row_without_a_word(tmp_path: Path, make_scan: MakeS
     assert error.value.code == "MANIFEST-COLUMN"
 
 
+def test_a_manifest_of_a_european_spreadsheet_keeps_its_ages_and_says_what_it_cannot_use(
+    tmp_path: Path, make_scan: MakeScan
+) -> None:
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.nii.gz").write_bytes(make_scan(ord(name)))
+    table = tmp_path / "scans.csv"
+    table.write_text(
+        "uri;subject;sequence;site;age;sex;split\n"
+        "a.nii.gz;1;T1w;A;34,5;w;testing\nb.nii.gz;2;T1w;A;61,25;F;train\n"
+    )
+    result = index_sources([str(table)])
+    rows = by_subject(result)
+    assert (rows["1"]["age"], rows["1"]["sex"], rows["1"]["split"]) == (34.5, None, "test")
+    assert (rows["2"]["age"], rows["2"]["sex"], rows["2"]["split"]) == (61.25, "F", "train")
+    assert [note.split(" of ")[1].split()[0] for note in result.notes] == ["split", "sex"]
+    assert all(f"line 2 of {table}" in note for note in result.notes)
+
+
 def test_a_manifest_without_its_columns_says_which(tmp_path: Path) -> None:
     table = tmp_path / "scans.csv"
     table.write_text("uri;subject\nx.nii;1\n")
