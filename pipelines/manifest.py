@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
-from pipelines.bids_links import folder_name, told_apart
-from pipelines.lesions import dataset_root
-from pipelines.scan_list import Listed, absolute, list_source
+from pipelines.bids_links import told_apart
+from pipelines.scan_list import Listed, absolute, dataset_name, list_source
 from sgcd_core.config import PrepareConfig
 from sgcd_core.errors import REPLACED, SgcdError
 from sgcd_core.io.store import Store, sha256_hex
@@ -89,7 +88,7 @@ def index_sources(
             if one.facts["sequence"] not in set(SEQUENCES) - set(sequences):
                 listed.setdefault(one.object.uri, one)
 
-    names = dataset_names({one.root for one in listed.values() if one.root}, known)
+    names = dataset_names(listed.values(), known)
 
     def read(one: Listed) -> dict[str, Any]:
         if one.root:
@@ -116,23 +115,43 @@ def index_sources(
     return result
 
 
-def dataset_names(roots: Collection[str], known: Iterable[Mapping[str, Any]]) -> dict[str, str]:
-    """A name for every data set, by root: its folder's; with a digest where another has that.
+def dataset_names(listed: Collection[Listed], known: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    """A name for every data set, by root: `dataset_name`; with a digest where another has that.
 
     Subjects of two data sets are other people though both be called 01, so no two share a name.
 
     Args:
-        roots: Addresses of the data sets.
+        listed: What is indexed now.
         known: The catalog's rows: who was indexed first under a name keeps it.
     """
-    first: dict[str, tuple[Any, str]] = {}
+    lists = {one.object.uri: one.root for one in listed}
+    first: dict[str, tuple[bool, Any, str]] = {}
     for row in known:
-        root = dataset_root(row)
-        if root is not None and row["dataset"] == folder_name(root):
-            at = (row["indexed_at"], root)
-            first[row["dataset"]] = min(first.get(row["dataset"], at), at)
-    owners = {root: name for name, (_, root) in first.items()}
-    return told_apart(roots, owners, folder_name)
+        root, name = _named_by(row, lists.get(row["uri"])), row["dataset"]
+        if root is not None or not row.get("listed_in"):
+            # of rows that do not say who listed them the name is taken, if by nobody known
+            at = (root is None, row["indexed_at"], root or row["uri"])
+            first[name] = min(first.get(name, at), at)
+    owners = {root: name for name, (_, _, root) in first.items()}
+    return told_apart({one.root for one in listed if one.root}, owners, dataset_name)
+
+
+def _named_by(row: Mapping[str, Any], lists_it: str | None) -> str | None:
+    """Data set or manifest that a known row's `dataset` is the plain name of, if there is one.
+
+    Args:
+        row: Row of `scans`. Where it does not say who listed it, its folders are looked at.
+        lists_it: Who lists its address now.
+    """
+    places = [lists_it, row.get("listed_in"), *_upwards(row["uri"])]
+    return next((root for root in places if root and dataset_name(root) == row["dataset"]), None)
+
+
+def _upwards(address: str) -> Iterator[str]:
+    """An address and every folder above it."""
+    while address:
+        yield address
+        address = address.rpartition("/")[0]
 
 
 def _row(

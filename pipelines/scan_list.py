@@ -36,7 +36,8 @@ class Listed:
     Attributes:
         object: Address, size and etag; the etag is empty when it is unknown yet.
         facts: Columns of the `scans` table that the source gives.
-        root: Data set it lies in, whose folder's name is `dataset`; empty for a manifest's.
+        root: Data set or manifest whose `dataset_name` is `dataset`, unless another has that name
+            too; empty where a manifest gives `dataset` itself.
     """
 
     object: ObjectInfo
@@ -47,6 +48,17 @@ class Listed:
 def absolute(source: str) -> str:
     """The address as any worker can use it: local paths absolute, no trailing slash."""
     return join(source) if is_s3(source) else os.path.abspath(local_path(source))
+
+
+def is_manifest(address: str) -> bool:
+    """Whether a source is a manifest, by its address."""
+    return address.lower().endswith((".csv", ".tsv"))
+
+
+def dataset_name(root: str) -> str:
+    """What a data set is called by the address of its root or manifest."""
+    name = folder_name(root)
+    return name.rpartition(".")[0] if is_manifest(root) else name
 
 
 def list_source(
@@ -75,7 +87,7 @@ def list_source(
             f"{ONE_SITE}SITE."
         )
     address = absolute(source)
-    if address.lower().endswith((".csv", ".tsv")):
+    if is_manifest(address):
         return _from_table(address, store)
     if site_from == "column":
         raise UsageError("--site-from column needs a CSV manifest as the source.")
@@ -133,7 +145,7 @@ def _facts(scan: BidsScan, people: People, sidecars: Sidecars, site_from: str) -
     person = people.of(scan.name.subject, scan.name.session)
     sidecar, sidecar_uri = sidecars.of(scan)
     return {
-        "dataset": folder_name(scan.root),
+        "dataset": dataset_name(scan.root),
         "subject": scan.name.subject,
         "session": scan.name.session,
         "site": _site(person, sidecar, site_from),
@@ -145,6 +157,7 @@ def _facts(scan: BidsScan, people: People, sidecars: Sidecars, site_from: str) -
         "manufacturer": _text(sidecar, "Manufacturer"),
         "model_name": _text(sidecar, "ManufacturersModelName"),
         "sidecar_uri": sidecar_uri,
+        "listed_in": scan.root,
     }
 
 
@@ -188,9 +201,9 @@ def _listed(row: Mapping[str, str], folder: str, manifest: str) -> Listed:
     elif not is_s3(uri) and uri.startswith(("/", "file:")):
         uri = local_path(uri)
     subject, session = cell(row, "subject"), cell(row, "session")
-    stem = manifest.rpartition("/")[2].rpartition(".")[0]
+    dataset = cell(row, "dataset")
     facts = {
-        "dataset": cell(row, "dataset") or stem,
+        "dataset": dataset or dataset_name(manifest),
         "subject": subject.removeprefix("sub-") if subject else None,
         "session": session.removeprefix("ses-") if session else None,
         "site": cell(row, "site"),
@@ -199,5 +212,6 @@ def _listed(row: Mapping[str, str], folder: str, manifest: str) -> Listed:
         "sex": parse_sex(cell(row, "sex")),
         "split": parse_split(cell(row, "split")),
         "field_strength": None, "manufacturer": None, "model_name": None, "sidecar_uri": None,
+        "listed_in": manifest,
     }  # fmt: skip
-    return Listed(ObjectInfo(uri, 0, ""), facts)
+    return Listed(ObjectInfo(uri, 0, ""), facts, "" if dataset else manifest)

@@ -129,6 +129,7 @@ SCANS = Table(
         Column("manufacturer", STRING, "from the sidecar"),
         Column("model_name", STRING, "the scanner's model, from the sidecar"),
         Column("sidecar_uri", STRING, "address of the JSON sidecar, if there is one"),
+        Column("listed_in", STRING, "root of the data set, or the manifest, that lists the scan"),
         Column("status", STRING, "ok or failed", required=True),
         Column("code", STRING, "why the scan cannot be used"),
         Column("message", STRING, "the same as a sentence"),

@@ -171,6 +171,71 @@ def test_two_data_sets_in_folders_of_one_name_are_told_apart(
     assert len({(row["dataset"], row["subject"]) for row in both.rows}) == len(both.rows)
 
 
+def test_flat_folders_of_one_name_are_told_apart(tmp_path: Path, make_scan: MakeScan) -> None:
+    sources = [tmp_path / study / "nifti" for study in ("b", "a")]
+    for i, source in enumerate(sources):
+        source.mkdir(parents=True)
+        (source / "sub-01_T1w.nii.gz").write_bytes(make_scan(i))
+    earlier, later = (str(source) for source in sources)
+    first = index_sources([earlier], site_from="name:B")
+    second = index_sources([later], site_from="name:A", known=remembered(first))
+    assert [row["dataset"] for row in first.rows] == ["nifti"]
+    assert second.rows[0]["dataset"].startswith("nifti-")
+    for source, site in ((earlier, "B"), (later, "A")):
+        again = index_sources([source], site_from=f"name:{site}", known=remembered(first, second))
+        assert (again.rows, len(again.unchanged)) == ([], 1)  # names stay
+    # rows of a lake whose scans do not say who listed them
+    old = [row | {"listed_in": None} for row in first.rows]
+    assert index_sources([later], known=old).rows[0]["dataset"] == second.rows[0]["dataset"]
+    assert index_sources([earlier], known=old).rows[0]["dataset"] == "nifti"
+
+
+def two_manifests(tmp_path: Path, make_scan: MakeScan, column: str = "") -> list[str]:
+    """bonn/scans.csv and oslo/scans.csv, one subject 01 each, their scans somewhere else."""
+    found = []
+    (tmp_path / "raw").mkdir(exist_ok=True)
+    for site in ("bonn", "oslo"):
+        scan, table = tmp_path / "raw" / f"{site}.nii.gz", tmp_path / site / "scans.csv"
+        table.parent.mkdir(exist_ok=True)
+        scan.write_bytes(make_scan(len(site) + ord(site[0])))
+        head, value = (",dataset", f",{column}") if column else ("", "")
+        table.write_text(f"uri,subject,sequence,site{head}\n{scan},01,T1w,{site}{value}\n")
+        found.append(str(table))
+    return found
+
+
+@pytest.mark.parametrize("said", [True, False], ids=["", "rows do not say who listed them"])
+def test_manifests_of_one_name_are_told_apart(
+    tmp_path: Path, make_scan: MakeScan, said: bool
+) -> None:
+    bonn, oslo = two_manifests(tmp_path, make_scan)
+    first = index_sources([oslo])
+    known = [row if said else row | {"listed_in": None} for row in remembered(first)]
+    second = index_sources([bonn], known=known)
+    assert [row["dataset"] for row in first.rows] == ["scans"]
+    assert second.rows[0]["dataset"].startswith("scans-")
+    both = index_sources([bonn, oslo], known=[*known, *second.rows])
+    assert len(both.unchanged) == (2 if said else 1)  # names stay
+    assert {row["dataset"] for row in both.rows} <= {"scans"}
+
+
+def test_a_manifest_stays_one_data_set_whatever_it_lists_next(
+    tmp_path: Path, make_scan: MakeScan
+) -> None:
+    table, _ = two_manifests(tmp_path, make_scan)
+    first = index_sources([table])
+    Path(table).write_text(f"uri,subject,sequence,site\n{tmp_path}/raw/oslo.nii.gz,01,T1w,oslo\n")
+    (row,) = index_sources([table], known=remembered(first)).rows
+    assert (row["dataset"], row["status"]) == ("scans", "ok")
+
+
+def test_a_column_dataset_makes_one_of_two_manifests(tmp_path: Path, make_scan: MakeScan) -> None:
+    sources = two_manifests(tmp_path, make_scan, "travelers")
+    first = index_sources(sources[:1])
+    second = index_sources(sources[1:], known=remembered(first))
+    assert {row["dataset"] for row in (*first.rows, *second.rows)} == {"travelers"}
+
+
 def test_sites_come_from_where_the_user_says(tree: Path, make_scan: MakeScan) -> None:
     folder = tree / "sub-4" / "ses-x" / "anat"
     folder.mkdir(parents=True)
