@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from pipelines.evaluate import find_truth
 from pipelines.lake import Lake
-from pipelines.prepare import PreparedFiles, load_native_mask, load_prepared
+from pipelines.prepare import PreparedFiles, load_native_mask, load_prepared, read_indexed
 from pipelines.truth import load_truth_on_scan
 from sgcd_core.config import PrepareConfig
 from sgcd_core.errors import ModelError
@@ -60,14 +60,15 @@ def load_pair(
     """The pair of one row of `scans` and its row of `results`.
 
     Raises:
-        InputError: The scan is not prepared, or a volume is missing or damaged.
+        InputError: The scan is not prepared or not what was indexed, or a volume is missing or
+            damaged.
         ModelError: MODEL-GRID when an output does not lie on the scan's voxels.
         StorageError: The store is out of reach.
     """
     limit, scan_id = config.max_inflated_bytes, str(scan["scan_id"])
     prepared = load_prepared(lake, config.digest(), scan_id)
     mask = load_native_mask(lake, config.digest(), scan_id)
-    native = read_nifti(str(scan["uri"]), Store(), max_inflated=limit)
+    native = read_indexed(scan, Store(), limit)
     before = np.where(mask, prepared.geometry.scale(native.data), np.float32(0))
     result = result or {}
     after = uncertainty = intact = None

@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.lake import Lake
-from pipelines.prepare import PreparedFiles, load_native_mask, load_prepared
+from pipelines.prepare import PreparedFiles, load_native_mask, load_prepared, read_indexed
 from sgcd_core.config import PrepareConfig
-from sgcd_core.io.nifti import read_nifti, to_ras
+from sgcd_core.io.nifti import to_ras
 from sgcd_core.io.store import Store
 from sgcd_core.volume.prepare import corrected_brain
 from sgcd_core.volume.register import align_rigid
@@ -44,7 +44,7 @@ def load_truth(
         Image (X, Y, Z) float32 in [0, 1], 0 outside the brain, and the brain mask.
 
     Raises:
-        InputError: The truth is not prepared or cannot be read.
+        InputError: The truth is not prepared, cannot be read, or is not what was indexed.
         StorageError: The store is out of reach.
     """
     files, turn, grid = _aligned(lake, config, truth, own)
@@ -85,7 +85,7 @@ def _resampled(
     shape: tuple[int, int, int],
 ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
     """The truth, resampled once from its own voxels; `grid` leads to template mm."""
-    native = read_nifti(truth["uri"], Store(), max_inflated=config.max_inflated_bytes)
+    native = read_indexed(truth, Store(), config.max_inflated_bytes)
     inside = load_native_mask(lake, config.digest(), truth["scan_id"])
     data, affine, _ = to_ras(native.data, native.affine)
     inside, *_ = to_ras(inside, native.affine)

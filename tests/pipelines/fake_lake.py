@@ -70,7 +70,7 @@ def add_scan(
     data = encode_nifti(image, affine)
     native = decode_nifti(data, where="memory", max_inflated=10**9)
     name = f"{subject}-{site}-{sequence}"
-    scan_id = sha256_hex(name.encode())[:32]
+    scan_id = sha256_hex(data)[:32]
     geometry = Geometry(
         image.shape, rows(affine), to_ras(native.data, native.affine)[2], rows(affine),
         image.shape, rows(np.eye(4)), 0.0, 1.0, 1200.0,

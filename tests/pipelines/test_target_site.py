@@ -17,9 +17,9 @@ from sgcd_core.errors import InputError
 def test_sites_are_sorted_by_the_distance_between_their_own_scans(tmp_path):
     lake, config, rows = Lake(str(tmp_path)), make_config(), []
     spread = {"uniform": 0.0, "mixed": 0.5, "single": 0.0}
-    for site, strength in spread.items():
+    for order, (site, strength) in enumerate(spread.items()):
         for number in range(1 if site == "single" else 3):
-            image, mask = brain(number, "T1w")
+            image, mask = brain(10 * order + number, "T1w")
             image = np.where(mask, image ** (1 + strength * number), 0).astype(np.float32)
             who = {"subject": f"{site}{number}", "site": site, "sequence": "T1w"}
             rows.append(add_scan(lake, config, image, mask, **who, split="train"))
