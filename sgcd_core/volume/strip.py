@@ -31,7 +31,7 @@ EXTRACTED_ML = (500.0, 2300.0)
 #: Longest side a brain's bounding box may have, mm.
 EXTRACTED_SIDE_MM = 210.0
 #: Of an extracted brain so little is darker than a tenth of its bright tissue (measured: brains
-#: ≤ 0.02, heads ≥ 0.20, where skull and air are dark).
+#: ≤ 0.02, z-scored ≤ 0.05, heads ≥ 0.20, where skull and air are dark).
 EXTRACTED_DARK = 0.30
 TIMEOUT_S = 600.0
 _NO_DEEPBET = 3
@@ -81,12 +81,24 @@ def extracted_mask(data: Array, affine: Array) -> Array | None:
     mask = nonzero_brain(data, value)
     compact = (foreground & mask).sum() >= 0.95 * foreground.sum()
     extent = np.array([side.stop - side.start for side in bounding_box(mask)]) * sides
-    inside = data[foreground] - value
-    dark = float((inside < 0.1 * np.percentile(inside, 95)).mean())
     plausible = EXTRACTED_ML[0] <= mask.sum() * ml <= EXTRACTED_ML[1]
-    if compact and plausible and extent.max() <= EXTRACTED_SIDE_MM and dark <= EXTRACTED_DARK:
+    small = plausible and extent.max() <= EXTRACTED_SIDE_MM
+    if compact and small and _dark_share(data[foreground] - value) <= EXTRACTED_DARK:
         return mask
     return None
+
+
+def _dark_share(inside: Array) -> float:
+    """Which part of the foreground is darker than a tenth of its bright tissue.
+
+    Black is the background, or the darkest tissue where that lies below: so it does of z-scores.
+
+    Args:
+        inside: (N,) float32, intensities less the background.
+    """
+    darkest, bright = np.percentile(inside, (1, 95))
+    black = min(float(darkest), 0.0)
+    return float((inside < black + 0.1 * (float(bright) - black)).mean())
 
 
 def brain_mask(

@@ -215,6 +215,21 @@ def test_a_head_is_not_taken_for_a_brain() -> None:
     assert extracted_mask(scan.data, scan.affine) is None
 
 
+def z_scored(data: np.ndarray) -> np.ndarray:
+    """Intensities as z-scores over what is not 0, which stays 0."""
+    inside = data != 0
+    return np.where(inside, (data - data[inside].mean()) / data[inside].std(), 0).astype(np.float32)
+
+
+def test_z_scored_brains_and_heads_are_what_they_are() -> None:
+    scan = brain()
+    mask = extracted_mask(z_scored(scan.data), scan.affine)
+    assert mask is not None and (mask == (scan.data != 0)).all()
+    whole = head()
+    assert extracted_mask(z_scored(whole.data), whole.affine) is None
+    assert extracted_mask(whole.data - 1000, whole.affine) is None
+
+
 def test_a_head_without_a_tool_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     real = importlib.util.find_spec
     monkeypatch.setattr(
@@ -283,6 +298,8 @@ def test_real_scans_are_told_apart(data_dir: Path) -> None:
         scan = read_nifti(str(path))
         given = extracted_mask(scan.data, scan.affine) is not None
         assert given == path.name.startswith(("sub-NSK", "sub-TCGA")), path.name
+        z = z_scored(scan.data)
+        assert (extracted_mask(z, scan.affine) is not None) == given, path.name
 
 
 def test_the_prepared_image_can_be_written_and_read(prepared: Prepared, tmp_path: Path) -> None:
