@@ -8,13 +8,12 @@ from typing import Any
 
 from sgcd_core.config import PrepareConfig
 from sgcd_core.errors import SgcdError, StorageError
-from sgcd_core.io.bids import is_skipped
+from sgcd_core.io.bids import is_image, is_skipped
 from sgcd_core.io.store import Store, join
 from sgcd_core.volume.checks import examine
 
 #: Scans read at a time: unpacking one needs a few hundred MB.
 WORKERS = 2
-_IMAGES = (".nii", ".nii.gz")
 
 
 def orientation_code(affine: Any) -> str:
@@ -56,7 +55,7 @@ def expand(uris: Iterable[str], store: Store) -> list[tuple[str, SgcdError | Non
     """
     found: dict[str, SgcdError | None] = {}
     for uri in uris:
-        if uri.endswith(_IMAGES):
+        if is_image(uri):
             found.setdefault(uri, None)
             continue
         try:
@@ -68,9 +67,7 @@ def expand(uris: Iterable[str], store: Store) -> list[tuple[str, SgcdError | Non
         if below == [base]:  # a file of another name: the reader says what is wrong with it
             found.setdefault(base, None)
             continue
-        images = [
-            one for one in below if one.endswith(_IMAGES) and not is_skipped(one[len(base) :])
-        ]
+        images = [one for one in below if is_image(one) and not is_skipped(one[len(base) :])]
         for one in images:
             found.setdefault(one, None)
         if not images:

@@ -19,12 +19,13 @@ from sgcd_core.io.store import ObjectInfo, Store, is_below, join
 
 #: Folders of a data set that hold no raw scans.
 SKIPPED_FOLDERS = frozenset(("derivatives", "sourcedata", "code", "stimuli", "phenotype"))
-_LABEL = r"[A-Za-z0-9+]+"
+#: A BIDS label, as a regular expression.
+LABEL = r"[A-Za-z0-9+]+"
 _NAME = re.compile(
-    rf"(?:sub-(?P<subject>{_LABEL})_)?(?:ses-(?P<session>{_LABEL})_)?"
-    rf"(?P<entities>(?:[a-z]+-{_LABEL}_)*)(?P<suffix>[A-Za-z0-9]+)(?P<extension>\.nii(?:\.gz)?|\.json)"
+    rf"(?:sub-(?P<subject>{LABEL})_)?(?:ses-(?P<session>{LABEL})_)?"
+    rf"(?P<entities>(?:[a-z]+-{LABEL}_)*)(?P<suffix>[A-Za-z0-9]+)(?P<extension>\.nii(?:\.gz)?|\.json)"
 )
-_FOLDERS = re.compile(rf"(?:.*/)?sub-(?P<subject>{_LABEL})/(?:ses-(?P<session>{_LABEL})/)?[a-z]+/")
+_FOLDERS = re.compile(rf"(?:.*/)?sub-(?P<subject>{LABEL})/(?:ses-(?P<session>{LABEL})/)?[a-z]+/")
 _MAX_TEXT = 16_000_000
 
 
@@ -122,6 +123,11 @@ def is_skipped(relative: str) -> bool:
     return name.startswith(".") or any(f in SKIPPED_FOLDERS or f.startswith(".") for f in folders)
 
 
+def is_image(name: str) -> bool:
+    """Whether a file has the ending of an image, in whatever capitals."""
+    return name.lower().endswith((".nii", ".nii.gz"))
+
+
 def is_text(address: str) -> bool:
     """Whether an address can be written down: a folder's name on disk may be any bytes."""
     try:
@@ -146,7 +152,8 @@ def list_tree(
         StorageError: As for `Store.list`.
     """
     base = source.rstrip("/")
-    tree, wanted, odd, unsayable = BidsTree(listed=join(base)), set(suffixes), 0, 0
+    tree, wanted, odd, capitals, unsayable = BidsTree(listed=join(base)), set(suffixes), 0, 0, 0
+    in_lower_case = {suffix.lower() for suffix in wanted}
     for item in store.list(source):
         relative = item.uri[len(join(base)) :].lstrip("/") or item.uri.rpartition("/")[2]
         if not everything and is_skipped(relative):
@@ -159,20 +166,28 @@ def list_tree(
             tree.tables.add(item.uri)
             continue
         name = parse_name(file)
-        if name is None:
-            odd += file.endswith((".nii", ".nii.gz"))
-        elif name.extension == ".json":
+        if name is not None and name.extension == ".json":
             tree.sidecars.setdefault(folder, []).append((item.uri, name))
-        elif name.suffix in wanted:
+        elif name is not None and name.suffix in wanted:
             root = _root_of(item.uri, name, join(base))
             if root is None:
                 tree.notes.append(f"{item.uri}: its folders and its name disagree; left out")
             else:
                 tree.scans.append(BidsScan(item, name, root))
+        elif is_image(file):
+            like = parse_name(file.lower())
+            meant = like is not None and like.suffix in in_lower_case
+            capitals += meant
+            odd += name is None and not meant
     if unsayable:
         tree.notes.append(f"{source}: {unsayable} files lie at addresses not in UTF-8; left out")
     if odd:
         tree.notes.append(f"{source}: {odd} images are not named as BIDS asks; left out")
+    if capitals:
+        tree.notes.append(
+            f"{source}: {capitals} images differ from BIDS names in capitals alone; left out. "
+            f"Write {' or '.join(sorted(wanted))} and .nii.gz"
+        )
     return tree
 
 

@@ -69,6 +69,16 @@ def test_the_listing_holds_wanted_raw_images_only(tmp_path: Path) -> None:
     assert names(tmp_path / "derivatives" / "x") == ["sub-2/anat/sub-2_T1w.nii.gz"]
 
 
+def test_names_in_other_capitals_are_left_out_and_said(tmp_path: Path) -> None:
+    ends = ("T1w.nii.gz", "T1W.nii.gz", "t1w.nii", "T1w.NII.GZ", "T1W.json", "FLAIR.nii.gz")
+    put(tmp_path, {f"sub-{n}/anat/sub-{n}_{end}": "" for n, end in enumerate(ends)})
+    put(tmp_path, {"SUB-7_T2w.nii.gz": ""})
+    assert names(tmp_path) == ["sub-0/anat/sub-0_T1w.nii.gz"]
+    (note,) = tree_of(tmp_path).notes
+    assert "4 images differ from BIDS names in capitals alone" in note
+    assert "T1w or T2w and .nii.gz" in note
+
+
 def test_a_folder_inside_a_data_set_still_knows_its_root(tmp_path: Path) -> None:
     put(tmp_path, {
         "sub-1/anat/sub-1_T1w.nii.gz": "", "sub-10/anat/sub-10_T1w.nii.gz": "",

@@ -44,6 +44,17 @@ def test_files_folders_and_mistakes_each_get_their_rows(
     assert all(row["code"] in "\n".join(lines) for row in rows if row["code"])
 
 
+def test_endings_in_capitals_are_images_too(
+    tmp_path: Path, make_scan: Callable[..., bytes]
+) -> None:
+    (tmp_path / "a_T1w.NII.GZ").write_bytes(make_scan())
+    (tmp_path / "b_T1w.nii.gz").write_bytes(make_scan())
+    rows = check_uris([str(tmp_path)])
+    assert [(Path(r["uri"]).name, r["usable"]) for r in rows] == [
+        ("a_T1w.NII.GZ", True), ("b_T1w.nii.gz", True),
+    ]  # fmt: skip
+
+
 def test_warnings_are_told_and_do_not_make_a_scan_unfit(
     tmp_path: Path, make_scan: Callable[..., bytes]
 ) -> None:
