@@ -16,6 +16,7 @@ from pipelines.bids_links import Links
 from pipelines.catalog import Catalog
 from pipelines.plan import LABELS, labels_differ
 from pipelines.schemas import RESULTS
+from sgcd_core.io.bids import LABEL
 from sgcd_core.io.store import Store, join, sha256_hex
 
 #: Label of the model grid in file names (BIDS entity `space`).
@@ -85,7 +86,7 @@ class Names:
         return self.stem.partition("/")[0]
 
 
-_ENTITY = re.compile(r"_(?P<key>task|acq|ce|rec|dir|run|echo|part|chunk)-(?P<value>[A-Za-z0-9]+)")
+_ENTITY = re.compile(rf"_(?P<key>task|acq|ce|rec|dir|run|echo|part|chunk)-(?P<value>{LABEL})")
 
 _OUTPUT = re.compile(
     rf"(?P<stem>sub-[^/]+/(?:ses-[^/]+/)?anat/[^/]+_){HARMONIZED}_(?P<suffix>[^/]+)\.nii\.gz$"

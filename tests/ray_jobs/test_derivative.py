@@ -51,6 +51,15 @@ def test_names_are_bids_and_keep_the_scans_entities() -> None:
     assert "_space-MNI152rigid_desc-harmonized_T1w.nii.gz" in names.model_grid
 
 
+def test_a_label_keeps_its_plus() -> None:
+    uri = "/d/sub-01/anat/sub-01_acq-hi+lo_T1w.nii.gz"
+    plain = "/d/sub-01/anat/sub-01_acq-hi_T1w.nii.gz"
+    found = named(scan("a" * 32, uri=uri), scan("b" * 32, uri=plain))
+    assert found == {
+        "a" * 32: "sub-01/anat/sub-01_acq-hi+lo_T1w", "b" * 32: "sub-01/anat/sub-01_acq-hi_T1w",
+    }  # fmt: skip
+
+
 def test_two_data_sets_with_the_same_subject_do_not_overwrite_each_other() -> None:
     first, second = "a" * 32, "b" * 32
     found = named(scan(second, uri="/e/sub-01/anat/sub-01_T1w.nii.gz"), scan(first))
