@@ -208,7 +208,7 @@ def _harmonize(
     scan: Mapping[str, Any], job: Job, harmonizer: Model, names: Names, row: Row
 ) -> None:
     """Fill `row` with what happened; raises where it cannot go on."""
-    from pipelines.lesions import find_lesion, load_lesion
+    from pipelines.lesions import lesion_of
     from pipelines.prepare import load_native_mask, load_prepared, prepare_one, read_indexed
     from pipelines.training_data import COMPLETE
     from sgcd_core.io.nifti import encode_nifti
@@ -238,11 +238,12 @@ def _harmonize(
         native = read_indexed(scan, store, config.prepare.max_inflated_bytes)
         files = load_prepared(lake, recipe, scan_id)
         native_mask = load_native_mask(lake, recipe, scan_id)
-        lesion_uri = find_lesion(scan, job.lesions, store)
+        lesion_uri, marked, left_out = lesion_of(
+            scan, job.lesions, native, store, config.prepare.max_inflated_bytes
+        )
         lesion = None
         mask = np.asarray(files.mask, dtype=bool)
         if lesion_uri is not None:
-            marked = load_lesion(lesion_uri, native, store, config.prepare.max_inflated_bytes)
             marked &= native_mask
             row["lesion_ml"] = float(marked.sum()) * voxel_ml(native.affine)
             lesion = lesion_on_model_grid(marked, files.geometry)
@@ -270,7 +271,9 @@ def _harmonize(
     found = flags(scores | {"outlier_score": row["outlier_score"]}, config.guard)
     row["status"] = "flagged" if found else "ok"
     if found:
-        row |= {"code": found[0][0], "message": " ".join(message for _, message in found)}
+        row["code"] = found[0][0]
+    said = [*(message for _, message in found), *([left_out] if left_out else [])]
+    row["message"] = " ".join(said) or None
     with _clock(row, "seconds_write"):
         out = carry_to_native(
             native, native_mask, files.geometry, image, mask, config.transport, lesion

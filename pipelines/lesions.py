@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import string
 from collections.abc import Mapping
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 from sgcd_core.errors import InputError, UsageError
 from sgcd_core.io.nifti import NiftiScan, read_nifti
 from sgcd_core.io.store import Store, is_s3, join
+
+log = logging.getLogger(__name__)
 
 #: Placeholders of a pattern.
 PLACEHOLDERS = ("subject", "session", "sequence", "entities", "stem")
@@ -106,3 +109,37 @@ def load_lesion(uri: str, scan: NiftiScan, store: Store, max_inflated: int) -> A
             hint="Repair the mask, take it away, or pass --lesions none.",
         ) from error  # fmt: skip
     return read_lesion(mask, scan, where=uri)
+
+
+def lesion_of(
+    scan: Mapping[str, Any], pattern: str | None, native: NiftiScan, store: Store, max_inflated: int
+) -> tuple[str | None, Any, str | None]:
+    """Address of a scan's lesion mask, the lesion as of `load_lesion`, why a mask is left out.
+
+    A mask that was found beside the scan, whose name leaves open which of the session's images it
+    was drawn on, and that lies on another grid, is another image's.
+
+    Args:
+        scan: Row of `scans`.
+        pattern: As of `candidates`.
+        native: The scan.
+        store: Where both lie.
+        max_inflated: Bound on the mask.
+
+    Returns:
+        Each is None where there is none.
+
+    Raises:
+        InputError, StorageError: As `load_lesion`.
+    """
+    uri = find_lesion(scan, pattern, store)
+    if uri is None:
+        return None, None, None
+    try:
+        return uri, load_lesion(uri, native, store, max_inflated), None
+    except InputError as error:
+        named = f"_{scan['sequence']}_" in uri.rpartition("/")[2]
+        if error.code != "LESION-GRID" or pattern is not None or named:
+            raise
+        log.warning("event=lesion_left_out scan_id=%s uri=%s", scan["scan_id"], uri)
+        return None, None, f"A lesion mask beside the scan is left out: {error.message}"

@@ -101,6 +101,23 @@ def test_a_mask_that_cannot_be_used_is_a_row_with_its_code(site: Site, model: Ha
             assert row.get("output_uri") is None
 
 
+def test_a_mask_of_another_image_of_the_session_is_left_out_and_said(
+    site: Site, model: Harmonizer
+) -> None:
+    name = "sub-01_ses-2_run-1_label-lesion_mask.nii.gz"
+    other = encode_nifti(site.lesion, np.diag([2.0, 4.0, 4.0, 1.0]), dtype=np.uint8)
+    (site.folder / name).write_bytes(other)
+    row, bare = site.run(model, 1), site.run(model, 2, lesions="none")
+    assert row.get("lesion_ml") is None
+    assert (row["status"], row["code"]) == (bare["status"], bare["code"])
+    assert "lesion mask beside the scan is left out" in row["message"]
+    np.testing.assert_array_equal(volume(row["output_uri"]), volume(bare["output_uri"]))
+    asked = site.run(
+        model, 3, lesions="{subject}/{session}/anat/{entities}_label-lesion_mask.nii.gz"
+    )
+    assert (asked["status"], asked["code"]) == ("failed", "LESION-GRID")
+
+
 def test_where_a_mask_is_looked_for() -> None:
     scan = {
         "uri": "s3://b/set/sub-01/anat/sub-01_acq-x_T2w.nii", "subject": "01", "session": None,
