@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -12,7 +13,7 @@ from pipelines.bids_links import told_apart
 from pipelines.scan_list import Listed, absolute, dataset_name, list_source
 from sgcd_core.config import PrepareConfig
 from sgcd_core.errors import REPLACED, SgcdError
-from sgcd_core.io.store import Store, sha256_hex
+from sgcd_core.io.store import Store, is_s3, sha256_hex
 from sgcd_core.volume.checks import examine
 from sgcd_core.volume.prepare import SEQUENCES
 
@@ -237,11 +238,19 @@ def _mark_duplicates(
         if not still:  # the file moved here
             owner[scan_id] = uri
             continue
+        message = f"holds the same bytes as {first}. Remove one of the two."
+        if _one_file(first, uri):
+            message = f"is the same file as {first}. List it under one address."
         rows[i] = _failed(
             row | {"scan_id": sha256_hex(f"{scan_id}\n{uri}".encode())[:32]},
-            "SCAN-DUPLICATE",
-            f"holds the same bytes as {first}. Remove one of the two.",
-        )
+            "SCAN-DUPLICATE", message,
+        )  # fmt: skip
+
+
+def _one_file(one: str, other: str) -> bool:
+    """Whether two addresses lead to one file: through `..`, or a link."""
+    local = not is_s3(one) and not is_s3(other)
+    return local and os.path.realpath(one) == os.path.realpath(other)
 
 
 def _exists(uri: str, store: Store) -> bool:

@@ -144,6 +144,22 @@ def test_equal_bytes_under_two_names_are_two_rows(tree: Path) -> None:
     assert third.rows == []
 
 
+def test_one_file_under_two_addresses_need_not_be_removed(
+    tmp_path: Path, make_scan: MakeScan
+) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/x.nii.gz").write_bytes(make_scan(1))
+    (tmp_path / "y.nii.gz").write_bytes(make_scan(1))
+    table = tmp_path / "scans.csv"
+    table.write_text(
+        "uri,subject,sequence,site\na/x.nii.gz,1,T1w,A\na/../a/x.nii.gz,2,T1w,A\ny.nii.gz,3,T1w,A\n"
+    )
+    rows = by_subject(index_sources([str(table)]))
+    assert [rows[s]["code"] for s in "123"] == [None, "SCAN-DUPLICATE", "SCAN-DUPLICATE"]
+    assert "List it under one address" in rows["2"]["message"]
+    assert "Remove one of the two" in rows["3"]["message"]
+
+
 def test_a_moved_file_keeps_its_scan_id(tree: Path) -> None:
     first = index_sources([str(tree)])
     moved = tree.rename(tree.parent / "moved")
