@@ -19,6 +19,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
 
@@ -37,32 +38,57 @@ WAIT_SECONDS = 6 * 3600.0
 _TELL_SECONDS = 300.0
 
 
-class Lease:
-    """A held lease; made by `lease`.
+@dataclass(frozen=True)
+class Hold:
+    """Who holds a lease, for processes that work for the holder and live as long as they like.
 
     Attributes:
-        number: Place in the row of holders.
+        name: What is to be done by one at a time.
+        folder: Where the row of holders lies.
+        number: Place in it.
+    """
+
+    name: str
+    folder: str
+    number: int
+
+    @property
+    def lost(self) -> bool:
+        """Whether another took the lease over."""
+        return _newest(self.folder)[0] > self.number
+
+    def check(self) -> None:
+        """Go on only while the lease is held; asks the store.
+
+        Raises:
+            BusyError: LAKE-BUSY, another took it over because the holder was silent.
+            StorageError: The store is out of reach.
+        """
+        if self.lost:
+            raise BusyError(
+                f"this job was silent for so long that another took over ({self.name}).",
+                where=self.folder, hint="Run the same command again; what is done is kept.",
+            )  # fmt: skip
+
+
+class Lease:
+    """A held lease, kept by signs of life; made by `lease`.
+
+    Attributes:
+        hold: Name, folder and place in the row of holders.
     """
 
     def __init__(self, lake: Lake, name: str, number: int, run: str, beat_seconds: float) -> None:
-        self.number = number
-        self._folder, self._run, self._beat_seconds = _folder(lake, name), run, beat_seconds
-        self._name, self._beats, self._lost = name, 0, False
+        self.hold = Hold(name, _folder(lake, name), number)
+        self._run, self._beat_seconds = run, beat_seconds
+        self._beats, self._lost = 0, False
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._live, daemon=True, name=f"lease-{name}")
         self._thread.start()
 
     def check(self) -> None:
-        """Go on only while the lease is held.
-
-        Raises:
-            BusyError: LAKE-BUSY, another took it over because this process was silent.
-        """
-        if self._lost:
-            raise BusyError(
-                f"this process was silent for so long that another took over ({self._name}).",
-                where=self._folder, hint="Run the same command again; what is done is kept.",
-            )  # fmt: skip
+        """As `Hold.check`."""
+        self.hold.check()
 
     def release(self) -> None:
         """Let the next one have it at once."""
@@ -72,22 +98,22 @@ class Lease:
             try:
                 self._write(released=True)
             except SgcdError as error:  # the next one waits for the silence, nothing is lost
-                log.warning("event=lease_not_released name=%s code=%s", self._name, error.code)
+                log.warning("event=lease_not_released name=%s code=%s", self.hold.name, error.code)
 
     def _live(self) -> None:
         while not self._end.wait(self._beat_seconds):
             try:
-                if _newest(self._folder)[0] > self.number:
+                if self.hold.lost:
                     self._lost = True
                     return
                 self._beats += 1
                 self._write()
             except SgcdError as error:  # a store that hiccups; silence would decide
-                log.warning("event=lease_beat_failed name=%s code=%s", self._name, error.code)
+                log.warning("event=lease_beat_failed name=%s code=%s", self.hold.name, error.code)
 
     def _write(self, released: bool = False) -> None:
         Store().write_bytes(
-            _uri(self._folder, self.number), _body(self._run, self._beats, released)
+            _uri(self.hold.folder, self.hold.number), _body(self._run, self._beats, released)
         )
 
 

@@ -17,6 +17,7 @@ from functools import partial
 from typing import Any
 
 from pipelines.lake import Lake
+from pipelines.lease import Hold
 from ray_jobs.checkpoint import Checkpoints
 from ray_jobs.session import data_settings
 from ray_jobs.volume_stream import Looks, training_stream
@@ -75,17 +76,19 @@ def schedule_steps(
 def fit(
     ray: Any, worker: Callable[[dict[str, Any]], None], schedule: list[Row], lake: Lake,
     config: SgcdConfig, checkpoints: Checkpoints, *, looks: Looks, label: str, total: int,
-    workers: int, gpus: bool, extra: dict[str, Any],
+    workers: int, gpus: bool, hold: Hold, extra: dict[str, Any],
 ) -> list[Losses]:  # fmt: skip
     """Run `worker` on Ray Train from the newest sound checkpoint to the end of `schedule`.
 
     Lost workers are replaced. A training is given up when it failed again and again without
-    getting any further, or with an error that another try cannot mend.
+    getting any further, or with an error that another try cannot mend. `hold` is looked at before
+    each start, before each checkpoint and before the model is written.
 
     Returns:
         The losses of every step from the first, in order.
 
     Raises:
+        BusyError: LAKE-BUSY, another took the lease over.
         SgcdError: As raised in a worker.
         KeyboardInterrupt: The driver was told to stop; the state of the last step is kept.
     """
@@ -104,12 +107,14 @@ def fit(
     setup = {
         "config": config.model_dump(mode="json"), "lake": lake.uri,
         "folder": checkpoints.folder, "batch": batch // workers, "total": total,
+        "hold": hold,
         "notices": os.environ.get("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER") != "0", **extra,
     }  # fmt: skip
     done = checkpoints.repair()
     with Watch(label, total, done) as watch:
         setup["board"] = watch.board
         while True:
+            hold.check()
             error = _run(worker, setup, shares, workers, gpus, watch)
             if error is None:
                 break

@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 from pipelines.lake import Lake
-from pipelines.lease import lease
+from pipelines.lease import Hold, lease
 from ray_jobs.checkpoint import Checkpoints
 from ray_jobs.context import code_version, open_lake, quoted, track_training, tracked
 from ray_jobs.loop import fit, schedule_steps
@@ -31,12 +31,12 @@ def run(args: Any) -> Outcome:
     """Train, or say that this very model exists already."""
     lake = open_lake(args.lake)
     if args.dry_run:
-        return _train(args, lake)
-    with lease(lake, f"model-{NAME}"):  # two would write the same version
-        return _train(args, lake)
+        return _train(args, lake, None)
+    with lease(lake, f"model-{NAME}") as held:  # two would write the same version
+        return _train(args, lake, held.hold)
 
 
-def _train(args: Any, lake: Lake) -> Outcome:
+def _train(args: Any, lake: Lake, hold: Hold | None) -> Outcome:
     from pipelines.catalog import Catalog
     from pipelines.training_data import data_digest, described, training_rows
     from sgcd_core.box import start_digest
@@ -72,7 +72,7 @@ def _train(args: Any, lake: Lake) -> Outcome:
         )
         return Outcome(text, next=follow, data=data)
     version = next_version(lake, NAME)
-    if args.dry_run:
+    if hold is None:
         return Outcome(f"would train {NAME} version {version}: {plan}", data=data)
     started = time.monotonic()
     key = f"train-{init}-{meta['start_digest']}-{meta['config_digest']}-{meta['data_digest']}"
@@ -89,6 +89,7 @@ def _train(args: Any, lake: Lake) -> Outcome:
         history = fit(
             ray, train_worker, schedule, lake, config, checkpoints, looks=measured.looks,
             label="train", total=steps, workers=workers, gpus=args.gpus,
+            hold=hold,
             extra={
                 "meta": meta | {"version": version}, "init": init,
                 "features": (measured.features, measured.sequences),

@@ -6,7 +6,7 @@ import time
 from typing import Any
 
 from pipelines.lake import Lake
-from pipelines.lease import lease
+from pipelines.lease import Hold, lease
 from ray_jobs.checkpoint import Checkpoints
 from ray_jobs.context import code_version, open_lake, quoted, track_training, tracked
 from ray_jobs.loop import fit, schedule_steps
@@ -29,12 +29,12 @@ def run(args: Any) -> Outcome:
     """Tune, or say that this very model exists already."""
     lake = open_lake(args.lake)
     if args.dry_run:
-        return _tune(args, lake)
-    with lease(lake, f"model-{target_model(args.target)}"):  # two would write the same version
-        return _tune(args, lake)
+        return _tune(args, lake, None)
+    with lease(lake, f"model-{target_model(args.target)}") as held:  # two would write one version
+        return _tune(args, lake, held.hold)
 
 
-def _tune(args: Any, lake: Lake) -> Outcome:
+def _tune(args: Any, lake: Lake, hold: Hold | None) -> Outcome:
     from pipelines.catalog import Catalog
     from pipelines.training_data import (
         check_sequences,
@@ -93,7 +93,7 @@ def _tune(args: Any, lake: Lake) -> Outcome:
         f"{steps} steps from {parent}@{parent_version}, {len(own)} scans of {args.target}, "
         f"{len(others)} of other sites"
     )
-    if args.dry_run:
+    if hold is None:
         return Outcome(f"would tune {name} version {version}: {plan}", data=data)
     started = time.monotonic()
     start = f"{meta['parent_weights'][:16]}-{meta['config_digest']}"
@@ -119,7 +119,8 @@ def _tune(args: Any, lake: Lake) -> Outcome:
         looks = survey(ray, rows, lake.uri, config).looks
         history = fit(
             ray, tune_worker, schedule, lake, config, checkpoints, looks=looks, label="tune",
-            total=steps, workers=workers, gpus=args.gpus, extra=extra | {"looks": looks},
+            total=steps, workers=workers, gpus=args.gpus, hold=hold,
+            extra=extra | {"looks": looks},
         )  # fmt: skip
         last, waited = last_means(history), data_wait(history)
         summary, tracker = run_

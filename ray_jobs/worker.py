@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines.lake import Lake
 from ray_jobs.checkpoint import Checkpoints, Writer
+from ray_jobs.models import find_trained
 from ray_jobs.session import threads_per_worker
 from ray_jobs.watch import SECONDS, WAIT, Losses, last_means, packed_history, unpacked_history
 from sgcd_core.config import parse_config
@@ -132,19 +133,30 @@ class Worker:
             train.report({"step": done, **values})
 
     def finish(self, pack: Callable[[dict[str, Any]], ModelPack]) -> None:
-        """Rank 0 saves the model where the driver said, the losses of its last steps with it."""
+        """Rank 0 saves the model where the driver said, the losses of its last steps with it.
+
+        Raises:
+            BusyError: LAKE-BUSY, another holds the lease of this model.
+        """
         self._writer.wait()
         self._asked_to_stop()  # the last step has arrived
         if self.rank != 0 or self.stopping:
             return
         from sgcd_core.modelpack import save_modelpack
 
+        self.setup["hold"].check()
         meta = dict(self.setup["meta"])
+        if find_trained(self.lake, meta["name"], meta) == meta["version"]:
+            return  # by this worker's predecessor, which was lost before it could say so
         meta["losses"] = last_means(self._history)
         save_modelpack(self.lake.model(meta["name"], meta["version"]), pack(meta), Store())
 
     def _save(self, done: int, state: State, at_once: bool) -> None:
-        """Rank 0 keeps `state`, beside the training or (`at_once`) before it goes on."""
+        """Rank 0 keeps `state`, beside the training or (`at_once`) before it goes on.
+
+        Raises:
+            BusyError: LAKE-BUSY, another holds the lease of this model.
+        """
         if "record" in state:
             rows = gathered(state["record"]["values"].flatten().tolist(), self.device)
             if bool((rows != rows[0]).any()):
@@ -153,6 +165,7 @@ class Worker:
                     hint="Run again, and please report it with the logs.",
                 )  # fmt: skip
         if self.rank == 0:
+            self.setup["hold"].check()
             losses = packed_history(self._history)
             self._writer.save(done, {"stage": state, "losses": losses})
             if at_once:

@@ -15,7 +15,7 @@ import yaml
 from torch import Tensor
 
 from sgcd_core.config import SgcdConfig, parse_config
-from sgcd_core.errors import InputError, ModelError, StorageError
+from sgcd_core.errors import BusyError, InputError, ModelError, StorageError
 from sgcd_core.io.store import Store, join, sha256_hex
 from sgcd_core.model_card import model_card
 
@@ -59,8 +59,14 @@ def _flat(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def save_modelpack(uri: str, pack: ModelPack, store: Store | None = None) -> dict[str, str]:
     """Write `pack` under `uri`; its presence is complete once `pack.json` is there.
 
+    A model that is there is never changed; saving the very same one again does nothing.
+
     Returns:
         SHA-256 of each file.
+
+    Raises:
+        BusyError: LAKE-BUSY, another model was written here; none of its files was touched,
+            unless both were written at the same moment.
     """
     from safetensors.torch import save
 
@@ -75,12 +81,21 @@ def save_modelpack(uri: str, pack: ModelPack, store: Store | None = None) -> dic
     }
     if pack.global_network is not None:
         files["global_network.safetensors"] = save(_flat(pack.global_network))
-    digests = {}
-    for name, data in files.items():
-        store.write_bytes(join(uri, name), data)
-        digests[name] = sha256_hex(data)
+    digests = {name: sha256_hex(data) for name, data in files.items()}
     body = {"format": FORMAT, "meta": pack.meta, "sha256": digests}
-    store.write_bytes(join(uri, _PACK), json.dumps(body, indent=2, sort_keys=True).encode())
+    last = json.dumps(body, indent=2, sort_keys=True).encode()
+    try:
+        for name, data in files.items():
+            if has_modelpack(uri, store):
+                raise FileExistsError
+            store.write_bytes(join(uri, name), data)
+        store.write_bytes(join(uri, _PACK), last, if_absent=True)
+    except FileExistsError:
+        if store.read_bytes(join(uri, _PACK), max_bytes=10_000_000) != last:
+            raise BusyError(
+                "another model was written here meanwhile, and a model never changes.", where=uri,
+                hint="Run the same command again: it makes a version of its own if it has to.",
+            ) from None  # fmt: skip
     return digests
 
 

@@ -1,12 +1,14 @@
 """A modelpack comes back as it was saved, and damage is found."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
 from sgcd_core.config import load_config
-from sgcd_core.errors import ModelError
+from sgcd_core.errors import BusyError, ModelError
+from sgcd_core.io.store import Store
 from sgcd_core.modelpack import ModelPack, has_modelpack, load_modelpack, save_modelpack
 
 
@@ -42,6 +44,29 @@ def test_a_changed_file_is_found(tmp_path, pack):
     file.write_bytes(bytes(data))
     with pytest.raises(ModelError, match="MODEL-DIGEST"):
         load_modelpack(uri)
+
+
+def test_a_model_that_is_there_is_never_changed(tmp_path, pack):
+    uri = str(tmp_path / "m")
+    save_modelpack(uri, pack)
+    before = {file.name: file.read_bytes() for file in (tmp_path / "m").iterdir()}
+    with pytest.raises(BusyError, match="LAKE-BUSY"):
+        save_modelpack(uri, replace(pack, network={"a": torch.zeros(3)}))
+    assert {file.name: file.read_bytes() for file in (tmp_path / "m").iterdir()} == before
+
+
+def test_of_two_writers_at_once_one_is_refused(tmp_path, pack):
+    """The other's `pack.json` comes while this one's files are written."""
+
+    class Late(Store):
+        def write_bytes(self, uri, data, *, if_absent=False):
+            if uri.endswith("pack.json"):
+                Store().write_bytes(uri, b"{}")
+            return super().write_bytes(uri, data, if_absent=if_absent)
+
+    with pytest.raises(BusyError, match="LAKE-BUSY"):
+        save_modelpack(str(tmp_path / "m"), pack, Late())
+    assert (tmp_path / "m/pack.json").read_bytes() == b"{}"
 
 
 def test_a_half_written_pack_is_no_pack(tmp_path, pack):

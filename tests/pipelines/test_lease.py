@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import threading
 import time
 from pathlib import Path
@@ -69,13 +70,15 @@ def test_a_dead_holder_is_taken_over_and_told_so_when_it_wakes(tmp_lake: Lake) -
         started = time.monotonic()
         with lease(tmp_lake, "job", **QUICK) as awake:
             assert 0.6 <= time.monotonic() - started < 20
-            assert awake.number == asleep.number + 1
-            asleep._beat_seconds = 0
-            asleep._end.clear()
-            asleep._live()  # it wakes
-            with pytest.raises(BusyError, match="LAKE-BUSY"):
-                asleep.check()
+            assert awake.hold.number == asleep.hold.number + 1
+            for holder in (asleep, pickle.loads(pickle.dumps(asleep.hold))):  # at once as it wakes
+                with pytest.raises(BusyError, match="LAKE-BUSY"):
+                    holder.check()
             awake.check()
+        with pytest.raises(BusyError, match="LAKE-BUSY"):
+            asleep.check()  # also when the other is done
+        asleep._beat_seconds = 0
+        asleep._live()
     body = json.loads(Path(tmp_lake.scratch("leases/job"), objects(tmp_lake)[-1]).read_text())
     assert body["released"] is True
 
@@ -97,4 +100,4 @@ def test_the_same_over_s3(s3_server) -> None:  # type: ignore[no-untyped-def]
     ):
         pass
     with lease(lake, "job", wait=0) as second:
-        assert second.number == 2
+        assert second.hold.number == 2

@@ -10,10 +10,18 @@ import pytest
 import ray
 
 from pipelines.lake import Lake
+from pipelines.lease import Hold
 from ray_jobs import loop
 from ray_jobs.checkpoint import Checkpoints
 from sgcd_core.config import SgcdConfig
-from sgcd_core.errors import ConfigError, InputError, ModelError, SgcdError, StorageError
+from sgcd_core.errors import (
+    BusyError,
+    ConfigError,
+    InputError,
+    ModelError,
+    SgcdError,
+    StorageError,
+)
 
 TOTAL = 6
 SCHEDULE = [{"step": n // 4, "scans": {"scan": (f"scan{n}", 0, n, "A")}} for n in range(4 * TOTAL)]
@@ -42,6 +50,7 @@ class Fit:
 
     def __init__(self, folder: Path, patch: pytest.MonkeyPatch) -> None:
         self.checkpoints = Checkpoints(str(folder))
+        self.hold = Hold("model-global", str(folder / "leases"), 1)
         self.runs: list[tuple[int, Exception | None]] = []
         self.left: list[tuple[int, Exception | None]] = []
         patch.setattr(loop, "Watch", Watch)
@@ -59,7 +68,8 @@ class Fit:
         self.left = list(ends)
         return loop.fit(
             ray, lambda setup: None, SCHEDULE, Lake("lake"), SgcdConfig(), self.checkpoints,
-            looks={}, label="train", total=TOTAL, workers=workers, gpus=False, extra={},
+            looks={}, label="train", total=TOTAL, workers=workers, gpus=False,
+            hold=self.hold, extra={},
         )  # fmt: skip
 
 
@@ -97,6 +107,14 @@ def test_the_cause_is_known_though_ray_lost_it(fit: Fit, monkeypatch: pytest.Mon
 def test_a_store_that_was_away_is_tried_again(fit: Fit) -> None:
     fit.go((2, StorageError("does not answer.")), (2, None))
     assert len(fit.runs) == 2
+
+
+def test_a_training_whose_lease_is_lost_is_not_started(fit: Fit, tmp_path: Path) -> None:
+    (tmp_path / "leases").mkdir()
+    (tmp_path / "leases" / "00000002.json").write_text("{}")
+    with pytest.raises(BusyError, match="LAKE-BUSY"):
+        fit.go((6, None))
+    assert fit.runs == []
 
 
 def test_a_batch_that_workers_cannot_share_alike_is_refused(fit: Fit) -> None:

@@ -310,6 +310,16 @@ def wait_for_silence(place: Place) -> None:
     pytest.fail("the workers of a killed driver live on")
 
 
+def test_a_training_that_lost_its_lease_writes_no_model(
+    place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = place.folder / "scratch" / "leases" / "model-global"
+    at_step(monkeypatch, 1, lambda: (folder / "00000009.json").write_text("{}"))
+    assert place.train() == 75
+    assert "LAKE-BUSY" in capsys.readouterr().err
+    assert not (place.folder / "models" / "global").exists()
+
+
 def test_a_training_that_diverges_is_not_tried_again(
     place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

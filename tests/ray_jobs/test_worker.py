@@ -13,13 +13,16 @@ import torch
 from ray import train
 from ray.train import torch as train_torch
 
+from pipelines.lease import Hold
 from ray_jobs.checkpoint import Checkpoints
 from ray_jobs.watch import SECONDS, WAIT
 from ray_jobs.worker import Worker
 from sgcd_core.config import SgcdConfig
-from sgcd_core.errors import ModelError
+from sgcd_core.errors import BusyError, ModelError
+from sgcd_core.modelpack import ModelPack, has_modelpack
 
 TOTAL = 10
+META = {"name": "m", "version": 1, "kind": "global", "init": "box", "data_digest": "d"}
 
 
 class Board:
@@ -70,6 +73,7 @@ class Run:
         setup = {
             "config": SgcdConfig().model_dump(mode="json"), "lake": str(folder), "batch": 2,
             "folder": str(folder), "total": TOTAL, "notices": True, "board": self.board,
+            "hold": Hold("model-m", str(folder / "leases"), 1), "meta": META,
         }  # fmt: skip
         self.worker, self.stage, self.done = Worker(setup), Stage(), 0
 
@@ -163,3 +167,38 @@ def test_a_loss_that_is_not_finite_ends_it(tmp_path: Path, monkeypatch: pytest.M
     run.stage.value += float("nan")
     with pytest.raises(ModelError, match="TRAIN-DIVERGED"):
         run.go(every=3)
+
+
+def pack(meta: dict[str, Any]) -> ModelPack:
+    return ModelPack(config=SgcdConfig(), network={}, state={}, meta=meta)
+
+
+def take_over(folder: Path) -> None:
+    """Another holds the lease from now on."""
+    (folder / "leases").mkdir()
+    (folder / "leases" / "00000002.json").write_text("{}")
+
+
+def test_a_training_that_lost_its_lease_keeps_no_state_and_saves_no_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(tmp_path, monkeypatch)
+    run.go(every=100)
+    take_over(tmp_path)
+    with pytest.raises(BusyError, match="LAKE-BUSY"):
+        run.worker.finish(pack)
+    with pytest.raises(BusyError, match="LAKE-BUSY"):
+        Run(tmp_path, monkeypatch).go(every=3)
+    assert run.checkpoints.step() == 0 and not (tmp_path / "models").exists()
+
+
+def test_a_worker_that_was_lost_after_it_saved_the_model_saves_it_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(tmp_path, monkeypatch)
+    run.go(every=3)
+    run.worker.finish(pack)
+    again = Run(tmp_path, monkeypatch)
+    again.go(every=3)
+    again.worker.finish(lambda meta: pytest.fail("the model was made again"))
+    assert has_modelpack(str(tmp_path / "models/m/1"))
