@@ -73,6 +73,7 @@ def plan(
     *,
     sites: Collection[str] | None = None,
     sequences: Collection[str] | None = None,
+    known: Collection[str] | None = None,
     split: str | None = None,
     target: str | None = None,
     only_new: bool = False,
@@ -87,7 +88,8 @@ def plan(
         model: Name in the registry.
         version: Version in the registry.
         sites: Only these; None for all.
-        sequences: Only these (those the model knows); None for all.
+        sequences: Only these; None for all.
+        known: Sequences that the model knows; None for any.
         split: Only this split; None for all.
         target: Leave the target site's own scans alone; None to include them.
         only_new: Skip every scan that has a result of any kind.
@@ -110,11 +112,11 @@ def plan(
             "no scan was indexed yet.", code="LAKE-EMPTY", where=where,
             hint="Index some with `sgcd index SOURCE --lake LAKE`.",
         )  # fmt: skip
-    known = sorted(site for site in scans["site"].unique().to_pylist() if site is not None)
+    there = sorted(site for site in scans["site"].unique().to_pylist() if site is not None)
     for site in sites or ():
-        if site not in known:
+        if site not in there:
             raise InputError(
-                f"the lake has no site {site!r}; it has {', '.join(known) or 'none'}.",
+                f"the lake has no site {site!r}; it has {', '.join(there) or 'none'}.",
                 code="TARGET-UNKNOWN", where=where,
             )  # fmt: skip
     keys = pa.table({name: pc.fill_null(scans[name], "") for name in _ORDER})
@@ -123,7 +125,7 @@ def plan(
     if only is not None:
         asked = pc.is_in(scans["scan_id"], pa.array(sorted(only), pa.string()))
         rules.append(_Rule(pc.invert(asked), "not asked for"))
-    rules += _at_index(scans, sites, sequences, split, target)
+    rules += _at_index(scans, sites, sequences, known, split, target)
     results = catalog.rows("results", where={"model": model, "model_version": version})
     # Where each scan's result lies; taking at a missing index gives a missing value.
     mine = results.take(pc.index_in(scans["scan_id"], results["scan_id"].combine_chunks()))
@@ -181,25 +183,33 @@ def _at_index(
     scans: pa.Table,
     sites: Collection[str] | None,
     sequences: Collection[str] | None,
+    known: Collection[str] | None,
     split: str | None,
     target: str | None,
 ) -> list[_Rule]:
-    """Why the scan itself is out of the question, if it is."""
+    """Why the scan itself is out of the question, if it is.
+
+    What was not asked for comes before what cannot be used: a plan of some sites does not answer
+    for the bad scans of others.
+    """
 
     def none_of(name: str, wanted: Collection[str]) -> Any:
         return pc.invert(pc.is_in(scans[name], pa.array(sorted(wanted), pa.string())))
 
+    def other_sequence(wanted: Collection[str]) -> _Rule:
+        return _Rule(none_of("sequence", wanted), "other sequence", "SCAN-SEQUENCE")
+
     code, message = scans["code"], scans["message"]
-    rules = [
-        _Rule(pc.equal(code, REPLACED), "replaced since", code, message),
-        _Rule(pc.not_equal(scans["status"], "ok"), FAILED_AT_INDEX, code, message),
-    ]
+    rules = [_Rule(pc.equal(code, REPLACED), "replaced since", code, message)]
     if sites is not None:
         rules.append(_Rule(none_of("site", sites), "other site"))
     if sequences is not None:
-        rules.append(_Rule(none_of("sequence", sequences), "other sequence", "SCAN-SEQUENCE"))
+        rules.append(other_sequence(sequences))
     if split is not None:
         rules.append(_Rule(none_of("split", [split]), "other split"))
+    rules.append(_Rule(pc.not_equal(scans["status"], "ok"), FAILED_AT_INDEX, code, message))
+    if known is not None:
+        rules.append(other_sequence(known))
     rules.append(_Rule(pc.is_null(scans["site"]), "no site", "SCAN-NO-SITE"))
     if target is not None:
         rules.append(_Rule(pc.equal(scans["site"], target), "at the target site"))

@@ -97,11 +97,11 @@ def run(args: Any) -> Outcome:
     meta = meta_of(lake, model, version)
     target, learned = meta.get("target"), meta.get("sequences")
     config = over_model(args, load_modelpack(lake.model(model, version), Store()).config)
-    sequences = check_sequences(args.sequences or config.sequences, config.sequences)
+    check_sequences(args.sequences or (), config.sequences)
     made = plan(
-        catalog, model, version, sites=args.sites, sequences=sequences,
-        only_new=args.only_new, retry_failed=args.retry_failed, force=args.force,
-        only=only,
+        catalog, model, version, sites=args.sites, sequences=args.sequences,
+        known=config.sequences, only_new=args.only_new, retry_failed=args.retry_failed,
+        force=args.force, only=only,
     )  # fmt: skip
     job = Job(
         lake=lake, model=model, version=version, target=target, config=config,
@@ -256,7 +256,7 @@ def describe(lake: Lake, model: str, version: int) -> None:
 
 
 def _refused_at_index(catalog: Catalog, job: Job, made: Plan) -> Iterator[Row]:
-    """Result rows of scans that the index found unusable and that have none yet.
+    """Result rows of scans asked for that the index found unusable and that have none yet.
 
     A file that was repaired or replaced since has another scan, and that one a row.
     """

@@ -209,9 +209,9 @@ class NewSite:
     def _harmonize(self, where: list[str]) -> tuple[Outcome, dict[str, int]]:
         """Prepare and harmonize what has no result yet."""
         name, version = resolve(self.lake, self.model)
-        sequences = self.args.sequences or _config(self.lake, self.model).sequences
         todo = plan(
-            self.catalog, name, version, sites=where[1:] or None, sequences=sequences
+            self.catalog, name, version, sites=where[1:] or None, sequences=self.args.sequences,
+            known=_config(self.lake, self.model).sequences,
         ).todo  # fmt: skip
         words = [*self.words, "--model", self.model, *where, *self.ray]
         with self._session(todo.num_rows > 0):

@@ -64,8 +64,19 @@ def test_every_scan_is_in_the_plan_once(catalog: Catalog) -> None:
 
 def test_choosing_sites_sequences_splits_and_leaving_the_target_out(catalog: Catalog) -> None:
     assert ids(plan(catalog, "m", 1, sites=["A"], sequences=["T1w"])) == ["a1", "a3"]
+    assert ids(plan(catalog, "m", 1, known=["T2w"])) == ["a2"]
     assert ids(plan(catalog, "m", 1, sequences=KNOWN, split="train", target="B")) == ["a1", "a2"]
     assert reasons(plan(catalog, "m", 1, target="B"))["b1"] == "at the target site"
+
+
+def test_a_plan_of_some_answers_for_no_bad_scan_of_others(catalog: Catalog) -> None:
+    assert reasons(plan(catalog, "m", 1, sites=["A"]))["bad"] == "other site"
+    assert reasons(plan(catalog, "m", 1, sequences=["T2w"]))["bad"] == "other sequence"
+    assert reasons(plan(catalog, "m", 1, split="test"))["bad"] == "other split"
+    mine = plan(catalog, "m", 1, sites=["B"], sequences=["T1w"], split="train")
+    assert reasons(mine)["bad"] == "failed at index"
+    # whoever asks for no sequence learns of all, also of those that no model knows
+    assert reasons(plan(catalog, "m", 1, known=["T2w"]))["bad"] == "failed at index"
 
 
 def test_planning_again_resumes(catalog: Catalog) -> None:
@@ -104,6 +115,7 @@ def test_the_scan_of_a_replaced_file_is_no_failure_of_the_index(catalog: Catalog
     row = {"scan_id": "old", "uri": "/a1", "subject": "1", "sequence": "T1w", "site": "A",
            "status": "failed", "code": "SCAN-REPLACED", "message": "replaced"}  # fmt: skip
     catalog.append("scans", [row])
+    assert reasons(plan(catalog, "m", 1, sites=["B"]))["old"] == "replaced since"
     assert reasons(plan(catalog, "m", 1, sequences=KNOWN))["old"] == "replaced since"
     assert replaced_scans(catalog).to_pylist() == ["old"]
 
