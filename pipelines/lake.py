@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sgcd_core.errors import StorageError
-from sgcd_core.io.store import Store, join
+from sgcd_core.io.store import Store, join, trimmed
 
 TABLES = ("scans", "results", "metrics", "site_metrics", "runs", "attempts")
 
@@ -27,9 +27,10 @@ class Lake:
         """The lake at `uri`.
 
         Raises:
-            StorageError: LAKE-MISSING when there is no lake there and `create` is false.
+            StorageError: LAKE-MISSING when there is no lake there and `create` is false;
+                STORE-ADDRESS.
         """
-        lake = cls(uri.rstrip("/"))
+        lake = cls(trimmed(uri))
         store = Store()
         if not store.exists(lake.marker):
             if not create:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from pipelines.catalog import Catalog
 from pipelines.lake import Lake
 from sgcd_core.errors import SgcdError
-from sgcd_core.io.store import Store, is_s3, local_path
+from sgcd_core.io.store import Store, is_s3, local_path, trimmed
 
 if TYPE_CHECKING:
     from pipelines.tracking import Tracker
@@ -127,9 +127,13 @@ def open_lake(uri: str, *, create: bool = False) -> Lake:
 
 
 def absolute(uri: str) -> str:
-    """`uri` as every process of this machine understands it."""
+    """`uri` as every process of this machine understands it.
+
+    Raises:
+        StorageError: STORE-ADDRESS.
+    """
     if is_s3(uri):
-        return uri.rstrip("/")
+        return trimmed(uri)
     return os.path.abspath(os.path.expanduser(local_path(uri)))
 
 

@@ -100,6 +100,31 @@ def test_a_missing_lake_is_one_line_and_69(
     assert "Traceback" not in err and out == ""
 
 
+NO_BUCKET = [
+    ("index", "COHORT", "--lake", "s3://"), ("index", "COHORT", "--lake", "s3:///lake"),
+    ("index", "s3:///cohort", "--lake", "lake"), ("status", "--lake", "s3://"),
+    ("query", "SELECT 1 AS one", "--lake", "LAKE", "--out", "s3://"),
+    ("export", "--lake", "LAKE", "--out", "s3:///tables"),
+    ("doctor", "--lake", "s3://"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("words", NO_BUCKET, ids=" ".join)
+def test_an_address_without_a_bucket_is_refused_and_makes_nothing(
+    words: tuple[str, ...], sgcd: Run, tmp_path: Path, tmp_lake: Lake,
+    make_scan: Callable[..., bytes], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    folder = tmp_path / "cohort" / "sub-1" / "anat"
+    folder.mkdir(parents=True)
+    (folder / "sub-1_T1w.nii.gz").write_bytes(make_scan())
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    named = {"COHORT": str(tmp_path / "cohort"), "LAKE": tmp_lake.uri}
+    code, _, err = sgcd(*(named.get(word, word) for word in words))
+    assert code == 69 and "[STORE-ADDRESS]" in err.splitlines()[-1] and "Traceback" not in err
+    assert list((tmp_path / "here").iterdir()) == []
+
+
 def test_json_errors_are_one_document(sgcd: Run, tmp_path: Path) -> None:
     code, out, _ = sgcd("status", "--lake", str(tmp_path / "none"), "--json")
     document = json.loads(out)

@@ -42,6 +42,30 @@ def is_s3(uri: str) -> bool:
     return uri.startswith(S3)
 
 
+def s3_path(uri: str) -> str:
+    """`bucket/key` of an s3:// address.
+
+    Raises:
+        StorageError: STORE-ADDRESS when it names no bucket.
+    """
+    path = uri[len(S3) :]
+    if not path or path.startswith("/"):
+        raise StorageError(
+            "names no bucket.", code="STORE-ADDRESS", where=uri,
+            hint="Write s3://bucket/prefix; a variable in it may be empty.",
+        )  # fmt: skip
+    return path
+
+
+def trimmed(uri: str) -> str:
+    """An address without slashes at its end.
+
+    Raises:
+        StorageError: STORE-ADDRESS for s3:// without a bucket.
+    """
+    return S3 + s3_path(uri).rstrip("/") if is_s3(uri) else uri.rstrip("/")
+
+
 def local_path(uri: str) -> str:
     """The plain path of a local address.
 
@@ -72,13 +96,15 @@ def join(*parts: str) -> str:
     """Parts of an address put together with single slashes; empty parts are left out.
 
     A file:// base becomes a plain path, so that later parts need no percent-encoding.
+
+    Raises:
+        StorageError: STORE-ADDRESS for s3:// without a bucket, and as for `local_path`.
     """
     filled = [part for part in parts if part]
     if not filled:
         return ""
-    head = filled[0] if is_s3(filled[0]) else local_path(filled[0])
-    scheme = S3 if is_s3(head) else ""
-    head = head[len(scheme) :]
+    scheme = S3 if is_s3(filled[0]) else ""
+    head = s3_path(filled[0]) if scheme else local_path(filled[0])
     root = "/" if head.startswith("/") and not scheme else ""
     pieces = [piece for part in (head, *filled[1:]) for piece in part.split("/") if piece]
     return scheme + root + "/".join(pieces)

@@ -15,7 +15,7 @@ import pytest
 
 from sgcd_core.errors import InputError, SgcdError, StorageError
 from sgcd_core.io.s3.client import connection
-from sgcd_core.io.store import ObjectInfo, Store, join, sha256_hex
+from sgcd_core.io.store import ObjectInfo, Store, join, s3_path, sha256_hex, trimmed
 
 if TYPE_CHECKING:
     from tests.conftest import S3Server
@@ -198,6 +198,14 @@ def test_other_addresses_are_refused_with_advice(uri: str, monkeypatch: pytest.M
         Store().read_bytes(uri)
     assert error.value.code == "STORE-ADDRESS"
     assert error.value.hint
+
+
+@pytest.mark.parametrize("uri", ["s3://", "s3:///", "s3:///lake", "s3:////lake/x"])
+def test_an_address_without_a_bucket_leads_nowhere(uri: str) -> None:
+    """An empty variable in it leads to no other bucket and to no local folder."""
+    for use in (trimmed, s3_path, lambda uri: join(uri, "catalog")):
+        with pytest.raises(StorageError, match="STORE-ADDRESS"):
+            use(uri)
 
 
 def test_writing_below_a_file_says_so(tmp_path: Path) -> None:

@@ -6,10 +6,10 @@ import logging
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from sgcd_core.errors import StorageError
 from sgcd_core.io.backoff import Backoff
 from sgcd_core.io.s3 import errors
 from sgcd_core.io.s3.client import FIRST_SECONDS, connection, renewed
+from sgcd_core.io.store import s3_path
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -17,11 +17,7 @@ log = logging.getLogger(__name__)
 
 def split(uri: str) -> tuple[str, str]:
     """Bucket and key of an s3:// address."""
-    bucket, _, key = uri[len("s3://") :].partition("/")
-    if not bucket:
-        raise StorageError(
-            "names no bucket.", code="STORE-ADDRESS", where=uri, hint="Write s3://bucket/prefix."
-        )
+    bucket, _, key = s3_path(uri).partition("/")
     return bucket, key
 
 
