@@ -276,9 +276,11 @@ def _dry_run(args: Any, lake: Lake, model: str) -> Outcome:
         return Outcome(f"would tune {model}, then harmonize every scan with it", data=new.data)
     name, version = resolve(lake, model)
     wanted = None if args.target else set(new.data["source_sites"])
+    made = plan(
+        Catalog(lake), name, version, sequences=args.sequences, known=_config(lake, model).sequences
+    )
     waiting = [
-        scan for scan in plan(Catalog(lake), name, version).todo.to_pylist()
-        if wanted is None or scan["site"] in wanted
+        scan for scan in made.todo.to_pylist() if wanted is None or scan["site"] in wanted
     ]  # fmt: skip
     text = (
         f"would add {new.data['new']} scans and harmonize them and {len(waiting)} listed before "

@@ -75,6 +75,23 @@ def test_a_sequence_that_the_model_does_not_know_is_refused_before_any_work(
     assert "nothing to harmonize with global@1: 0 to do" in capsys.readouterr().out
 
 
+def test_a_dry_run_counts_the_sequences_asked_for(
+    tmp_lake: Lake, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_global_model(tmp_lake.uri)
+    source = make_site(tmp_path / "a", "A", 1)
+    Catalog(tmp_lake).append("scans", [
+        scan("A", scan_id=f"s{number}", uri=f"/s{number}.nii.gz", sequence=sequence)
+        for number, sequence in enumerate(("T1w", "T2w", "T2w"))
+    ])  # fmt: skip
+    words = ["new-site", str(source), "--lake", tmp_lake.uri, "--model", "global", "--dry-run"]
+    for sequences, waiting in (([], 3), (["--sequences", "T1w"], 1)):
+        assert cli.main([*words, *sequences]) == 0
+        assert f"would add 1 scans and harmonize them and {waiting} listed" in (
+            capsys.readouterr().out
+        )
+
+
 @dataclass
 class Place:
     lake: str
