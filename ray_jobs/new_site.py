@@ -202,7 +202,7 @@ class NewSite:
             self._step("prepare", *self.words, *here, *self.ray)
             self._step(
                 "tune", *self.words, "--target", args.target, *self.sequences, *self.of_model,
-                *self.ray, *self.gpus,
+                *self.ray, *self.gpus, "--wait", str(args.wait),
             )  # fmt: skip
         return True
 

@@ -159,6 +159,13 @@ def _days(text: str) -> float:
     return value
 
 
+def _minutes(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < 1e6:
+        raise argparse.ArgumentTypeError("must be a number of minutes such as 30, or 0")
+    return value
+
+
 def _timeout(text: str) -> int:
     value = int(text)
     if not 1 <= value <= 1_000_000:
@@ -281,6 +288,13 @@ def _scan_deadline(p: Any) -> None:
     )  # fmt: skip
 
 
+def _wait(p: Any, whose: str) -> None:
+    p.add_argument(
+        "--wait", type=_minutes, default=360.0, metavar="MINUTES",
+        help=f"for {whose}; 0: not at all (default: %(default)g)",
+    )  # fmt: skip
+
+
 def _train(sub: Any) -> None:
     p = _command(
         sub, "train", "Stage 1: learn the anatomy of all sites; makes the model `global`.",
@@ -294,6 +308,7 @@ def _train(sub: Any) -> None:
     )  # fmt: skip
     p.add_argument("--sites", nargs="+", metavar="SITE", help="train on these only")
     p.add_argument("--exclude-sites", nargs="+", metavar="SITE", help="never train on these")
+    _wait(p, "another training of this model")
 
 
 def _suggest(sub: Any) -> None:
@@ -320,6 +335,7 @@ def _tune(sub: Any) -> None:
         "--sequences", nargs="+", metavar="T1w", help="only these, for a target that lacks others"
     )
     p.add_argument("--gpus", action="store_true", help="use a GPU")
+    _wait(p, "another training of this model")
 
 
 def _promote(sub: Any) -> None:
@@ -441,10 +457,7 @@ def _new_site(sub: Any) -> None:
         "--min-scans", type=_positive, default=4, metavar="N",
         help="training scans of each sequence that a target needs (default: %(default)s)",
     )  # fmt: skip
-    p.add_argument(
-        "--wait", type=float, default=360.0, metavar="MINUTES",
-        help="for another such job on this lake and model (default: %(default)g)",
-    )  # fmt: skip
+    _wait(p, "another such job on this lake and model")
     p.add_argument("--gpus", action="store_true", help="one GPU for each worker")
 
 

@@ -32,7 +32,7 @@ def run(args: Any) -> Outcome:
     lake = open_lake(args.lake)
     if args.dry_run:
         return _train(args, lake, None)
-    with lease(lake, f"model-{NAME}") as held:  # two would write the same version
+    with lease(lake, f"model-{NAME}", wait=60 * args.wait) as held:  # two would write one version
         return _train(args, lake, held.hold)
 
 

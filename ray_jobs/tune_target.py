@@ -30,7 +30,8 @@ def run(args: Any) -> Outcome:
     lake = open_lake(args.lake)
     if args.dry_run:
         return _tune(args, lake, None)
-    with lease(lake, f"model-{target_model(args.target)}") as held:  # two would write one version
+    name = f"model-{target_model(args.target)}"
+    with lease(lake, name, wait=60 * args.wait) as held:  # two would write one version
         return _tune(args, lake, held.hold)
 
 

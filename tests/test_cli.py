@@ -16,6 +16,7 @@ import pytest
 
 from pipelines.catalog import Catalog
 from pipelines.lake import Lake
+from pipelines.lease import lease
 from ray_jobs import cli
 from ray_jobs.parser import COMMANDS, build_parser
 
@@ -161,6 +162,9 @@ def test_a_wrong_setting_is_78(
         (("serve", "--port", "99999"), "0 to 65535"),
         (("serve", "--port", "-1"), "0 to 65535"),
         (("query", "SELECT 1", "--timeout", "99999999999"), "1 to 1000000"),
+        (("new-site", "SOURCE", "--wait", "nan"), "number of minutes"),
+        (("new-site", "SOURCE", "--wait", "-5"), "number of minutes"),
+        (("tune", "--target", "A", "--wait", "inf"), "number of minutes"),
     ],
 )
 def test_a_number_out_of_its_range_is_a_usage_error(
@@ -168,6 +172,16 @@ def test_a_number_out_of_its_range_is_a_usage_error(
 ) -> None:
     code, _, err = sgcd(*words, "--lake", tmp_lake.uri)
     assert code == 2 and said in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize("words", [("train",), ("tune", "--target", "A")], ids=lambda w: w[0])
+def test_a_training_waits_for_another_as_long_as_told(
+    words: tuple[str, ...], sgcd: Run, tmp_lake: Lake
+) -> None:
+    name = "model-global" if words == ("train",) else "model-target-A"
+    with lease(tmp_lake, name):
+        code, _, err = sgcd(*words, "--lake", tmp_lake.uri, "--wait", "0")
+    assert code == 75 and "[LAKE-BUSY]" in err and "--wait" in err
 
 
 def test_an_unindexed_lake_says_what_to_do(sgcd: Run, tmp_lake: Lake) -> None:
