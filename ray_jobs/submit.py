@@ -19,7 +19,7 @@ from ray_jobs.context import quoted
 from ray_jobs.outcome import STOPPED, Outcome
 from ray_jobs.session import TOKEN
 from sgcd_core.errors import StorageError, UsageError
-from sgcd_core.io.store import is_s3
+from sgcd_core.io.store import is_s3, local_path, s3_path
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +29,14 @@ TRIES, PAUSE_SECONDS = 10, 2.0
 STOP_SECONDS = "60"
 #: Words in the name of a variable whose value is likely secret.
 _SECRET = ("SECRET", "TOKEN", "PASSWORD", "PASSWD", "ACCESS_KEY", "CREDENTIAL", "PRIVATE")
+#: A password in an address.
+_LOGIN = re.compile(r"://[^/\s]*:[^/\s]*@")
+_SEEN = (
+    "everyone who sees the cluster's dashboard could read it. Give the cluster its credentials "
+    "itself: a role, or a secret mounted into its pods."
+)
+#: Arguments that name what a command writes, and those that name what it reads.
+_WRITTEN, _READ = ("lake", "out"), ("config", "anatomy", "sources", "scans")
 #: Left out of working directories that are shipped: not code, or more than code.
 _EXCLUDES = [".git", ".venv", "work", "shared", "dist", "build", "*.nii", "*.nii.gz", "__pycache__"]
 
@@ -36,7 +44,7 @@ _EXCLUDES = [".git", ".venv", "work", "shared", "dist", "build", "*.nii", "*.nii
 def run(args: Any) -> Outcome:
     """Submit, follow the log, end with the job's exit code."""
     words = [args.job, *args.words]
-    check_words(words)
+    check_addresses(check_words(words), shipped=bool(args.working_dir))
     job: dict[str, Any] = {
         "entrypoint": shlex.join(["sgcd", *words]),
         "metadata": {"sgcd_command": args.job},
@@ -69,8 +77,11 @@ def run(args: Any) -> Outcome:
     return Outcome(text, next="" if code == 0 else follow, exit_code=code, data=data)
 
 
-def check_words(words: list[str]) -> None:
+def check_words(words: list[str]) -> Any:
     """Refuse here what the cluster would refuse: an unknown command, an option it does not have.
+
+    Returns:
+        The parsed arguments.
 
     Raises:
         UsageError: With what is wrong.
@@ -82,40 +93,59 @@ def check_words(words: list[str]) -> None:
 
     if words[0] not in COMMANDS or words[0] == "submit":
         raise UsageError(f"`sgcd {words[0]}` is no command that can be submitted.")
+    if any(_LOGIN.search(word) for word in words):
+        raise UsageError(f"an address in the command has a password in it: {_SEEN}")
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
-            args = build_parser().parse_args(words)
+            return build_parser().parse_args(words)
     except SystemExit:
         reason = said.getvalue().strip().rpartition("error: ")[2] or "asks for help only"
         raise UsageError(f"`sgcd {shlex.join(words)}`: {reason}") from None
-    lake = getattr(args, "lake", None)
-    if lake and not is_s3(lake) and not os.path.isabs(lake):
-        raise UsageError(
-            f"--lake {lake} would be a folder of some machine of the cluster. Name an s3:// "
-            "prefix, or by its full path a folder that all machines share."
-        )
+
+
+def check_addresses(args: Any, *, shipped: bool) -> None:
+    """Refuse addresses that mean another file or folder on the cluster than here.
+
+    Args:
+        args: Of the command.
+        shipped: A checkout goes along, in which files to read may lie.
+
+    Raises:
+        UsageError: A path is relative to where this machine stands.
+        StorageError: STORE-ADDRESS.
+    """
+    for name in (*_WRITTEN, *_READ):
+        found = getattr(args, name, None) or []
+        for address in [found] if isinstance(found, str) else found:
+            if is_s3(address):
+                s3_path(address)
+            elif not os.path.isabs(local_path(address)) and not (shipped and name in _READ):
+                raise UsageError(
+                    f"{address} would be a file or folder of some machine of the cluster. Name an "
+                    "s3:// address, or by its full path one that all machines share."
+                )
 
 
 def runtime_env(pairs: list[str], working_dir: str | None) -> dict[str, Any]:
     """Ray's runtime environment: variables and, if asked for, local code.
 
     Raises:
-        UsageError: A variable looks secret, has no value, or the folder is none.
+        UsageError: A variable looks secret, has no value or a password in it, or the folder is
+            none.
     """
     # A job that is stopped commits what is finished; Ray's own three seconds may not be enough.
     env: dict[str, str] = {"RAY_JOB_STOP_WAIT_TIME_S": STOP_SECONDS}
     for pair in pairs:
         name, sign, value = pair.partition("=")
         if any(word in name.upper() for word in _SECRET):
-            raise UsageError(
-                f"--env {name}: everyone who sees the cluster's dashboard could read it. Give the "
-                "cluster its credentials itself: a role, or a secret mounted into its pods."
-            )
+            raise UsageError(f"--env {name}: {_SEEN}")
         if not sign:
             if name not in os.environ:
                 raise UsageError(f"--env {name}: it is not set here. Write {name}=VALUE.")
             value = os.environ[name]
+        if _LOGIN.search(value):
+            raise UsageError(f"--env {name} has a password in it: {_SEEN}")
         env[name] = value
     found: dict[str, Any] = {"env_vars": env}
     if working_dir:

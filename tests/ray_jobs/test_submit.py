@@ -24,7 +24,12 @@ from sgcd_core.errors import StorageError
         (["submit", "status"], "no command that can be submitted"),
         (["harmonize", "--lake", "s3://b/l"], "required: --model"),
         (["status", "--lake", "s3://b/l", "--speed", "9"], "unrecognized arguments: --speed 9"),
-        (["status", "--lake", "lake"], "some machine of the cluster"),
+        (["status", "--lake", "lake"], "lake would be a file or folder of some machine"),
+        (["export", "--lake", "s3://b/l", "--out", "tables"], "tables would be a file or folder"),
+        (["train", "--lake", "s3://b/l", "--config", "my.yaml"], "my.yaml would be a file"),
+        (["index", "s3://b/bids", "data/bids", "--lake", "s3://b/l"], "data/bids would be"),
+        (["check", "~/scan.nii.gz"], "~/scan.nii.gz would be a file or folder"),
+        (["check", "https://me:hush@host/scan.nii.gz"], "has a password in it"),
         (["status", "--help"], "asks for help only"),
     ],
 )
@@ -33,6 +38,18 @@ def test_what_the_cluster_would_refuse_is_refused_here(
 ) -> None:
     assert cli.main(["submit", *words]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_what_is_read_may_lie_in_the_checkout_that_is_shipped(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    root = str(Path(__file__).parents[2])
+    job = ["train", "--config", "my.yaml", "--lake"]
+    words = ["submit", "--dry-run", "--working-dir", root, *job]
+    assert cli.main([*words, "s3://b/l"]) == cli.main([*words, "/shared/lake"]) == 0
+    assert cli.main([*words, "lake"]) == 2  # what is written there would be lost
+    assert cli.main([*words, "s3:///l"]) == 69
+    assert "[STORE-ADDRESS]" in capsys.readouterr().err
 
 
 def test_a_dry_run_shows_the_job(capsys: pytest.CaptureFixture[str]) -> None:
@@ -44,10 +61,17 @@ def test_a_dry_run_shows_the_job(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "DB_PASSWORD", "RAY_AUTH_TOKEN"]
-)
-def test_secrets_are_not_sent(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["submit", "--dry-run", "--env", f"{name}=hush", "status", "--lake", "s3://b/l"]
+    "pair",
+    [
+        "AWS_SECRET_ACCESS_KEY=hush", "AWS_SESSION_TOKEN=hush", "DB_PASSWORD=hush",
+        "RAY_AUTH_TOKEN=hush", "MLFLOW_TRACKING_URI=https://me:hush@host/", "TRACKED",
+    ],
+)  # fmt: skip
+def test_secrets_are_not_sent(
+    pair: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRACKED", "https://me:hush@host")
+    words = ["submit", "--dry-run", "--env", pair, "status", "--lake", "s3://b/l"]
     assert cli.main(words) == 2
     out = capsys.readouterr()
     assert "could read it" in out.err and "hush" not in out.err + out.out
