@@ -6,8 +6,11 @@ patient. URIs, shapes, labels the user typed and numbers are fine.
 
 from __future__ import annotations
 
+import re
 from typing import Any, ClassVar
 
+#: Name and password in an address.
+_LOGIN = re.compile(r"(?<=://)[^/\s]*@")
 #: Code of a scan whose file holds other bytes now: no scan of the lake's any more.
 REPLACED = "SCAN-REPLACED"
 #: Every code this project may print. The value is what the code means, for the reference pages.
@@ -92,8 +95,13 @@ CODES: dict[str, str] = {
 }
 
 
+def without_login(text: str) -> str:
+    """`text` with `scheme://host` in place of `scheme://name:password@host`."""
+    return _LOGIN.sub("", text)
+
+
 class SgcdError(Exception):
-    """What went wrong, where, and what to do.
+    """What went wrong, where, and what to do. Logins in addresses are left out.
 
     Attributes:
         code: Stable code, a key of `CODES`.
@@ -116,9 +124,9 @@ class SgcdError(Exception):
         self.code = code or self.default_code
         if self.code not in CODES:
             raise KeyError(f"error code {self.code!r} is not listed in sgcd_core.errors.CODES")
-        self.message = message
-        self.where = where
-        self.hint = hint
+        self.message = without_login(message)
+        self.where = where and without_login(where)
+        self.hint = hint and without_login(hint)
         super().__init__(str(self))
 
     @property

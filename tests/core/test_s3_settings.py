@@ -125,6 +125,18 @@ def test_an_unknown_profile_and_a_wrong_number_are_named(monkeypatch: pytest.Mon
             options()
 
 
+def test_a_password_in_an_address_is_in_no_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://user:pa55@word@127.0.0.1:9")
+    monkeypatch.setenv("SGCD_S3_ANON", "1")
+    monkeypatch.setenv("SGCD_S3_RETRY_SECONDS", "0.1")
+    with pytest.raises(StorageError, match=r"the store at http://127\.0\.0\.1:9 ") as caught:
+        Store().read_bytes("s3://bucket/key")
+    assert "pa55" not in repr(vars(caught.value)) and "word" not in str(caught.value)
+    other = ConfigError("see https://me:hush@host/x", where="a://hush@b", hint="not s3://b/c@d")
+    assert str(other) == "[CONFIG-VALUE] a://b: see https://host/x not s3://b/c@d"
+    assert "hush" not in str(pickle.loads(pickle.dumps(other)))
+
+
 def test_a_local_table_needs_no_options() -> None:
     assert Store().delta_options("/data/table") == {}
 
