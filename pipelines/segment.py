@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import shlex
+import shutil
 import subprocess
 import tempfile
 from pathlib import Path
@@ -148,6 +149,8 @@ class CommandSegmenter:
             )  # fmt: skip
         self.timeout = timeout
         self.name = Path(self.words[0]).name
+        if shutil.which(self.words[0]) is None:  # said before the first brain is read
+            raise self._not_runnable("not found")
 
     def segment(self, image: Image, mask: Mask, sequence: str, affine: Affine) -> Labels:
         """See `Segmenter.segment`."""
@@ -179,13 +182,16 @@ class CommandSegmenter:
             raise self._failed(f"it had not finished after {self.timeout:.0f} s") from error
         except OSError as error:
             # Nothing is wrong with the scan: no other would fare better.
-            raise ConfigError(
-                f"{self.name} cannot be run ({type(error).__name__}).", code="SEGMENTER-FAILED",
-                where="--segmenter", hint="Check its name and that it may be executed.",
-            ) from error  # fmt: skip
+            raise self._not_runnable(type(error).__name__) from error
         if done.returncode != 0:
             # What it printed stays out of messages: it may quote a header.
             raise self._failed(f"it ended with exit code {done.returncode}")
+
+    def _not_runnable(self, found: str) -> ConfigError:
+        return ConfigError(
+            f"{self.name} cannot be run ({found}).", code="SEGMENTER-FAILED",
+            where="--segmenter", hint="Check its name and that it may be executed.",
+        )  # fmt: skip
 
     def _failed(self, found: str) -> InputError:
         return InputError(
@@ -199,6 +205,7 @@ def make_segmenter(spec: str) -> Segmenter:
 
     Raises:
         UsageError: It is none of these.
+        ConfigError: SEGMENTER-FAILED, there is no such program.
     """
     if spec == MixtureSegmenter.name:
         return MixtureSegmenter()

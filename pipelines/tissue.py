@@ -125,7 +125,8 @@ def evaluate_tissue(
     Raises:
         InputError: SEGMENTER-FAILED when the program failed on every scan.
         ConfigError: SEGMENTER-FAILED when it cannot be run.
-        UsageError: The segmenter does not exist.
+        UsageError: The segmenter is no command line.
+        ConfigError: SEGMENTER-FAILED, its program does not exist.
         ModelError: MODEL-MISSING when this version harmonized nothing.
         StorageError: A table or the store cannot be reached.
     """

@@ -71,6 +71,7 @@ def run(args: Any) -> Outcome:
     config = over_model(args, load_modelpack(lake.model(name, version), Store()).config)
     sites = meta_of(lake, name, version).get("training_sites")
     if args.dry_run:
+        check_tools(args)
         return Outcome(f"would evaluate {name}@{version}")
     question = _Question(args, lake, name, version, config, sites)
     with tracked(lake, "evaluate", config, model=name, version=version) as (summary, tracker):
@@ -104,6 +105,22 @@ def run(args: Any) -> Outcome:
     chosen = quoted(pinned(args.model, name, version))
     follow = f"sgcd report --lake {quoted(args.lake)} --model {chosen}"
     return Outcome(text, next=follow, lines=[x for part in parts for x in part.lines], data=data)
+
+
+def check_tools(args: Any) -> None:
+    """Refuse a segmenter or features that are not there, as their tasks would.
+
+    Raises:
+        UsageError, ConfigError, ModelError, StorageError: What is wrong with them.
+    """
+    if args.segmenter is not None:
+        from pipelines.segment import make_segmenter
+
+        make_segmenter(args.segmenter)
+    if args.features is not None:
+        from pipelines.features import load_features
+
+        load_features(args.features)
 
 
 def _voxels(q: _Question) -> _Part:

@@ -87,11 +87,23 @@ def test_words_that_make_no_sense_are_usage_errors(words, sgcd):
     assert sgcd(*words)[0] == 2
 
 
-def test_a_program_that_cannot_be_run_has_its_code(sgcd):
-    code, _, err, _ = sgcd("--tasks", "2", "--segmenter", "no-such-tool {input} {output}")
+@pytest.mark.parametrize("dry", [(), ("--dry-run",)])
+def test_a_program_that_cannot_be_run_has_its_code(dry, sgcd):
+    code, _, err, _ = sgcd("--tasks", "2", "--segmenter", "no-such-tool {input} {output}", *dry)
     assert code == 78 and "[SEGMENTER-FAILED]" in err.splitlines()[-1]
 
 
-def test_missing_weights_have_their_code(sgcd, tmp_path):
-    code, _, err, _ = sgcd("--tasks", "3", "--features", f"{tmp_path}/resnet18.pth")
+@pytest.mark.parametrize("dry", [(), ("--dry-run",)])
+def test_missing_weights_have_their_code(dry, sgcd, tmp_path):
+    code, _, err, _ = sgcd("--tasks", "3", "--features", f"{tmp_path}/resnet18.pth", *dry)
     assert code == 65 and "[ENCODER-WEIGHTS]" in err
+    code, _, err, _ = sgcd("--tasks", "3", "--features", "resnet19", *dry)
+    assert code == 78 and "there is no image network 'resnet19'" in err
+
+
+def test_a_dry_run_with_tools_that_are_there_measures_nothing(sgcd, lake):
+    words = ("--tasks", "2,3", "--segmenter", "kmeans", "--features", "statistics", "--dry-run")
+    before = Catalog(lake).version("metrics")
+    code, out, _, _ = sgcd(*words)
+    assert code == 0 and out.startswith("would evaluate target-T@1")
+    assert Catalog(lake).version("metrics") == before
