@@ -419,6 +419,10 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
+#: What PyYAML raises; thousands of brackets are too deep for it.
+_NO_YAML = (ValueError, yaml.YAMLError, RecursionError)
+
+
 def parse_pairs(settings: Sequence[str]) -> dict[str, Any]:
     """`["a.b=1"]` → `{"a": {"b": 1}}`; values are read as YAML.
 
@@ -435,10 +439,10 @@ def parse_pairs(settings: Sequence[str]) -> dict[str, Any]:
             )  # fmt: skip
         try:
             node: Any = yaml.safe_load(text)
-        except (ValueError, yaml.YAMLError) as error:
+        except _NO_YAML as error:
             raise ConfigError(
-                f"--set cannot read {text!r}: a value is written as in YAML.", where=key.strip(),
-                hint="Example: --set 'prepare.shape=[48, 56, 48]'",
+                f"--set cannot read {text[:60]!r}: a value is written as in YAML.",
+                where=key.strip(), hint="Example: --set 'prepare.shape=[48, 56, 48]'",
             ) from error  # fmt: skip
         for part in reversed(key.strip().split(".")):
             node = {part: node}
@@ -469,7 +473,7 @@ def load_config(
     if file is not None:
         try:
             from_file = yaml.safe_load(Path(file).read_text(encoding="utf-8")) or {}
-        except (OSError, ValueError, yaml.YAMLError) as error:
+        except (OSError, *_NO_YAML) as error:
             raise ConfigError(
                 f"cannot be read as YAML ({type(error).__name__}).", code="CONFIG-FILE",
                 where=str(file),

@@ -145,13 +145,24 @@ def test_an_empty_prefix_is_said_and_makes_no_lake(sgcd: Run, tmp_path: Path) ->
         (("--set", "global_stage.stepz=3"), "CONFIG-KEY"),
         (("--set", "global_stage.steps=-3"), "CONFIG-VALUE"),
         (("--config", "none.yaml"), "CONFIG-FILE"),
+        (("--set", "seed=" + 5000 * "["), "CONFIG-VALUE"),
+        (("--set", "seed=" + 5000 * "{a: "), "CONFIG-VALUE"),
     ],
+    ids=lambda item: item[1][:12] if isinstance(item, tuple) else item,
 )
 def test_a_wrong_setting_is_78(
     words: tuple[str, str], code: str, sgcd: Run, tmp_lake: Lake
 ) -> None:
     found, _, err = sgcd("train", "--lake", tmp_lake.uri, *words)
-    assert found == 78 and f"[{code}]" in err
+    assert found == 78 and f"[{code}]" in err and len(err) < 1000
+
+
+def test_a_file_of_settings_nested_too_deep_is_78(
+    sgcd: Run, tmp_lake: Lake, tmp_path: Path
+) -> None:
+    (tmp_path / "deep.yaml").write_text("seed: " + 5000 * "[")
+    found, _, err = sgcd("train", "--lake", tmp_lake.uri, "--config", str(tmp_path / "deep.yaml"))
+    assert found == 78 and "[CONFIG-FILE]" in err
 
 
 @pytest.mark.parametrize(
