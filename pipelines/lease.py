@@ -21,12 +21,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import quote
 
 from pipelines.lake import Lake
 from pipelines.ledger import worker_name
 from sgcd_core.errors import BusyError, SgcdError
-from sgcd_core.io.store import Store, join
+from sgcd_core.io.store import Store, file_name, join
 
 log = logging.getLogger(__name__)
 
@@ -214,7 +213,7 @@ def _body(run: str, beats: int, released: bool) -> bytes:
 
 
 def _folder(lake: Lake, name: str) -> str:
-    return join(lake.scratch("leases"), quote(name, safe=""))
+    return join(lake.scratch("leases"), file_name(name))
 
 
 def _uri(folder: str, number: int) -> str:

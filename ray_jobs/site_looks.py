@@ -12,7 +12,6 @@ import contextlib
 import json
 import logging
 from typing import Any
-from urllib.parse import quote
 
 import numpy as np
 import pyarrow as pa
@@ -23,7 +22,7 @@ from pipelines.lake import Lake
 from ray_jobs.prepare import PrepareJob, prepare_stream
 from ray_jobs.volume_stream import Row, survey
 from sgcd_core.config import SgcdConfig
-from sgcd_core.io.store import Store, join
+from sgcd_core.io.store import Store, file_name, join
 
 #: Scans measured of each site and sequence; the mean of more would hardly move.
 MOST_SCANS = 32
@@ -36,7 +35,7 @@ log = logging.getLogger(__name__)
 
 def look_uri(lake: Lake, recipe: str, site: str, sequence: str) -> str:
     """Where the look of a site and sequence is kept."""
-    name = f"{quote(site, safe='')}_{sequence}.json"
+    name = f"{file_name(site)}_{sequence}.json"
     return join(lake.prepared(recipe), f"looks-{_FORMAT}", name)
 
 

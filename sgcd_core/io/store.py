@@ -10,11 +10,13 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
-from urllib.parse import unquote
+from urllib.parse import quote, unquote
 
 from sgcd_core.errors import InputError, StorageError
 
 S3 = "s3://"
+#: Characters that a name may have before a word or two and an ending go to it.
+LONGEST_NAME = 240
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,17 @@ def join(*parts: str) -> str:
     root = "/" if head.startswith("/") and not scheme else ""
     pieces = [piece for part in (head, *filled[1:]) for piece in part.split("/") if piece]
     return scheme + root + "/".join(pieces)
+
+
+def file_name(text: str) -> str:
+    """`text` as the name of one object or folder: percent-encoded, a long one with a digest.
+
+    Encoding makes three characters of a byte, and a disk takes 255 in a name.
+    """
+    name = quote(text, safe="")
+    if len(name) <= LONGEST_NAME:
+        return name
+    return f"{name[: LONGEST_NAME - 17]}-{sha256_hex(text.encode())[:16]}"
 
 
 def is_below(address: str, folder: str) -> bool:

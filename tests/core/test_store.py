@@ -15,7 +15,7 @@ import pytest
 
 from sgcd_core.errors import InputError, SgcdError, StorageError
 from sgcd_core.io.s3.client import connection
-from sgcd_core.io.store import ObjectInfo, Store, join, s3_path, sha256_hex, trimmed
+from sgcd_core.io.store import ObjectInfo, Store, file_name, join, s3_path, sha256_hex, trimmed
 
 if TYPE_CHECKING:
     from tests.conftest import S3Server
@@ -198,6 +198,14 @@ def test_other_addresses_are_refused_with_advice(uri: str, monkeypatch: pytest.M
         Store().read_bytes(uri)
     assert error.value.code == "STORE-ADDRESS"
     assert error.value.hint
+
+
+def test_a_name_of_any_length_and_script_can_be_a_files(tmp_path: Path) -> None:
+    assert file_name("Univ/A 3T") == "Univ%2FA%203T" and len(file_name("x" * 240)) == 240
+    names = [file_name(text) for text in ("Ж" * 40, "Ж" * 41, "Ж" * 42, "Ж" * 41 + "A", "x" * 300)]
+    assert names[0] == "%D0%96" * 40 and len(set(names)) == len(names)
+    for name in names:
+        Store().write_bytes(str(tmp_path / f"{name}_T1w.json"), b"")
 
 
 @pytest.mark.parametrize("uri", ["s3://", "s3:///", "s3:///lake", "s3:////lake/x"])

@@ -83,6 +83,15 @@ def test_a_dead_holder_is_taken_over_and_told_so_when_it_wakes(tmp_lake: Lake) -
     assert body["released"] is True
 
 
+def test_a_site_of_a_long_name_in_any_script_has_a_lease(tmp_lake: Lake) -> None:
+    """Encoded, its letters are six to nine characters each, and a disk takes 255."""
+    names = [f"new-site-target-{site}" for site in ("Ж" * 60, "Ж" * 61, "漢" * 40)]
+    for name in names:
+        with lease(tmp_lake, name, wait=0), pytest.raises(BusyError), lease(tmp_lake, name, wait=0):
+            pass
+    assert len(list(Path(tmp_lake.scratch("leases")).iterdir())) == len(names)
+
+
 def test_the_work_that_fails_lets_the_next_one_in(tmp_lake: Lake) -> None:
     with pytest.raises(ValueError, match="work"), lease(tmp_lake, "job"):
         raise ValueError("work")
