@@ -179,11 +179,14 @@ class Cohort:
                     for sequence in self.sequences:
                         name = f"{site}_{sequence}"
                         image, mask = arrays[f"{name}_image"], arrays[f"{name}_mask"]
-                        look = measure_look(image, mask, plan.prepare.mm, sequence).vector()
+                        side = sides[site, sequence]
+                        look = measure_look(
+                            image, mask, plan.prepare.mm, sequence, voxel_mm=side
+                        ).vector()
                         scan_id = f"{member.label}_{name}"
                         self.scans[scan_id] = Scan(scan_id, member.label, site, sequence,
                                                    member.split, image, mask, look,
-                                                   sides[site, sequence])  # fmt: skip
+                                                   side)  # fmt: skip
                         if f"{name}{AGAIN}_image" in arrays:
                             self.rescans[member.label, sequence] = (
                                 arrays[f"{name}{AGAIN}_image"], arrays[f"{name}{AGAIN}_mask"],
@@ -255,5 +258,4 @@ class Cohort:
             yield make_batch(
                 [s.image for s in scans], [s.mask for s in scans], [s.sequence for s in scans],
                 [row[2] for row in rows], config.sequences, looks, sources,
-                [scan.voxel_mm for scan in scans],
             )  # fmt: skip

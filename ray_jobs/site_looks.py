@@ -27,7 +27,7 @@ from sgcd_core.io.store import Store, file_name, join
 #: Scans measured of each site and sequence; the mean of more would hardly move.
 MOST_SCANS = 32
 #: Raised when a look is measured in another way: those kept are measured again.
-_FORMAT = 3
+_FORMAT = 4
 
 Look = NDArray[np.float32]
 log = logging.getLogger(__name__)

@@ -108,13 +108,15 @@ def load_packed(
     out: dict[str, Any] = {"step": row["step"]}
     for role, (scan_id, sequence, seed, site) in row["scans"].items():
         files = load_prepared(lake, config.digest(), scan_id)
-        own = measure_look(files.image, files.mask, config.mm, names[sequence]).vector()
+        own = measure_look(
+            files.image, files.mask, config.mm, names[sequence],
+            voxel_mm=files.geometry.longest_voxel_mm(),
+        ).vector()  # fmt: skip
         count, mean = looks[site, sequence]
         out[f"{role}_image"] = np.asarray(files.image, dtype=np.float32)
         out[f"{role}_mask"] = np.asarray(files.mask, dtype=np.uint8)
         out[f"{role}_sequence"] = sequence
         out[f"{role}_seed"] = seed
-        out[f"{role}_voxel_mm"] = files.geometry.longest_voxel_mm()
         out[f"{role}_look"] = leave_out(mean, count, own)
         # from its own to its site's: the smaller a group, the further off its look is
         out[f"{role}_source"] = blend(mean, own, np.random.default_rng(seed).uniform())
@@ -173,7 +175,9 @@ def survey_packed(item: dict[str, Any], lake_uri: str, config: PrepareConfig) ->
     row = unpacked(item)
     files = load_prepared(Lake(lake_uri.rstrip("/")), config.digest(), row["scan_id"])
     image, mask = np.asarray(files.image, np.float32), np.asarray(files.mask, bool)
-    look = measure_look(image, mask, config.mm, row["sequence"]).vector()
+    look = measure_look(
+        image, mask, config.mm, row["sequence"], voxel_mm=files.geometry.longest_voxel_mm()
+    ).vector()
     return packed({"features": style_features(image, mask), "look": look})
 
 
@@ -191,5 +195,4 @@ def to_batch(columns: dict[str, Any], role: str) -> Batch:
         "seed": tensor("seed").long(),
         "look": tensor("look").float(),
         "source": tensor("source").float(),
-        "voxel_mm": tensor("voxel_mm").float(),
     }

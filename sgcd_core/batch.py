@@ -28,7 +28,6 @@ class Batch(TypedDict):
             scans; where it is not known, the scan's own.
         source: (B, LOOK_SIZE) float32, the look each scan is taken to have: its site's and some
             of its own.
-        voxel_mm: (B,) float32, the longest side of each scan's stored voxels; 0: not known.
     """
 
     image: Tensor
@@ -37,7 +36,6 @@ class Batch(TypedDict):
     seed: Tensor
     look: Tensor
     source: Tensor
-    voxel_mm: Tensor
 
 
 def make_batch(
@@ -48,11 +46,8 @@ def make_batch(
     known: Sequence[str],
     looks: Sequence[NDArray[np.float32]],
     sources: Sequence[NDArray[np.float32]],
-    voxel_mm: Sequence[float] | None = None,
 ) -> Batch:
     """Stack (X, Y, Z) volumes into a batch; `known` is `config.sequences`, looks are vectors.
-
-    Without `voxel_mm` no scan's voxels are known.
 
     Raises:
         InputError: SCAN-SEQUENCE, a sequence the model does not know.
@@ -69,7 +64,6 @@ def make_batch(
         seed=torch.tensor(list(seeds), dtype=torch.int64),
         look=torch.from_numpy(np.stack(looks).astype(np.float32)),
         source=torch.from_numpy(np.stack(sources).astype(np.float32)),
-        voxel_mm=torch.tensor(voxel_mm or [0.0] * len(images), dtype=torch.float32),
     )
 
 
@@ -80,7 +74,7 @@ def sample_seed(run_seed: int, *labels: str | int) -> int:
 
 
 def to_device(batch: Batch, device: torch.device | str) -> Batch:
-    """The batch with its volumes on `device`; seeds, looks and voxels stay on the CPU."""
+    """The batch with its tensors on `device`; seeds and looks stay on the CPU."""
     return Batch(
         image=batch["image"].to(device),
         mask=batch["mask"].to(device),
@@ -88,7 +82,6 @@ def to_device(batch: Batch, device: torch.device | str) -> Batch:
         seed=batch["seed"],
         look=batch["look"],
         source=batch["source"],
-        voxel_mm=batch["voxel_mm"],
     )
 
 
@@ -104,7 +97,6 @@ def split_batch(batch: Batch, parts: int) -> list[Batch]:
             seed=batch["seed"][start:end],
             look=batch["look"][start:end],
             source=batch["source"][start:end],
-            voxel_mm=batch["voxel_mm"][start:end],
         )
         for start, end in pairwise(bounds)
     ]

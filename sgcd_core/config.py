@@ -94,8 +94,8 @@ class ConditionConfig(Settings):
     )  # fmt: skip
     fine_voxel_mm: float = Field(
         0.0, ge=0,
-        description="scans whose longest voxel side is at most this need a part of the look filter "
-        "only, those of a side longer by 0.15 of it or more all; 0: all do",
+        description="between scanners whose longest voxel sides are both at most this a part of "
+        "the look filter is applied, where one is longer by 0.15 of it all; 0: always all",
     )  # fmt: skip
     fine_voxel_filter: float = Field(0.5, ge=0, le=1, description="that part")
 

@@ -294,7 +294,7 @@ def windowed(
     part: Batch = {**batch, "image": cut(batch["image"]), "mask": cut(batch["mask"])}
     return (
         part,
-        Condition(cut(condition.channels), content, condition.source),
+        Condition(cut(condition.channels), content, condition.source, condition.strength),
         Draw(drawn.t, cut(drawn.noise), drawn.generators),
     )
 

@@ -156,11 +156,11 @@ class Harmonizer:
             raise InputError("the brain mask is empty.", code="SCAN-EMPTY")
         look = np.zeros(LOOK_SIZE, np.float32)
         if config.condition.match != "none":
-            look = measure_look(image, mask, config.prepare.mm, sequence).vector()
+            look = measure_look(
+                image, mask, config.prepare.mm, sequence, voxel_mm=voxel_mm
+            ).vector()
             look = look if site_look is None else blend(site_look, look, OWN_PART)
-        batch = make_batch(
-            [image], [mask], [sequence], [0], config.sequences, [look], [look], [voxel_mm]
-        )
+        batch = make_batch([image], [mask], [sequence], [0], config.sequences, [look], [look])
         return to_device(batch, self.device)
 
     def _draw(self, batch: Batch, denoisers: Denoisers, noise: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from sgcd_core.errors import BusyError, InputError, ModelError, StorageError
 from sgcd_core.io.store import Store, join, sha256_hex
 from sgcd_core.model_card import model_card
 
-FORMAT = 6
+FORMAT = 7
 _PACK = "pack.json"
 
 

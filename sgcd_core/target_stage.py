@@ -45,7 +45,7 @@ from sgcd_core.losses import (
 from sgcd_core.modelpack import ModelPack
 from sgcd_core.style.composition import composition_from_state
 from sgcd_core.style.encoder import StyleEncoder, embed_batch
-from sgcd_core.style.look import OWN_PART, blend, measure_look
+from sgcd_core.style.look import OWN_PART, blend, measure_look, voxels
 from sgcd_core.style.slices import SlicePlan, plan_slices
 from sgcd_core.volume.condition import LookMatcher, from_network, to_network
 
@@ -291,7 +291,10 @@ class TargetStage:
         source = scan["source"]
         if config.condition.match != "none":
             image, mask = scan["image"][0, 0].cpu().numpy(), scan["mask"][0, 0].cpu().numpy()
-            own = measure_look(image, mask, config.prepare.mm, config.sequences[sequence]).vector()
+            own = measure_look(
+                image, mask, config.prepare.mm, config.sequences[sequence],
+                voxel_mm=float(voxels(source)),
+            ).vector()  # fmt: skip
             source = torch.from_numpy(blend(scan["look"][0].numpy(), own, OWN_PART))[None]
         scan = Batch(**{**scan, "source": source})  # type: ignore[typeddict-item]
         denoiser = sampling_denoiser(

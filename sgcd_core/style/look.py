@@ -52,6 +52,8 @@ class Look:
             Wasserstein barycentre of the scans' distributions.
         profile: (PROFILE_SIZE,) float32, mean profile.
         shading: (SHADING_SIZE,) float32, mean coefficients of the shading.
+        voxel: (1,) float32, mean of the longest sides of the stored scans' voxels, mm; 0: not
+            known.
         texture: (TEXTURE_SIZE,) float32, mean sharpness and noise along each axis.
         rim: (RIM_SIZE,) float32, mean brightness of the brain's outermost layers.
     """
@@ -59,12 +61,15 @@ class Look:
     quantiles: NDArray[np.float32]
     profile: NDArray[np.float32]
     shading: NDArray[np.float32]
+    voxel: NDArray[np.float32]
     texture: NDArray[np.float32]
     rim: NDArray[np.float32]
 
     def vector(self) -> NDArray[np.float32]:
         """All parts as one vector, for storing."""
-        parts = [self.quantiles, self.profile, self.shading, self.texture, self.rim]
+        parts = [
+            self.quantiles, self.profile, self.shading, self.voxel, self.texture, self.rim
+        ]  # fmt: skip
         return np.concatenate(parts).astype(np.float32)
 
     @classmethod
@@ -77,15 +82,17 @@ class Look:
 #: How much of a scan's own look is in the look it is taken to have, its site's being known.
 OWN_PART = 0.3
 #: Length of `Look.vector`.
-LOOK_SIZE = len(LEVELS) + PROFILE_SIZE + SHADING_SIZE + TEXTURE_SIZE + RIM_SIZE
+LOOK_SIZE = len(LEVELS) + PROFILE_SIZE + SHADING_SIZE + 1 + TEXTURE_SIZE + RIM_SIZE
 #: Length of the parts that say what no curve reaches: texture and rim.
 DETAIL_SIZE = TEXTURE_SIZE + RIM_SIZE
 #: Where the parts of `Look.vector` end, but for the last.
-_ENDS = np.cumsum([len(LEVELS), PROFILE_SIZE, SHADING_SIZE, TEXTURE_SIZE]).tolist()
-_TEXTURE, _RIM = slice(_ENDS[2], _ENDS[3]), slice(_ENDS[3], None)
+_ENDS = np.cumsum([len(LEVELS), PROFILE_SIZE, SHADING_SIZE, 1, TEXTURE_SIZE]).tolist()
+_VOXEL, _TEXTURE, _RIM = _ENDS[2], slice(_ENDS[3], _ENDS[4]), slice(_ENDS[4], None)
 
 
-def measure_look(image: Array, mask: Array, mm: float, sequence: str) -> Look:
+def measure_look(
+    image: Array, mask: Array, mm: float, sequence: str, *, voxel_mm: float = 0.0
+) -> Look:
     """The look of one prepared scan.
 
     Args:
@@ -93,6 +100,7 @@ def measure_look(image: Array, mask: Array, mm: float, sequence: str) -> Look:
         mask: (X, Y, Z) bool, the brain.
         mm: Voxel side.
         sequence: BIDS suffix.
+        voxel_mm: Longest side of the stored scan's voxels; 0: not known.
     """
     image, mask = np.asarray(image, np.float32), np.asarray(mask, bool)
     if not mask.any():
@@ -107,7 +115,8 @@ def measure_look(image: Array, mask: Array, mm: float, sequence: str) -> Look:
     flat = np.asarray(flat * mask, np.float32)
     profile = composition_profile(flat, mask, mm)
     texture, rim = measure_texture(average, mask), measure_rim(image, mask)
-    return Look(quantiles(flat, mask), profile, shading, texture, rim)
+    voxel = np.array([voxel_mm], np.float32)
+    return Look(quantiles(flat, mask), profile, shading, voxel, texture, rim)
 
 
 def through(values: Array, own: Array, shown: Array) -> NDArray[np.float64]:
@@ -188,6 +197,11 @@ def mirrored_look(look: Array) -> NDArray[np.float32]:
 def details(looks: Any) -> Any:
     """Texture and rim (…, DETAIL_SIZE) of look vectors (…, LOOK_SIZE), arrays or tensors."""
     return looks[..., _TEXTURE.start :]
+
+
+def voxels(looks: Any) -> Any:
+    """Longest voxel sides (…,), mm, of look vectors (…, LOOK_SIZE), arrays or tensors."""
+    return looks[..., _VOXEL]
 
 
 def quantiles(image: Array, mask: Array) -> NDArray[np.float32]:

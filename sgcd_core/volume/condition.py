@@ -19,7 +19,7 @@ from torch import Tensor
 from sgcd_core.batch import Batch
 from sgcd_core.config import ConditionConfig
 from sgcd_core.style.composition import Composition, match
-from sgcd_core.style.look import Look, restyled, with_rim
+from sgcd_core.style.look import Look, restyled, voxels, with_rim
 
 #: Most that another scanner's voxels are longer or shorter than those of the model grid, a factor.
 LONGEST = 1.35
@@ -48,7 +48,7 @@ class Condition:
         content: (B, 1, X, Y, Z) float32 in [-1, 1], or None where the option is off.
         source: (B, LOOK_SIZE), the looks the scans had before they were matched, with the rims
             they have now.
-        strength: (B,), how much of what the look filter does suits the scans.
+        strength: (B,), how much of the look filter is wanted.
     """
 
     channels: Tensor
@@ -139,19 +139,20 @@ def build_condition(
     if content is not None:
         parts.append(content)
     channels = torch.cat(parts, dim=1) if parts else image[:, :0]
-    return Condition(channels, content, source, filter_strength(batch["voxel_mm"], config))
+    return Condition(channels, content, source, filter_strength(look, source, config))
 
 
-def filter_strength(voxel_mm: Tensor, config: ConditionConfig) -> Tensor:
-    """How much of what the look filter does scans of these voxels need, (B,) of (B,) mm.
+def filter_strength(look: Tensor, source: Tensor, config: ConditionConfig) -> Tensor:
+    """How much of the look filter leads from look to look, (B,) of two (B, LOOK_SIZE).
 
-    On a grid far coarser than their voxels two scanners are nearly equally sharp.
+    On a grid far coarser than the voxels of both, two scanners are nearly equally sharp.
     """
-    if config.fine_voxel_mm == 0:
-        return torch.ones_like(voxel_mm)
-    rise = (voxel_mm / config.fine_voxel_mm - 1) / FINE_TO_COARSE
-    part = torch.where(voxel_mm > 0, rise.clamp(0, 1), 1.0)
-    return torch.lerp(torch.full_like(part, config.fine_voxel_filter), torch.ones_like(part), part)
+    both = torch.stack([voxels(look), voxels(source)])
+    part = torch.ones_like(both[0])
+    if config.fine_voxel_mm > 0:
+        rise = (both.amax(0) / config.fine_voxel_mm - 1) / FINE_TO_COARSE
+        part = torch.where(both.amin(0) > 0, rise.clamp(0, 1), part)
+    return config.fine_voxel_filter + (1 - config.fine_voxel_filter) * part
 
 
 def forward_gradient(image: Tensor) -> Tensor:

@@ -42,7 +42,7 @@ def test_the_sample_is_bounded_and_does_not_depend_on_the_order() -> None:
 
 def test_any_site_name_is_one_file() -> None:
     uri = look_uri(Lake("/lake"), "r", "St. Mary's/3T", "T2w")
-    assert uri == "/lake/prepared/r/looks-3/St.%20Mary%27s%2F3T_T2w.json"
+    assert uri == "/lake/prepared/r/looks-4/St.%20Mary%27s%2F3T_T2w.json"
 
 
 def test_a_look_is_kept_until_a_scan_it_was_measured_on_is_of_another_site(
