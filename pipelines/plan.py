@@ -99,7 +99,7 @@ def plan(
 
     Returns:
         todo and skipped together hold every row of `scans` once. A result whose subject, session,
-        site or sequence is no longer its scan's settles nothing, but with `only_new`.
+        site or sequence is no longer its scan's settles nothing.
 
     Raises:
         InputError: LAKE-EMPTY when nothing was indexed; TARGET-UNKNOWN for a site that no scan
@@ -225,7 +225,7 @@ def _by_result(
     if not only_new:
         again = pa.scalar(True) if retry_failed else pc.is_in(code, pa.array(TRANSIENT_CODES))
         failed = pc.and_(failed, pc.invert(pc.fill_null(again, False)))
-        done, failed = (pc.and_(mask, pc.invert(relabelled)) for mask in (done, failed))
+    done, failed = (pc.and_(mask, pc.invert(relabelled)) for mask in (done, failed))
     return [
         _Rule(done, "done", code, message),
         _Rule(pc.equal(status, "quarantined"), "quarantined", code, message),

@@ -19,21 +19,28 @@ def run(args: Any) -> Outcome:
 
     from pipelines.aliases import aliases
     from pipelines.catalog import Catalog
+    from pipelines.plan import LABELS, labels_differ
     from pipelines.training_data import prepared_ids
     from ray_jobs.models import models
 
     lake = open_lake(args.lake)
     catalog = Catalog(lake)
-    scans = catalog.rows("scans", columns=("scan_id", "site", "sequence", "status", "code"))
+    scans = catalog.rows("scans", columns=("scan_id", *LABELS, "status", "code"))
     scans = scans.filter(~pc.field("code").isin([REPLACED]))
     ready = prepared_ids(lake, "")  # under whatever recipe
     groups = _groups(scans, ready)
-    results = _counted(
-        catalog.rows("results", columns=("model", "model_version", "status", "code"))
+    rows = catalog.rows(
+        "results", columns=("scan_id", "model", "model_version", "status", "code", *LABELS)
     )
+    at = pc.index_in(rows["scan_id"], scans["scan_id"].combine_chunks())
+    rows, at = rows.filter(at.is_valid()), at.drop_null()
+    relabelled = pc.sum(labels_differ(scans.take(at), rows)).as_py() or 0
+    results = _counted(rows)
     have = models(lake)
     named = {name: aliases(lake, name) for name in have}
     lines = _scans(groups) + _models(have, named) + _results(results)
+    if relabelled:
+        lines += [f"{relabelled} results are under labels that were corrected since: harmonize", ""]
     here = quoted(args.lake)
     targets = sorted(name for name in have if name.startswith("target-"))
     if not scans.num_rows:
@@ -60,7 +67,7 @@ def run(args: Any) -> Outcome:
     )
     data = {
         "scans": scans.num_rows, "usable": usable, "prepared": len(ready), "models": have,
-        "aliases": named, "results": dict(counts),
+        "aliases": named, "results": dict(counts), "relabelled": relabelled,
     }  # fmt: skip
     return Outcome(text, next=follow, lines=lines, data=data)
 

@@ -262,6 +262,17 @@ def test_status_counts_and_names_the_next_command(sgcd: Run, tmp_lake: Lake) -> 
     assert f"next: sgcd prepare --lake {tmp_lake.uri}" in out
 
 
+def test_status_counts_results_of_scans_as_they_are(sgcd: Run, tmp_lake: Lake) -> None:
+    for name, code in (("a", None), ("b", None), ("old", "SCAN-REPLACED")):
+        add_scan(tmp_lake, name, site="Alpha", subject=name, code=code)
+    for name, site in (("a", "Alpha"), ("b", "Beta"), ("old", "Alpha")):
+        row = {"scan_id": name, "model": "m", "model_version": 1, "status": "ok", "site": site}
+        Catalog(tmp_lake).append("results", [row | {"subject": name, "sequence": "T1w"}])
+    code, out, _ = sgcd("status", "--lake", tmp_lake.uri)
+    assert code == 0 and "2 scans (2 usable), 0 prepared, 0 models, 2 results (2 ok)" in out
+    assert "1 results are under labels that were corrected since" in out
+
+
 def test_query_prints_rows(sgcd: Run, tmp_lake: Lake) -> None:
     add_scan(tmp_lake, "a", site="Alpha")
     sql = "SELECT site, count(*) AS n FROM scans GROUP BY site"
