@@ -64,6 +64,7 @@ def index(args: Any) -> Outcome:
     from pipelines.catalog import Catalog
     from pipelines.lake import Lake
     from pipelines.manifest import index_sources, latest_by_uri
+    from pipelines.plan import LABELS
     from pipelines.progress import Progress
     from pipelines.training_data import forget_prepared
     from sgcd_core.io.store import Store
@@ -81,7 +82,16 @@ def index(args: Any) -> Outcome:
     # what a file held before it was repaired or replaced is no scan any more
     rows = [row for row in found.rows if row["code"] != REPLACED]
     bad = [row for row in rows if row["status"] != "ok"]
-    lines = [f"note: {note}" for note in found.notes] + [failure_line(row) for row in bad]
+    was = {row["scan_id"]: row for row in known}
+    again = [(was[row["scan_id"]], row) for row in rows if row["scan_id"] in was]
+    corrected = sum(any(old[name] != row[name] for name in LABELS) for old, row in again)
+    notes = list(found.notes)
+    if corrected:
+        notes.append(
+            f"{corrected} scans have another subject, session, site or sequence than before; "
+            "those with a result are harmonized again"
+        )
+    lines = [f"note: {note}" for note in notes] + [failure_line(row) for row in bad]
     sites = Counter(row["site"] or "-" for row in rows if row["status"] == "ok")
     text = f"{len(rows)} scans new or changed, {len(found.unchanged)} unchanged"
     text += f", {len(bad)} cannot be used" if bad else ""
@@ -94,17 +104,15 @@ def index(args: Any) -> Outcome:
         "new": len(rows), "unchanged": len(found.unchanged), "sites": dict(sites),
         "source_sites": sorted(set(usable)),
         "failed": [{k: row[k] for k in ("scan_id", "uri", "code", "message")} for row in bad],
-        "notes": found.notes,
+        "notes": notes,
     }  # fmt: skip
     if args.dry_run:
         return Outcome(f"would list: {text}", lines=lines, data=data)
     lake = open_lake(args.lake, create=True)
     with recorded(lake, "index") as summary:
         # a scan is aligned with the template in its sequence's contrast
-        was = {row["scan_id"]: row["sequence"] for row in known}
         forget_prepared(lake, {
-            row["scan_id"] for row in rows
-            if row["sequence"] != was.get(row["scan_id"], row["sequence"])
+            row["scan_id"] for old, row in again if row["sequence"] != old["sequence"]
         })  # fmt: skip
         Catalog(lake).append("scans", found.rows)
         summary.update(new=len(rows), unchanged=len(found.unchanged), failed=len(bad))

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from pipelines.catalog import Catalog
 from pipelines.lake import Lake
 from pipelines.training_data import COMPLETE, prepared_ids
@@ -13,7 +15,7 @@ from sgcd_core.io.store import Store, join
 
 
 def test_a_scan_whose_sequence_was_corrected_is_prepared_anew(
-    tmp_path: Path, make_scan: Callable[..., bytes]
+    tmp_path: Path, make_scan: Callable[..., bytes], capsys: pytest.CaptureFixture[str]
 ) -> None:
     source, address = tmp_path / "scans.csv", str(tmp_path / "lake")
     for number in (1, 2):
@@ -33,5 +35,9 @@ def test_a_scan_whose_sequence_was_corrected_is_prepared_anew(
             Store().write_bytes(join(lake.prepared(recipe, scan_id), COMPLETE), b"{}")
     index("T1w", "T1w")
     assert prepared_ids(lake, "r1") == {one, two}
+    assert "another subject" not in capsys.readouterr().out
     index("T2w", "T1w")
+    assert "note: 1 scans have another subject, session, site or sequence" in (
+        capsys.readouterr().out
+    )
     assert prepared_ids(lake, "r1") == prepared_ids(lake, "r2") == {two}

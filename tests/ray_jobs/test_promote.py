@@ -114,6 +114,7 @@ def test_what_was_measured_is_shown(lake: Lake) -> None:
         {
             "site": site, "sequence": "T1w", "model": NAME, "model_version": version,
             "method": "sgcd", "metric": "psnr", "before": 20.0, "after": 20.0 + version + more,
+            "n": 2,
         }
         for version in (1, 2) for site, more in (("B", 0.0), ("C", 1.0))
     ]  # fmt: skip
