@@ -112,7 +112,8 @@ class Samples(IterableDataset[dict[str, Any]]):
         for window in range(self.windows):
             cut, part, _ = windowed(batch, condition, drawn, config.global_stage.crop)
             cut["seed"] = batch["seed"] + window  # each has its own timestep and noise
-            found.append({**cut, "condition": (part.channels, part.content, part.source)})
+            parts = part.channels, part.content, part.source, part.strength
+            found.append({**cut, "condition": parts})
         return found
 
 

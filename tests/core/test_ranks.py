@@ -106,7 +106,7 @@ def same_losses(ours, theirs):
     for one, other in zip(ours, theirs, strict=True):
         assert set(one) == set(other)
         for name in one:
-            assert one[name] == pytest.approx(other[name], abs=1e-5), name
+            assert one[name] == pytest.approx(other[name], rel=1e-5, abs=1e-5), name
 
 
 def same_record(ours, theirs):

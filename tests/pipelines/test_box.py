@@ -405,7 +405,7 @@ def test_a_brain_that_fills_the_grid_loses_similarity_at_its_edges_too(shape):
     look = measure_look(image, mask, 4.0, "T1w").vector()
     batch = make_batch([image], [mask], ["T1w"], [0], config.sequences, [look], [look])
     content = to_network(torch.from_numpy(before))[None, None]
-    condition = Condition(content, content, torch.zeros(1, LOOK_SIZE))
+    condition = Condition(content, content, torch.zeros(1, LOOK_SIZE), torch.ones(1))
     found = normals_of(build_network(config).look_filter, batch, condition).unlike.squares
     before, image = before.astype(np.float64), image.astype(np.float64)
     lost = lost_similarity(before - image, before, image, mask)
@@ -449,7 +449,7 @@ def test_what_is_lost_is_what_structural_similarity_loses():
     look = measure_look(image, mask, 4.0, "T1w").vector()
     batch = make_batch([image], [mask], ["T1w"], [0], config.sequences, [look], [look])
     content = to_network(torch.from_numpy(near.astype(np.float32)))[None, None]
-    condition = Condition(content, content, torch.zeros(1, LOOK_SIZE))
+    condition = Condition(content, content, torch.zeros(1, LOOK_SIZE), torch.ones(1))
     found = normals_of(build_network(config).look_filter, batch, condition).unlike.squares
     similar = structural_similarity(
         image.astype(np.float64), near, win_size=5, data_range=1.0, use_sample_covariance=False,
