@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from ray_jobs import cli
 from ray_jobs.models import find_trained, models, next_version, resolve, target_model
 from sgcd_core.config import load_config
 from sgcd_core.errors import ModelError
-from sgcd_core.modelpack import FORMAT
+from sgcd_core.modelpack import FORMAT, load_modelpack, save_modelpack
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "pipelines"))
 
@@ -94,11 +95,10 @@ def test_a_site_of_any_name_has_a_model_that_can_be_used(
     plan = tuned()
     name = plan["model"]
     assert plan["version"] is None and plan["target"] == site
+    pack = load_modelpack(lake.model("global", 1))
     for version in (1, 2):
-        place = Path(lake.model(name, version))
-        place.mkdir(parents=True)
         meta = plan | {"target": site if version == 1 else "other"}
-        (place / "pack.json").write_text(json.dumps({"format": FORMAT, "meta": meta}))
+        save_modelpack(lake.model(name, version), replace(pack, meta=meta))
     assert models(lake)[name] == [1, 2]
     assert resolve(lake, f"{name}@1") == (name, 1)
     assert tuned()["version"] == 1  # nothing to do
