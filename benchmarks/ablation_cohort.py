@@ -138,7 +138,7 @@ def make_member(folder: Path, plan: Plan, member: Member) -> Path:
 
 @dataclass(frozen=True, eq=False)
 class Scan:
-    """A prepared scan; `look` is its own, `voxel_mm` the longest side of its stored voxels."""
+    """A prepared scan; `look` is its own."""
 
     scan_id: str
     subject: str
@@ -148,7 +148,6 @@ class Scan:
     image: NDArray[np.float32]
     mask: NDArray[np.bool_]
     look: Look
-    voxel_mm: float
 
     def row(self) -> dict[str, Any]:
         """As the schedule of a training takes it."""
@@ -179,14 +178,12 @@ class Cohort:
                     for sequence in self.sequences:
                         name = f"{site}_{sequence}"
                         image, mask = arrays[f"{name}_image"], arrays[f"{name}_mask"]
-                        side = sides[site, sequence]
                         look = measure_look(
-                            image, mask, plan.prepare.mm, sequence, voxel_mm=side
+                            image, mask, plan.prepare.mm, sequence, voxel_mm=sides[site, sequence]
                         ).vector()
                         scan_id = f"{member.label}_{name}"
                         self.scans[scan_id] = Scan(scan_id, member.label, site, sequence,
-                                                   member.split, image, mask, look,
-                                                   side)  # fmt: skip
+                                                   member.split, image, mask, look)  # fmt: skip
                         if f"{name}{AGAIN}_image" in arrays:
                             self.rescans[member.label, sequence] = (
                                 arrays[f"{name}{AGAIN}_image"], arrays[f"{name}{AGAIN}_mask"],

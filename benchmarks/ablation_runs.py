@@ -36,7 +36,7 @@ from sgcd_core.inversions import Inversions
 from sgcd_core.metrics import measure_all
 from sgcd_core.modelpack import ModelPack, has_modelpack, load_modelpack, save_modelpack
 from sgcd_core.style.encoder import load_encoder
-from sgcd_core.style.look import OWN_PART, blend
+from sgcd_core.style.look import OWN_PART, blend, voxels
 from sgcd_core.style.outlier import OutlierModel
 from sgcd_core.target_stage import TargetStage
 from sgcd_core.volume.condition import LookMatcher
@@ -250,7 +250,7 @@ def _by_model(pack: ModelPack, cohort: Cohort) -> Callable[[Scan], NDArray[np.fl
     def method(scan: Scan) -> NDArray[np.float32]:
         return harmonizer.harmonize(
             scan.image, scan.mask, scan.sequence, scan.scan_id, site_look=cohort.site_look(scan),
-            voxel_mm=scan.voxel_mm,
+            voxel_mm=float(voxels(scan.look)),
         ).image  # fmt: skip
 
     return method

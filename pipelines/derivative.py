@@ -109,26 +109,19 @@ def output_names(catalog: Catalog, scans: pa.Table, model: str, version: int) ->
     )
     place = scans.column_names.index("indexed_at")
     owner: dict[str, str | None] = {}
-    for row in written_outputs(catalog, scans, model, version):
-        # the oldest first: a file holds what was written last
-        owner[row["stem"]] = None if row["relabelled"] else row["scan_id"]
+    for row in _written(catalog, scans, model, version).to_pylist():
+        if stem := _stem_of(row["output_uri"]):
+            # the oldest first: a file holds what was written last
+            owner[stem] = None if row["relabelled"] else row["scan_id"]
     given = {scan_id: stem for stem, scan_id in owner.items() if scan_id is not None}
     return stems(scans.set_column(place, "indexed_at", at), given)
 
 
-def written_outputs(
-    catalog: Catalog, scans: pa.Table, model: str, version: int
-) -> list[dict[str, Any]]:
-    """Every output that a model version ever wrote, the oldest first.
+def _written(catalog: Catalog, scans: pa.Table, model: str, version: int) -> pa.Table:
+    """Every output that a model version ever wrote for these scans, the oldest first.
 
-    `scan_id`, `output_uri`, its `stem`, and `relabelled`: a label that it is named or made by is
-    no longer the scan's.
-
-    Args:
-        catalog: The lake's tables.
-        scans: Rows of `scans`; outputs of others are left out.
-        model: Name in the registry.
-        version: Version in the registry.
+    `scan_id`, `output_uri`, and `relabelled`: a label that it is named or made by is no longer the
+    scan's.
     """
     found = catalog.history(
         "results", where={"model": model, "model_version": version},
@@ -136,11 +129,13 @@ def written_outputs(
     ).filter(pc.field("output_uri").is_valid())  # fmt: skip
     at = pc.index_in(found["scan_id"], scans["scan_id"].combine_chunks())
     found, at = found.filter(at.is_valid()), at.drop_null()
-    rows = found.append_column("relabelled", labels_differ(scans.take(at), found)).to_pylist()
-    return [
-        row | {"stem": name["stem"] + name["suffix"]}
-        for row in rows if (name := _OUTPUT.search(row["output_uri"]))
-    ]  # fmt: skip
+    return found.append_column("relabelled", labels_differ(scans.take(at), found))
+
+
+def _stem_of(output_uri: str) -> str | None:
+    """What an output is named by, see `Names`."""
+    name = _OUTPUT.search(output_uri)
+    return name and name["stem"] + name["suffix"]
 
 
 def misnamed_outputs(
@@ -150,20 +145,19 @@ def misnamed_outputs(
 
     Args:
         catalog: The lake's tables.
-        scans: All rows of `scans` of the lake.
-        root: Root of the derivative data set.
+        scans: All rows of `scans` of the lake, with the columns `LABELS`.
+        root: Root of the derivative data set; outputs of other places stay.
         model: Name in the registry.
         version: Version in the registry.
     """
-    latest = catalog.rows("results", where={"model": model, "model_version": version})
-    current = set(latest["output_uri"].to_pylist())
-    old = {
-        row["stem"] for row in written_outputs(catalog, scans, model, version)
-        if row["relabelled"] and row["output_uri"] not in current
-    }  # fmt: skip
-    found = [Names(root, stem) for stem in sorted(old)]
-    return [names for names in found if names.native not in current
-            and Store().exists(names.native)]  # fmt: skip
+    written = _written(catalog, scans, model, version)
+    where = {"model": model, "model_version": version}
+    current = catalog.rows("results", where=where, columns=("output_uri",))["output_uri"]
+    old = written.filter(
+        pc.field("relabelled") & ~pc.field("output_uri").isin(current.combine_chunks())
+    )["output_uri"].unique().to_pylist()  # fmt: skip
+    found = [(uri, Names(root, stem)) for uri in sorted(old) if (stem := _stem_of(uri))]
+    return [names for uri, names in found if names.native == uri and Store().exists(uri)]
 
 
 def stems(scans: pa.Table, given: Mapping[str, str] | None = None) -> pa.Table:

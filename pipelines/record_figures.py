@@ -23,8 +23,8 @@ def record_figures(
     Args:
         catalog: The lake's tables.
         table: `metrics` or `site_metrics`.
-        version: `model` and `model_version`, and `target`, of every row.
-        rows: The other columns.
+        version: Holds `model` and `model_version`, those of every row.
+        rows: Whole rows.
         mine: Whether a `metric` is one of this kind of evaluation.
 
     Returns:
@@ -35,7 +35,7 @@ def record_figures(
     """
     schema = find_schema(table)
     told = [c.name for c in schema.columns if not c.now]
-    now = to_arrow(schema, [{**version, **row} for row in rows]).select(told).to_pylist()
+    now = to_arrow(schema, rows).select(told).to_pylist()
     where = {name: version[name] for name in ("model", "model_version")}
     old = [r for r in catalog.rows(table, where=where).to_pylist() if mine(r["metric"])]
 

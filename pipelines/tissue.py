@@ -124,9 +124,8 @@ def evaluate_tissue(
 
     Raises:
         InputError: SEGMENTER-FAILED when the program failed on every scan.
-        ConfigError: SEGMENTER-FAILED when it cannot be run.
+        ConfigError: SEGMENTER-FAILED when its program does not exist or cannot be run.
         UsageError: The segmenter is no command line.
-        ConfigError: SEGMENTER-FAILED, its program does not exist.
         ModelError: MODEL-MISSING when this version harmonized nothing.
         StorageError: A table or the store cannot be reached.
     """

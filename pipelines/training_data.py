@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,24 +24,23 @@ COMPLETE = "geometry.json"
 
 def prepared_ids(lake: Lake, recipe: str) -> set[str]:
     """scan_id of every scan whose preparation under `recipe` (all of them: "") is complete."""
-    root = lake.prepared(recipe)
-    ids = set()
-    for item in Store().list(root + "/"):
-        folder, _, name = item.uri.rpartition("/")
-        if name == COMPLETE:
-            ids.add(folder.rpartition("/")[2])
-    return ids
+    return {scan_id for scan_id, _ in _complete(lake, recipe)}
 
 
 def forget_prepared(lake: Lake, scan_ids: Collection[str]) -> None:
     """Let these scans be prepared anew, under every recipe."""
     if not scan_ids:
         return
-    store = Store()
-    for item in list(store.list(lake.prepared("") + "/")):
+    for uri in [uri for scan_id, uri in _complete(lake, "") if scan_id in scan_ids]:
+        Store().delete(uri)
+
+
+def _complete(lake: Lake, recipe: str) -> Iterator[tuple[str, str]]:
+    """scan_id and address of what says that a preparation is complete."""
+    for item in Store().list(lake.prepared(recipe) + "/"):
         folder, _, name = item.uri.rpartition("/")
-        if name == COMPLETE and folder.rpartition("/")[2] in scan_ids:
-            store.delete(item.uri)
+        if name == COMPLETE:
+            yield folder.rpartition("/")[2], item.uri
 
 
 def training_rows(

@@ -18,7 +18,7 @@ from pipelines.catalog import Catalog
 from pipelines.harmonize import Job, Row, blank_row
 from pipelines.lake import Lake
 from pipelines.ledger import forget_attempts, model_key, taken_back
-from pipelines.plan import FAILED_AT_INDEX, Plan, plan
+from pipelines.plan import FAILED_AT_INDEX, LABELS, Plan, plan
 from ray_jobs.commit import Committer
 from ray_jobs.context import code_version, open_lake, quoted, tracked
 from ray_jobs.harmonize_stream import Pool, harmonize_stream
@@ -239,7 +239,7 @@ def describe(lake: Lake, model: str, version: int) -> None:
     done = results.filter(pc.field("output_uri").is_valid())["scan_id"].combine_chunks()
     if not len(done):
         return
-    scans = catalog.rows("scans")
+    scans = catalog.rows("scans", columns=("scan_id", "uri", "age", "sex", *LABELS))
     mine = scans.filter(pc.field("scan_id").isin(done)).to_batches(max_chunksize=10_000)
     root = lake.derivatives(model_key(model, version))
     misnamed = misnamed_outputs(catalog, scans, root, model, version)

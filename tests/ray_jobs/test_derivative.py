@@ -140,6 +140,9 @@ def test_scans_that_exchanged_subjects_exchange_their_names(tmp_lake: Lake) -> N
     assert misnamed() == []
     three = harmonize(renamed)
     assert "sub-c" in three and misnamed() == [two]
+    elsewhere = tmp_lake.derivatives("of-another-lake")
+    Store().write_bytes(two.replace(root, elsewhere), b"")
+    assert misnamed_outputs(catalog, catalog.rows("scans"), elsewhere, "m", 1) == []
     Store().delete(two)
     assert misnamed() == []
 
