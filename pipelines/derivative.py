@@ -76,8 +76,11 @@ class Names:
 
     @property
     def files(self) -> tuple[str, ...]:
-        """All that may have been written, each after its sidecar."""
-        images = self.native, self.model_grid, self.uncertainty, self.uncertainty_model_grid
+        """All that may have been written, each after its sidecar; last what the table names.
+
+        So outputs that are removed in this order are found again until none is left.
+        """
+        images = self.model_grid, self.uncertainty, self.uncertainty_model_grid, self.native
         return tuple(uri for image in images for uri in (json_beside(image), image))
 
     @property

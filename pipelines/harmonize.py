@@ -41,6 +41,8 @@ Row = dict[str, Any]
 
 #: Seconds a scan may take, preparation included; far above what any preset needs.
 SCAN_DEADLINE = 3600.0
+#: Columns of a result that are its scan's.
+OF_SCAN = ("scan_id", "dataset", "subject", "session", "site", "sequence")
 
 
 class Model(Protocol):
@@ -92,12 +94,13 @@ class Job:
         """Name and version as one word."""
         return model_key(self.model, self.version)
 
-    @property
-    def made_by(self) -> str:
-        """Digest of all that the outputs of a scan depend on beside the scan."""
+    def made_by(self, scan: Mapping[str, Any], stem: str) -> str:
+        """Digest of all that a scan's outputs and row depend on beside its voxels."""
+        look = scan.get("site_look")
         parts = (
             self.lake.derivatives(self.key), self.target, self.config.digest(), self.code_version,
-            self.samples, self.learned, self.lesions,
+            self.samples, self.learned, self.lesions, stem, [scan[name] for name in OF_SCAN],
+            None if look is None else sha256_hex(np.asarray(look, np.float32).tobytes()),
         )  # fmt: skip
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
@@ -146,7 +149,8 @@ def _one_try(
         seen = {item["attempt"] for item in tries}
         tries += [item for item in this.earlier() if item["attempt"] not in seen]
         with _noted(tries, this) as mine:
-            settled = _settled(this, job, row) if this.number > 1 else None
+            made_by = job.made_by(scan, stem)
+            settled = _settled(this, job, row, made_by) if this.number > 1 else None
             if settled is not None:
                 mine["ended"] = "adopted"
                 return settled
@@ -154,7 +158,7 @@ def _one_try(
             row["finished_at"] = datetime.now(UTC)
             mine |= {"ended": row["status"], "error": row["code"]}
             if row["status"] in ("ok", "flagged"):
-                this.keep(row, job.made_by)
+                this.keep(row, made_by)
     return row
 
 
@@ -178,9 +182,8 @@ def _noted(tries: list[Row], this: Attempt) -> Iterator[Row]:
 
 def blank_row(scan: Mapping[str, Any], job: Job) -> Row:
     """The columns of a result that are known before anything is done."""
-    names = ("scan_id", "dataset", "subject", "session", "site", "sequence")
     return {
-        **{name: scan[name] for name in names},
+        **{name: scan[name] for name in OF_SCAN},
         "model": job.model, "model_version": job.version, "target": job.target,
         "status": "failed", "code": None, "message": None, "worker": worker_name(),
         "config_digest": job.config.digest(), "code_version": job.code_version,
@@ -188,9 +191,9 @@ def blank_row(scan: Mapping[str, Any], job: Job) -> Row:
     }  # fmt: skip
 
 
-def _settled(this: Attempt, job: Job, row: Row) -> Row | None:
+def _settled(this: Attempt, job: Job, row: Row, made_by: str) -> Row | None:
     """The row of a scan whose earlier tries leave nothing to try, else None."""
-    kept = this.kept(job.made_by)
+    kept = this.kept(made_by)
     if kept is not None:
         return kept | {"batch_id": job.batch_id}
     if this.was_late(job.deadline):

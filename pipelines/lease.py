@@ -130,7 +130,7 @@ def lease(
     Args:
         lake: Whose lease; it lies in the lake's scratch.
         name: What is to be done by one at a time.
-        wait: Seconds to wait for a holder that is alive; 0 to ask once.
+        wait: Seconds to wait for a holder that is alive; 0: only until it has shown that it is.
         beat: Seconds between two signs of life.
         silence: Seconds without one after which a holder counts as dead; several times `beat`.
 
@@ -149,11 +149,13 @@ def _acquire(lake: Lake, name: str, wait: float, beat: float, silence: float) ->
     folder, run = _folder(lake, name), uuid.uuid4().hex
     started = time.monotonic()
     seen: tuple[int, str] | None = None
+    alive = False
     since, told = started, -_TELL_SECONDS
     while True:
         number, etag = _newest(folder)
         now = time.monotonic()
         if (number, etag) != seen:
+            alive = seen is not None
             seen, since = (number, etag), now
         body = _read(folder, number) if number else {"released": True}
         if body.get("released") or now - since >= silence:
@@ -161,7 +163,7 @@ def _acquire(lake: Lake, name: str, wait: float, beat: float, silence: float) ->
                 _forget(folder, number)
                 return Lease(lake, name, number + 1, run, beat)
             continue  # another was faster: look again
-        if now - started >= wait:
+        if alive and now - started >= wait:
             raise BusyError(
                 f"{body.get('holder', 'another process')} is doing this at the moment ({name}).",
                 where=lake.uri, hint="Run the same command again later, or with a longer --wait.",

@@ -24,7 +24,7 @@ from sgcd_core.io.store import Store, join
 
 #: After this many tries that never ended, a scan is `quarantined` (SCAN-QUARANTINED).
 MAX_ATTEMPTS = 3
-_LATE = "late.json"
+_LATE, _OPEN = "late.json", "open.json"
 _ROW = "row"
 
 
@@ -153,7 +153,7 @@ def note_late(lake: Lake, model_key: str, scan_id: str, seconds: float) -> None:
 def count_attempts(lake: Lake, model_key: str, scan_id: str) -> int:
     """Tries since the last `end_attempts`."""
     found = Store().list(_folder(lake, model_key, scan_id))
-    return sum(not item.uri.endswith(_LATE) for item in found)
+    return sum(_is_try(item.uri) for item in found)
 
 
 def end_attempts(lake: Lake, model_key: str, scan_id: str) -> None:
@@ -174,16 +174,26 @@ def forget_attempts(lake: Lake, model_key: str, scan_ids: Collection[str]) -> No
             store.delete(item.uri)
 
 
+def open_attempts(lake: Lake, model_key: str) -> set[str]:
+    """Scans with a try that may have written and whose row is not committed; one listing."""
+    root = join(lake.scratch("attempts"), model_key) + "/"
+    return {item.uri.rsplit("/", 2)[1] for item in Store().list(root)}
+
+
 def forgive_attempts(lake: Lake, model_key: str, run: str) -> None:
-    """Take back the tries that the end of the run `run` cut short: no scan is to blame for them."""
+    """Take back the tries that the end of the run `run` cut short: no scan is to blame for them.
+
+    What they wrote may be there, so the scans stay in `open_attempts`.
+    """
     store, root = Store(), join(lake.scratch("attempts"), model_key) + "/"
     last: dict[str, str] = {}
     for item in store.list(root):
-        if not item.uri.endswith(_LATE):
+        if _is_try(item.uri):
             last[item.uri.rpartition("/")[0]] = item.uri  # sorted, and one digit each
-    for uri in last.values():
+    for folder, uri in last.items():
         body = _read(uri)
         if body is not None and body["run"] == run and _ROW not in body:
+            store.write_bytes(join(folder, _OPEN), b"{}")
             store.delete(uri)
 
 
@@ -226,6 +236,10 @@ def _read(uri: str) -> dict[str, Any] | None:
 
 def _started(run: str, at: datetime) -> dict[str, Any]:
     return {"worker": worker_name(), "started_at": at.isoformat(), "run": run}
+
+
+def _is_try(uri: str) -> bool:
+    return not uri.endswith((_LATE, _OPEN))
 
 
 def _folder(lake: Lake, model_key: str, scan_id: str) -> str:

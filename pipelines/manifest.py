@@ -8,16 +8,19 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
+from urllib.parse import quote
 
 from pipelines.bids_links import told_apart
 from pipelines.scan_list import Listed, absolute, dataset_name, list_source
 from sgcd_core.config import PrepareConfig
 from sgcd_core.errors import REPLACED, SgcdError
-from sgcd_core.io.store import Store, is_s3, sha256_hex
+from sgcd_core.io.store import LONGEST_NAME, Store, is_s3, sha256_hex
 from sgcd_core.volume.checks import examine
 from sgcd_core.volume.prepare import SEQUENCES
 
 WORKERS = 4
+#: Bytes of a site's name; a disk takes 255 in a folder's, and those of models hold more than this.
+LONGEST_SITE = 180
 
 
 @dataclass
@@ -164,7 +167,7 @@ def _row(
 ) -> dict[str, Any]:
     uri, etag = one.object.uri, one.object.etag
     row: dict[str, Any] = {
-        **one.facts, "uri": uri, "etag": etag, "bytes": one.object.size,
+        **_in_folders(one.facts), "uri": uri, "etag": etag, "bytes": one.object.size,
         "shape": None, "voxel_mm": None, "status": "ok", "code": None, "message": None,
     }  # fmt: skip
     row["scan_id"] = sha256_hex(f"{uri}\n{etag}".encode())[:32]
@@ -179,7 +182,7 @@ def _row(
     except SgcdError as error:
         return _failed(row, error.code, error.sentence)
     if row["status"] == "ok":
-        return _judge_facts(row, sequences)
+        return _judge_facts(row, one.facts, sequences)
     return row
 
 
@@ -199,12 +202,40 @@ def _failed(row: Mapping[str, Any], code: str, message: str) -> dict[str, Any]:
     return {**row, "status": "failed", "code": code, "message": message}
 
 
-def _judge_facts(row: dict[str, Any], sequences: Sequence[str]) -> dict[str, Any]:
-    """Fail a readable scan whose source does not say what is needed."""
+def _in_folders(row: Mapping[str, Any]) -> dict[str, Any]:
+    """`row` without a site or sequence that the tables could have no folder of.
+
+    Whatever its state, a row that harmonizing commits would take all others of the commit along.
+    """
+    named = [name for name in ("site", "sequence") if row[name] is not None]
+    return {**row, **dict.fromkeys(name for name in named if not _names_a_folder(row[name]))}
+
+
+def _names_a_folder(value: str) -> bool:
+    """Whether a disk takes `value` in names of folders: of a table, encoded, and of a model."""
+    return len(quote(value, safe="")) <= LONGEST_NAME and len(value.encode()) <= LONGEST_SITE
+
+
+def _judge_facts(
+    row: dict[str, Any], said: Mapping[str, Any], sequences: Sequence[str]
+) -> dict[str, Any]:
+    """Fail a readable scan whose source does not say what is needed.
+
+    Args:
+        row: Row of `scans`.
+        said: What its source says.
+        sequences: BIDS suffixes that are wanted.
+    """
     if row["sequence"] not in sequences:
         return _failed(
             row, "SCAN-SEQUENCE",
             f"the sequence is not among {', '.join(sequences)}. Write it as BIDS does.",
+        )  # fmt: skip
+    if row["site"] != said["site"]:
+        return _failed(
+            row, "SCAN-NO-SITE",
+            f"the name of the site is too long: it may have {LONGEST_SITE} letters, 40 where they "
+            "are Cyrillic and 26 where they are Chinese. Give the site a shorter one.",
         )  # fmt: skip
     if row["site"] is None:
         return _failed(
@@ -287,5 +318,5 @@ def _gone(
         else:
             code, message = "SCAN-MISSING", "the file is gone."
         columns = {name: value for name, value in old.items() if name != "recorded_at"}
-        gone.append(_failed(columns, code, message))
+        gone.append(_failed(_in_folders(columns), code, message))
     return gone

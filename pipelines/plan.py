@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipelines.catalog import Catalog
+from pipelines.ledger import model_key, open_attempts
 from sgcd_core.errors import REPLACED, InputError
 
 #: Failures that say nothing about the scan: planned again without being asked.
@@ -99,7 +100,8 @@ def plan(
 
     Returns:
         todo and skipped together hold every row of `scans` once. A result whose subject, session,
-        site or sequence is no longer its scan's settles nothing.
+        site or sequence is no longer its scan's settles nothing, nor does one whose outputs a later
+        try, which no row tells of, may have written over.
 
     Raises:
         InputError: LAKE-EMPTY when nothing was indexed; TARGET-UNKNOWN for a site that no scan
@@ -131,7 +133,11 @@ def plan(
     mine = results.take(pc.index_in(scans["scan_id"], results["scan_id"].combine_chunks()))
     relabelled = labels_differ(scans, mine)
     if not force:
-        rules += _by_result(mine, relabelled, only_new, retry_failed)
+        opened = pa.array(
+            sorted(open_attempts(catalog.lake, model_key(model, version))), pa.string()
+        )
+        rewritten = pc.is_in(scans["scan_id"], opened)
+        rules += _by_result(mine, relabelled, rewritten, only_new, retry_failed)
     none = pa.nulls(scans.num_rows, pa.string())
     reason, code, message = none, none, none
     for rule in reversed(rules):  # so that of several the first counts
@@ -217,8 +223,9 @@ def _at_index(
 
 
 def _by_result(
-    results: pa.Table, relabelled: pa.ChunkedArray, only_new: bool, retry_failed: bool
-) -> list[_Rule]:
+    results: pa.Table, relabelled: pa.ChunkedArray, rewritten: pa.ChunkedArray, only_new: bool,
+    retry_failed: bool,
+) -> list[_Rule]:  # fmt: skip
     """Why an earlier result settles the scan, if it does; `results` are row by row the scans'."""
     status, code, message = results["status"], results["code"], results["message"]
     done, failed = pc.is_in(status, pa.array(["ok", "flagged"])), pc.equal(status, "failed")
@@ -226,6 +233,7 @@ def _by_result(
         again = pa.scalar(True) if retry_failed else pc.is_in(code, pa.array(TRANSIENT_CODES))
         failed = pc.and_(failed, pc.invert(pc.fill_null(again, False)))
     done, failed = (pc.and_(mask, pc.invert(relabelled)) for mask in (done, failed))
+    done = pc.and_(done, pc.invert(rewritten))
     return [
         _Rule(done, "done", code, message),
         _Rule(pc.equal(status, "quarantined"), "quarantined", code, message),

@@ -200,7 +200,8 @@ def _harmonize(args: Any, job: Job, made: Plan, commit: Committer, tally: Tally)
         looks = {}
         if job.config.condition.match != "none":
             looks = site_looks(
-                ray, made.scans, work, preparing(job), job.config, args.workers, again=args.force
+                ray, made.scans, work, preparing(job), job.config, args.workers,
+                again=args.force and getattr(args, "only", None) is None,
             )  # fmt: skip
         pool = Pool(args.workers, share, looks)
         for scan, row in harmonize_stream(ray, work, job, pool):

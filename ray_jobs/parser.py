@@ -291,7 +291,7 @@ def _scan_deadline(p: Any) -> None:
 def _wait(p: Any, whose: str) -> None:
     p.add_argument(
         "--wait", type=_minutes, default=360.0, metavar="MINUTES",
-        help=f"for {whose}; 0: not at all (default: %(default)g)",
+        help=f"for {whose}; 0: only to see that it lives (default: %(default)g)",
     )  # fmt: skip
 
 

@@ -66,7 +66,11 @@ def _train(args: Any, lake: Lake, hold: Hold | None) -> Outcome:
     plan += f"{len(sites)} sites ({', '.join(sites)}) from "
     plan += "the model in the box" if init == "box" else "fresh weights"
     data = {"model": NAME, "version": found, **meta}
+    key = f"train-{init}-{meta['start_digest']}-{meta['config_digest']}-{meta['data_digest']}"
+    checkpoints = Checkpoints(lake.scratch(key))
     if found is not None:
+        if hold is not None:  # of a job that ended between its model and its last step
+            checkpoints.clear()
         text = (
             f"{NAME} version {found} was trained with these settings on these scans; nothing to do"
         )
@@ -75,8 +79,6 @@ def _train(args: Any, lake: Lake, hold: Hold | None) -> Outcome:
     if hold is None:
         return Outcome(f"would train {NAME} version {version}: {plan}", data=data)
     started = time.monotonic()
-    key = f"train-{init}-{meta['start_digest']}-{meta['config_digest']}-{meta['data_digest']}"
-    checkpoints = Checkpoints(lake.scratch(key))
     schedule = schedule_steps(
         {"scan": rows}, config, steps, stage.batch_size, site_balance=stage.site_balance,
     )  # fmt: skip

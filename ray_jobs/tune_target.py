@@ -86,7 +86,12 @@ def _tune(args: Any, lake: Lake, hold: Hold | None) -> Outcome:
     follow = f"sgcd harmonize --lake {quoted(args.lake)} --model {quoted(name)}"
     found = find_trained(lake, name, meta)
     data = {**meta, "model": name, "version": found}
+    start = f"{meta['parent_weights'][:16]}-{meta['config_digest']}"
+    key = f"tune-{start}-{meta['data_digest']}-{name.removeprefix('target-')}"
+    checkpoints = Checkpoints(lake.scratch(key))
     if found is not None:
+        if hold is not None:  # of a job that ended between its model and its last step
+            checkpoints.clear()
         text = f"{name} version {found} was tuned with these settings on these scans; nothing to do"
         return Outcome(text, next=follow, data=data)
     version = next_version(lake, name)
@@ -97,9 +102,6 @@ def _tune(args: Any, lake: Lake, hold: Hold | None) -> Outcome:
     if hold is None:
         return Outcome(f"would tune {name} version {version}: {plan}", data=data)
     started = time.monotonic()
-    start = f"{meta['parent_weights'][:16]}-{meta['config_digest']}"
-    key = f"tune-{start}-{meta['data_digest']}-{name.removeprefix('target-')}"
-    checkpoints = Checkpoints(lake.scratch(key))
     schedule = schedule_steps(
         {"source": others or own, "target": own}, config, steps, stage.batch_size,
         site_balance=config.global_stage.site_balance,

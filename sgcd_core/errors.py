@@ -37,7 +37,7 @@ CODES: dict[str, str] = {
     "SCAN-STRIP-ENDED": "Brain extraction was ended before its end: time or memory ran out.",
     "SCAN-NEEDS-STRIPPING": "A whole head, and no brain extraction tool is installed.",
     "SCAN-REGISTRATION": "The scan could not be aligned with the template.",
-    "SCAN-NO-SITE": "No site is known for this scan.",
+    "SCAN-NO-SITE": "No site is known for this scan, or its name is too long.",
     "SCAN-DUPLICATE": "The same bytes are listed under another name.",
     "SCAN-FAILED": "Harmonizing this scan failed in an unexpected way.",
     "SCAN-DEADLINE": "Working on this scan took longer than it may (--scan-deadline).",
@@ -52,7 +52,7 @@ CODES: dict[str, str] = {
     "FLAG-UNLIKE-TRAINING": "The scan is unlike every scan the model was trained on.",
     # storage
     "STORE-UNREACHABLE": "The store does not answer.",
-    "STORE-DENIED": "The store refuses these credentials.",
+    "STORE-DENIED": "The store refuses these credentials, or the object is archived.",
     "STORE-EXPIRED": "The credentials have expired and could not be renewed.",
     "STORE-DIGEST": "An object is not what was written: its length or digest differs.",
     "STORE-ADDRESS": "The address is not a local path, file:// or s3://bucket/key.",

@@ -190,7 +190,7 @@ def test_a_training_waits_for_another_as_long_as_told(
     words: tuple[str, ...], sgcd: Run, tmp_lake: Lake
 ) -> None:
     name = "model-global" if words == ("train",) else "model-target-A"
-    with lease(tmp_lake, name):
+    with lease(tmp_lake, name, beat=0.2):
         code, _, err = sgcd(*words, "--lake", tmp_lake.uri, "--wait", "0")
     assert code == 75 and "[LAKE-BUSY]" in err and "--wait" in err
 

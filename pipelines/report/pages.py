@@ -156,7 +156,8 @@ def some_histograms(
 def _histograms_only(source: Source, row: Row, known: Mapping[str, ScanPage]) -> ScanPage:
     digest = digest_of({"sha256": (row["result"] or {}).get("output_sha256")})
     have = known.get(row["scan_id"])
-    if have is not None and have.file is None and have.digest == digest:
+    # what could not be read is tried again
+    if have and have.file is None and have.digest == digest and have.before is not None:
         return have
     try:
         before, after = read_histograms(source, row)

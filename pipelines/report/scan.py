@@ -24,7 +24,7 @@ from pipelines.report.source import Source
 from pipelines.report.state import ScanPage, page_file, read_histograms
 from pipelines.verdict import METHOD_TITLES, number
 from sgcd_core.config import GuardConfig
-from sgcd_core.errors import CODES, SgcdError
+from sgcd_core.errors import CODES, SgcdError, StorageError
 from sgcd_core.io.store import Store, join
 from sgcd_core.metrics import MEASURES
 
@@ -59,8 +59,10 @@ def write_scan_page(
     pictures = scan_pictures(source, row)
     try:
         histograms = read_histograms(source, row)
-    except SgcdError:
+    except SgcdError as error:
         histograms = (None, None)
+        if pictures["before"] or isinstance(error, StorageError):  # else it is not prepared
+            digest = ""
     content = scan_content(source, row, histograms)
     content["previous"] = before and page_file(before["scan_id"])
     content["next"] = after and page_file(after["scan_id"])

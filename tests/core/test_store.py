@@ -7,7 +7,9 @@ import pickle
 import socket
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +17,7 @@ import pytest
 
 from sgcd_core.errors import InputError, SgcdError, StorageError
 from sgcd_core.io.s3.client import connection
+from sgcd_core.io.s3.reading import READS
 from sgcd_core.io.store import ObjectInfo, Store, file_name, join, s3_path, sha256_hex, trimmed
 
 if TYPE_CHECKING:
@@ -243,11 +246,9 @@ def test_an_endpoint_that_refuses_or_hangs_is_unreachable_in_seconds(
     assert _raises_in(5, "s3://lake/x").code == "STORE-UNREACHABLE"
 
 
-def test_transient_errors_are_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A server that answers 503, then breaks off half way, then answers whole."""
-    busy = b"HTTP/1.1 503 Slow Down\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
-    head = b'HTTP/1.1 200 OK\r\nETag: "e"\r\nContent-Length: 10\r\nConnection: close\r\n\r\n'
-    answers = [busy, head + b"01234", head + b"0123456789"]
+@contextmanager
+def answering(monkeypatch: pytest.MonkeyPatch, *answers: bytes) -> Iterator[None]:
+    """A store that gives these answers, one a connection, all of which are asked for."""
     with socket.create_server(("127.0.0.1", 0)) as server:
 
         def serve() -> None:
@@ -261,8 +262,49 @@ def test_transient_errors_are_tried_again(monkeypatch: pytest.MonkeyPatch) -> No
         thread.start()
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.getsockname()[1]}")
         monkeypatch.setenv("SGCD_S3_ANON", "1")
-        assert Store().read_bytes("s3://lake/x") == b"0123456789"
+        monkeypatch.setenv("SGCD_S3_RETRY_SECONDS", "5")
+        yield
         thread.join(5)
+        assert not thread.is_alive()
+
+
+def answer(status: str, body: bytes, *headers: str, length: int | None = None) -> bytes:
+    """An answer of HTTP, `length` being what it says its body has."""
+    size = f"Content-Length: {len(body) if length is None else length}"
+    lines = [f"HTTP/1.1 {status}", 'ETag: "e"', size, "Connection: close", *headers]
+    return "\r\n".join([*lines, "", ""]).encode() + body
+
+
+def test_transient_errors_are_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that answers 503, then breaks off half way, then answers whole."""
+    short, whole = answer("200 OK", b"01234", length=10), answer("200 OK", b"0123456789")
+    with answering(monkeypatch, answer("503 Slow Down", b""), short, whole):
+        assert Store().read_bytes("s3://lake/x") == b"0123456789"
+
+
+def test_a_digest_that_others_left_beside_their_object_is_not_ours(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Theirs may be written otherwise, or be that of the unpacked file."""
+    theirs = f"x-amz-meta-sha256: {sha256_hex(b'scan').upper()}"
+    with answering(monkeypatch, answer("200 OK", b"scan", theirs)):
+        assert Store().read_bytes("s3://lake/x") == b"scan"
+    ours = f"x-amz-meta-sha256: {sha256_hex(b'other')}", "x-amz-meta-sgcd-writer: word"
+    with (
+        answering(monkeypatch, *[answer("200 OK", b"scan", *ours)] * READS),
+        pytest.raises(StorageError, match="STORE-DIGEST"),
+    ):
+        Store().read_bytes("s3://lake/x")
+
+
+def test_an_archived_object_is_to_be_restored(monkeypatch: pytest.MonkeyPatch) -> None:
+    body = b"<?xml version='1.0'?><Error><Code>InvalidObjectState</Code></Error>"
+    with (
+        answering(monkeypatch, answer("403 Forbidden", body)),
+        pytest.raises(StorageError, match=r"the object is archived .*Restore it") as archived,
+    ):
+        Store().read_bytes("s3://lake/x")
+    assert archived.value.code == "STORE-DENIED"
 
 
 @pytest.mark.s3

@@ -11,16 +11,25 @@ import pytest
 import torch
 from one_scan import CONFIG, NATIVE, Site, toy_model
 
+from pipelines.catalog import Catalog
 from pipelines.derivative import json_beside
-from pipelines.ledger import MAX_ATTEMPTS, begin_attempt, model_key, note_late
+from pipelines.ledger import (
+    MAX_ATTEMPTS,
+    begin_attempt,
+    end_attempts,
+    forgive_attempts,
+    model_key,
+    note_late,
+)
 from pipelines.lesions import candidates, check_pattern, find_lesion
+from pipelines.plan import plan
 from pipelines.prepare import load_prepared
 from ray_jobs.harmonize import LEAST_SPREAD, Tally
 from sgcd_core.diffusion.sampler import noise_for
 from sgcd_core.errors import UsageError
 from sgcd_core.harmonizer import Harmonizer
 from sgcd_core.io.nifti import encode_nifti, read_nifti
-from sgcd_core.io.store import Store
+from sgcd_core.io.store import Store, sha256_hex
 from sgcd_core.volume.lesion import lesion_on_model_grid
 
 
@@ -244,6 +253,43 @@ def test_a_scan_whose_row_was_not_committed_is_not_computed_again(
     assert told(site) == [(1, "uncommitted", None), (2, "adopted", None)]
     other = site.run(again, 1, samples=2)  # not what was asked for then
     assert again.calls == 1 and other["uncertainty_uri"]
+
+
+@pytest.mark.parametrize(
+    "since", [{"subject": "02"}, {"site": "B"}, {"site_look": np.ones(4, np.float32)}], ids=str
+)
+def test_a_row_that_was_not_committed_counts_under_its_own_labels_and_look_only(
+    site: Site, model: Harmonizer, since: dict[str, Any]
+) -> None:
+    """Labels are corrected, or a look is measured again, after a run that was killed."""
+    site.run(model, 1)
+    site.row |= since
+    again = Moody(model, 0)
+    row = site.run(again, 1)
+    assert again.calls == 1 and (row["subject"], row["site"]) == (
+        site.row["subject"], site.row["site"],
+    )  # fmt: skip
+
+
+def test_outputs_written_over_by_a_run_that_was_killed_are_planned_again(
+    site: Site, model: Harmonizer
+) -> None:
+    """Their row tells of other bytes, until a run commits one that does not."""
+    catalog, key, scan_id = Catalog(site.lake), model_key("global", 1), site.row["scan_id"]
+    catalog.append("scans", [site.row | {"status": "ok"}])
+    catalog.append("results", [site.run(model, 1)])
+    end_attempts(site.lake, key, scan_id)
+    assert plan(catalog, "global", 1).todo.num_rows == 0
+    site.run(model, 1, samples=2)  # as `harmonize --force --samples 2`, killed before its commit
+    assert plan(catalog, "global", 1).todo.num_rows == 1
+    catalog.append("results", [site.run(model, 1)])
+    row = catalog.rows("results").to_pylist()[0]
+    assert sha256_hex(Store().read_bytes(row["output_uri"])) == row["output_sha256"]
+    end_attempts(site.lake, key, scan_id)
+    assert plan(catalog, "global", 1).todo.num_rows == 0
+    begin_attempt(site.lake, key, scan_id, "stopped")  # Ctrl-C amid a forced try
+    forgive_attempts(site.lake, key, "stopped")
+    assert plan(catalog, "global", 1).todo.num_rows == 1
 
 
 def test_a_scan_that_was_late_is_failed_unless_more_time_is_given(

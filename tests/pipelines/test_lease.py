@@ -57,12 +57,21 @@ def test_a_living_holder_is_not_robbed(tmp_lake: Lake) -> None:
 
 
 def test_asking_once_does_not_wait(tmp_lake: Lake) -> None:
-    with lease(tmp_lake, "job"), pytest.raises(BusyError), lease(tmp_lake, "job", wait=0):
+    with lease(tmp_lake, "job", beat=0.1), pytest.raises(BusyError), lease(tmp_lake, "job", wait=0):
         pass
     with lease(tmp_lake, "job", wait=0):
         pass  # released
     with lease(tmp_lake, "another", wait=0), lease(tmp_lake, "job", wait=0):
         pass
+
+
+def test_asking_once_takes_over_from_a_dead_holder(tmp_lake: Lake) -> None:
+    """A job that a scheduler starts every night with `--wait 0` is not refused for ever."""
+    with (
+        lease(tmp_lake, "job", beat=3600) as dead,
+        lease(tmp_lake, "job", wait=0, **QUICK) as mine,
+    ):
+        assert mine.hold.number == dead.hold.number + 1
 
 
 def test_a_dead_holder_is_taken_over_and_told_so_when_it_wakes(tmp_lake: Lake) -> None:
@@ -87,7 +96,11 @@ def test_a_site_of_a_long_name_in_any_script_has_a_lease(tmp_lake: Lake) -> None
     """Encoded, its letters are six to nine characters each, and a disk takes 255."""
     names = [f"new-site-target-{site}" for site in ("Ж" * 60, "Ж" * 61, "漢" * 40)]
     for name in names:
-        with lease(tmp_lake, name, wait=0), pytest.raises(BusyError), lease(tmp_lake, name, wait=0):
+        with (
+            lease(tmp_lake, name, wait=0, beat=0.1),
+            pytest.raises(BusyError),
+            lease(tmp_lake, name, wait=0),
+        ):
             pass
     assert len(list(Path(tmp_lake.scratch("leases")).iterdir())) == len(names)
 

@@ -10,8 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from pipelines.catalog import Catalog
 from pipelines.lake import Lake
+from pipelines.ledger import model_key
 from pipelines.manifest import IndexResult, index_sources
+from ray_jobs.models import target_model
 from sgcd_core.errors import InputError, StorageError, UsageError
 from sgcd_core.io.store import Store
 
@@ -300,6 +303,43 @@ def test_a_manifest_lists_scans_anywhere(tmp_path: Path, make_scan: MakeScan) ->
     store = CountingStore()
     again = index_sources([str(table)], store=store, known=remembered(result))
     assert again.rows == []
+
+
+def test_a_site_whose_name_no_folder_can_have_is_refused_and_takes_no_other_along(
+    tmp_path: Path, make_scan: MakeScan, tmp_lake: Lake
+) -> None:
+    sites = ["Ж" * 40, "北" * 26, "x" * 179 + "/", "Ж" * 41, "x" * 181, "Ж" * 90]
+    table = tmp_path / "scans.csv"
+    lines = [f"{i}.nii.gz,{i},T1w,{site}\n" for i, site in enumerate(sites)]
+    table.write_text(f"uri,subject,sequence,site\n{''.join(lines)}6.nii.gz,6,{'Ж' * 90},A\n")
+    for i in range(7):
+        (tmp_path / f"{i}.nii.gz").write_bytes(make_scan(i)[: -30 if i == 5 else None])
+    rows = index_sources([str(table)]).rows
+    codes = ["SCAN-NO-SITE", "SCAN-NO-SITE", "SCAN-TRUNCATED", "SCAN-SEQUENCE"]
+    assert [row["code"] for row in rows] == [None] * 3 + codes
+    assert "name of the site is too long" in rows[3]["message"]
+
+    named = [row["site"] for row in rows]
+    assert named == [*sites[:3], None, None, None, "A"]
+    for row in rows:  # as `harmonize` commits them, tuned to the site itself
+        about = {name: row[name] for name in ("scan_id", "site", "sequence")}
+        more = {"model": "m", "model_version": 1, "target": row["site"], "status": "failed"}
+        Catalog(tmp_lake).append("results", [about | more])
+    assert Catalog(tmp_lake).rows("results").num_rows == 7
+    for site in sites[:3]:
+        digests = "-".join(["0" * 16] * 3)
+        word = target_model(site).removeprefix("target-")
+        for folder in (f"tune-{digests}-{word}", model_key(target_model(site), 9999)):
+            Path(tmp_lake.scratch(folder)).mkdir(parents=True)
+
+    # lakes of before have them as usable
+    known = [r | {"site": sites[i] if i < 6 else "A", "status": "ok"} for i, r in enumerate(rows)]
+    again = by_subject(index_sources([str(table)], known=known))
+    assert [again[i]["site"] for i in "345"] == [None] * 3
+    (tmp_path / "3.nii.gz").rename(tmp_path / "sub-3_T1w.nii.gz")
+    (tmp_path / "sub-3_T1w.nii.gz").write_bytes(make_scan(9))
+    gone = index_sources([str(tmp_path)], known=known)
+    assert [r["site"] for r in gone.rows if r["code"] == "SCAN-MISSING"] == [None]
 
 
 def test_a_manifest_loses_no_row_without_a_word(tmp_path: Path, make_scan: MakeScan) -> None:

@@ -16,8 +16,11 @@ from pipelines.catalog import Catalog
 from pipelines.evaluate import EvaluationSummary, evaluate
 from pipelines.lake import Lake
 from pipelines.report import Written, write_report
+from pipelines.report import pages as report_pages
+from pipelines.report import scan as report_scan
 from pipelines.run_figures import run_figures
 from sgcd_core.config import SgcdConfig
+from sgcd_core.errors import StorageError
 
 
 class Page(HTMLParser):
@@ -281,6 +284,27 @@ def test_an_unreadable_scan_is_tried_again(tmp_path: Path) -> None:
     second = write_report(lake, "target-T", 1)
     assert second.new == 1
     assert "could be drawn" not in beside(second, scan["scan_id"]).text
+
+
+@pytest.mark.parametrize("which", ["all", "none"])
+def test_histograms_that_a_store_did_not_give_are_read_next_time(
+    which: report_pages.Which, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lake, _ = fake_lake(
+        str(tmp_path), lambda scan, truth: truth, sites=("A",), traveling=0, shape=GRID
+    )
+
+    def down(*_: object) -> None:
+        raise StorageError("does not answer.")
+
+    with monkeypatch.context() as patch:
+        for module in (report_pages, report_scan):
+            patch.setattr(module, "read_histograms", down)
+        without = write_report(lake, "target-T", 1, pages=which)
+    assert "T1w intensities of A" not in Path(without.uri).read_text()
+    found = write_report(lake, "target-T", 1, pages=which)
+    assert "T1w intensities of A" in Path(found.uri).read_text()
+    assert write_report(lake, "target-T", 1, pages=which).new == 0
 
 
 def test_an_uncertainty_map_is_drawn(tmp_path: Path) -> None:

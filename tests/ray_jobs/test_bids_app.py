@@ -27,7 +27,7 @@ SETTINGS = [
     "prepare.shape=[24, 24, 24]", "prepare.mm=8", "prepare.bias_correction=none",
     "prepare.registration=none", "network.channels=[8, 16]",
     "network.attention_levels=[false, true]", "network.head_channels=8", "network.patch=1",
-    "network.norm_groups=4", "condition.match=none", "global_stage.precision=fp32",
+    "network.norm_groups=4", "condition.match=histogram", "global_stage.precision=fp32",
     "target_stage.precision=fp32",
 ]  # fmt: skip
 
@@ -130,9 +130,11 @@ def test_the_way_of_a_user(app: App, capsys: pytest.CaptureFixture[str], tmp_pat
     # What somebody took away comes again.
     lost = next(app.out.rglob("sub-02_desc-harmonized_T1w.nii.gz"))
     body = lost.read_bytes()
+    looks = {path: path.stat().st_mtime_ns for path in app.work.rglob("looks-*/*.json")}
     lost.unlink()
     assert app.run("participant", "--participant-label", "02", "--skip-bids-validation") == 0
     assert lost.read_bytes() == body
+    assert looks and all(path.stat().st_mtime_ns == time for path, time in looks.items())
     # The group level: tables, a page, and still a valid data set.
     assert app.run("group") == 0, capsys.readouterr().err
     table = (app.out / "group_T1w.tsv").read_text().splitlines()

@@ -147,6 +147,25 @@ def test_scans_that_exchanged_subjects_exchange_their_names(tmp_lake: Lake) -> N
     assert misnamed() == []
 
 
+def test_a_removal_that_was_cut_off_is_found_again(tmp_lake: Lake) -> None:
+    catalog, root = Catalog(tmp_lake), tmp_lake.derivatives("m-v1")
+    old, new = (Names(root, f"sub-{who}/anat/sub-{who}_T1w") for who in ("01", "02"))
+    catalog.append("scans", [scan("a" * 32, subject="02") | {"indexed_at": None}])
+    for who, names in (("01", old), ("02", new)):
+        labels = {"subject": who, "session": None, "site": None, "sequence": "T1w"}
+        catalog.append("results", [labels | {
+            "scan_id": "a" * 32, "model": "m", "model_version": 1, "status": "ok",
+            "output_uri": names.native,
+        }])  # fmt: skip
+    for uri in old.files:
+        Store().write_bytes(uri, b"")
+    for uri in old.files:
+        assert misnamed_outputs(catalog, catalog.rows("scans"), root, "m", 1) == [old]
+        Store().delete(uri)
+    assert misnamed_outputs(catalog, catalog.rows("scans"), root, "m", 1) == []
+    assert not any(Store().exists(uri) for uri in old.files)
+
+
 @pytest.mark.parametrize("word", ["MR_001", "IXI002-Guys", "../../../../etc/x", "Ärger"])
 def test_a_manifests_labels_become_bids_labels(word: str) -> None:
     stem = named(scan("a" * 32, subject=word, session="2019-03-01", uri="/d/x.nii.gz"))["a" * 32]

@@ -296,6 +296,11 @@ def test_a_killed_driver_and_a_damaged_checkpoint_change_nothing(
     assert f"the checkpoint of step {newest.step} is damaged" in caplog.text
     for name in SHARED:
         assert place.curve()[name] == unbroken.curve()[name]
+    # A job that was killed between its model and its last step leaves checkpoints: taken away.
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(data)
+    assert place.train() == 0
+    assert not path.exists() and os.listdir(place.folder / "models/global") == ["1"]
 
 
 def wait_for_silence(place: Place) -> None:

@@ -92,6 +92,12 @@ def problem(uri: str, error: Exception, endpoint: str | None, *, writing: bool) 
             f"{where} says that this machine's clock is wrong ({code}).",
             code="STORE-DENIED", where=uri, hint="Set the clock: signatures carry the time.",
         )  # fmt: skip
+    if code == "InvalidObjectState":
+        return StorageError(
+            f"the object is archived ({code}).", code="STORE-DENIED", where=uri,
+            hint="Restore it from its storage class (Glacier, Deep Archive, …), then run the same "
+            "command again.",
+        )  # fmt: skip
     if isinstance(error, boto.ProfileNotFound):
         return StorageError(
             "AWS_PROFILE names no profile of the AWS files.", code="STORE-DENIED", where=uri,

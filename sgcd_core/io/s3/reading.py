@@ -1,7 +1,7 @@
 """Reading and listing in S3: whole, bounded, and sure of every byte.
 
-An object that was written through here carries its SHA-256 as metadata. Others are compared with
-their etag where that is an MD5.
+An object that was written through here carries its SHA-256 as metadata, and a mark that it is ours.
+Others are compared with their etag where that is an MD5.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 CHUNK_BYTES = 1 << 20
 #: Metadata of an object: the SHA-256 of its bytes.
 DIGEST = "sha256"
+#: Metadata of an object that was written through here: a word that is new for every write.
+WRITER = "sgcd-writer"
 #: Reads of an object whose bytes contradict its digest, before it counts as damaged.
 READS = 6
 _MD5 = re.compile(r"[0-9a-f]{32}")
@@ -60,7 +62,8 @@ def chunks(
             skip = 0 if "ContentRange" in response else at  # a store may not know ranges
             if not etag:
                 etag, size = etag_of(response), response.get("ContentLength")
-                kept = response.get("Metadata", {}).get(DIGEST)
+                about = response.get("Metadata", {})
+                kept = about.get(DIGEST) if WRITER in about else None
                 if by_etag and not (sha256 or kept) and _is_md5(etag, response):
                     md5 = hashlib.md5(usedforsecurity=False)
             elif etag_of(response) != etag:

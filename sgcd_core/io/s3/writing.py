@@ -12,13 +12,11 @@ from typing import Any
 from sgcd_core.errors import InputError, SgcdError, StorageError
 from sgcd_core.io.backoff import Backoff
 from sgcd_core.io.s3 import errors
-from sgcd_core.io.s3.reading import DIGEST, head
+from sgcd_core.io.s3.reading import DIGEST, WRITER, head
 from sgcd_core.io.s3.request import call, etag_of, split
 
 #: Objects above this size are sent in parts, and a lost part is sent again alone.
 PART_BYTES = 64 << 20
-#: Metadata of an object: a word that is new for every write.
-WRITER = "sgcd-writer"
 
 
 def write(uri: str, data: bytes, if_absent: bool) -> str:
