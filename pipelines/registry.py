@@ -1,27 +1,34 @@
 """The lake's models in MLflow's registry: versions and aliases as a mirror for people to look at.
 
 Nothing here decides which model is used: `pipelines.aliases` does. A server may serve many lakes,
-so a registered model belongs to the lake that its tag `lake` names.
+so a registered model belongs to the lake that its tag `lake` names. A lake may be made anew at the
+same address, so a version is the lake's only with the same files: the tag `pack_sha256`.
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
+import re
 import socket
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from pipelines.lake import Lake
+from sgcd_core.errors import InputError
+from sgcd_core.io.store import Store, join, sha256_hex
 
 log = logging.getLogger(__name__)
 
 #: How long a server may take to take a connection.
 CONNECT_SECONDS = 3.0
 _PORTS = {"http": 80, "https": 443}
+#: A lake's digest is put behind a name, and MLflow's databases hold 256 characters.
+_LONGEST_NAME = 240
 
 
 def connect(uri: str) -> Any:
@@ -65,7 +72,12 @@ def _knock(uri: str) -> None:
 
 
 def guarded(what: str, action: Callable[[], Any]) -> bool:
-    """Do `action`; whatever goes wrong in MLflow becomes one warning and False.
+    """Do `action`; whatever goes wrong in MLflow becomes one warning and False."""
+    return trouble(what, action) is None
+
+
+def trouble(what: str, action: Callable[[], Any]) -> Exception | None:
+    """Do `action`; whatever goes wrong in MLflow becomes one warning and is returned.
 
     MLflow hands on what its server, its database, its artifact store and their drivers raise, so
     every exception is caught; Ctrl-C is none.
@@ -73,24 +85,49 @@ def guarded(what: str, action: Callable[[], Any]) -> bool:
     started = time.monotonic()
     try:
         action()
-        return True
+        return None
     except Exception as error:
         log.warning(
-            "tracking=off what=%s error=%s seconds=%.1f: MLflow does not answer as expected; "
-            "the work goes on without it",
-            what, type(error).__name__, time.monotonic() - started,
+            "tracking=off what=%s error=%s seconds=%.1f: MLflow %s; the work goes on without it",
+            what, type(error).__name__, time.monotonic() - started, _said(error),
         )  # fmt: skip
         log.debug("tracking=off what=%s", what, exc_info=True)
-        return False
+        return error
+
+
+def lost(error: BaseException | None) -> bool:
+    """Whether nobody answered. MLflow wraps what `requests` says of it into an error of its own."""
+    while error is not None:
+        unanswered = getattr(error, "response", error) is None
+        if unanswered or isinstance(error, ConnectionError | TimeoutError):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _said(error: Exception) -> str:
+    """What a refusal gave as its reason: MLflow's code and one line, without a password."""
+    code = getattr(error, "error_code", None)
+    if code is None or lost(error):
+        return "does not answer as expected"
+    line = next(iter(str(error).removeprefix(f"{code}: ").splitlines()), "")
+    return f"refuses: {code}, {re.sub(r'//[^/@ ]*@', '//', line)[:200]}"
 
 
 def find_version(client: Any, lake: Lake, name: str, version: int) -> str | None:
-    """MLflow's number of a version of the lake's model; None when it is not registered."""
+    """MLflow's number of a version of the lake's model; None when it is not registered.
+
+    A version that was registered from other files, by a lake that was here before, is not it.
+    """
     registered = _registered_name(client, lake, name, create=False)
-    if registered is None:
+    digest = _pack_digest(lake, name, version)
+    if registered is None or digest is None:
         return None
     known = client.search_model_versions(f"name = '{registered}'")
-    numbers = [v.version for v in known if v.tags.get("lake_version") == str(version)]
+    numbers = [
+        v.version for v in known
+        if v.tags.get("lake_version") == str(version) and _registered_digest(client, v) == digest
+    ]  # fmt: skip
     return str(min(numbers, key=int)) if numbers else None
 
 
@@ -99,14 +136,20 @@ def add_version(client: Any, lake: Lake, name: str, version: int, run_id: str) -
 
     MLflow numbers versions itself; the lake's number is the tag `lake_version`. Doing it again
     changes nothing.
+
+    Raises:
+        LookupError: The lake has no such version.
     """
     found = find_version(client, lake, name, version)
     if found is not None:
         return found
+    digest = _pack_digest(lake, name, version)
+    if digest is None:
+        raise LookupError(f"the lake has no version {version} of {name}")
     made = client.create_model_version(
         _registered_name(client, lake, name, create=True),
-        source=f"{client.get_run(run_id).info.artifact_uri}/modelpack",
-        run_id=run_id, tags={"lake_version": str(version), "lake": lake.uri},
+        source=f"{client.get_run(run_id).info.artifact_uri}/modelpack", run_id=run_id,
+        tags={"lake_version": str(version), "lake": lake.uri, "pack_sha256": digest},
     )  # fmt: skip
     return str(made.version)
 
@@ -125,7 +168,10 @@ def point_alias(client: Any, lake: Lake, name: str, alias: str, version: int) ->
 
 
 def alias_version(client: Any, lake: Lake, name: str, alias: str) -> int | None:
-    """The lake's number of the version behind an alias in MLflow; None when there is none."""
+    """The lake's number of the version behind an alias in MLflow; None when there is none.
+
+    An alias that leads to other files than those of the lake's version counts as none.
+    """
     registered = _registered_name(client, lake, name, create=False)
     if registered is None:
         return None
@@ -133,15 +179,52 @@ def alias_version(client: Any, lake: Lake, name: str, alias: str) -> int | None:
     number = dict(client.get_registered_model(registered).aliases).get(alias)
     if number is None:
         return None
-    tags = client.get_model_version(registered, str(number)).tags
-    text = str(tags.get("lake_version", ""))
-    return int(text) if text.isdigit() else None
+    found = client.get_model_version(registered, str(number))
+    text = str(found.tags.get("lake_version", ""))
+    if not text.isdecimal():
+        return None
+    digest = _pack_digest(lake, name, int(text))
+    return int(text) if digest and digest == _registered_digest(client, found) else None
+
+
+def _pack_digest(lake: Lake, name: str, version: int) -> str | None:
+    """SHA-256 of the `pack.json` of the lake's version; None when it is not there."""
+    where = join(lake.model(name, version), "pack.json")
+    try:
+        return sha256_hex(Store().read_bytes(where, max_bytes=10_000_000))
+    except InputError:
+        return None
+
+
+def _registered_digest(client: Any, version: Any) -> str | None:
+    """SHA-256 of the `pack.json` behind a version in MLflow; None when it cannot be told.
+
+    Earlier releases set no tag: then of the artifact itself.
+    """
+    tag = version.tags.get("pack_sha256")
+    if tag is not None:
+        return str(tag)
+    try:
+        with tempfile.TemporaryDirectory(prefix="sgcd-") as scratch:
+            file = client.download_artifacts(version.run_id, "modelpack/pack.json", scratch)
+            return sha256_hex(Path(file).read_bytes())
+    except Exception:  # the run or its files are gone; the version is registered anew
+        log.debug("registered version %s has no files", version.version, exc_info=True)
+        return None
+
+
+def _mlflow_name(name: str) -> str:
+    """Name of a model as MLflow takes it; one with `/`, `:` or `'` gets a digest in their place."""
+    plain = re.sub(r"[/:']", "_", name)[:_LONGEST_NAME]
+    if plain == name:
+        return name
+    return f"{plain[: _LONGEST_NAME - 9]}-{sha256_hex(name.encode())[:8]}"
 
 
 def _registered_name(client: Any, lake: Lake, name: str, *, create: bool) -> str | None:
     """Name in the registry: the lake's own, or with a digest where another lake has taken it."""
-    digest = hashlib.sha256(lake.uri.encode()).hexdigest()[:8]
-    for candidate in (name, f"{name}.{digest}"):
+    plain, digest = _mlflow_name(name), sha256_hex(lake.uri.encode())[:8]
+    for candidate in (plain, f"{plain}.{digest}"):
         owner = _owner(client, candidate)
         if owner is None and not create:
             continue

@@ -2,7 +2,8 @@
 
 Default: SQLite and an artifact folder inside a local lake, or under the user's data folder for a
 lake on S3. `MLFLOW_TRACKING_URI` wins. Whatever goes wrong in MLflow is a warning and ends the
-tracking of that run: no scan and no model is ever lost to it.
+tracking of that run, which is still marked as ended when MLflow answers: no scan and no model is
+ever lost to it.
 """
 
 from __future__ import annotations
@@ -16,15 +17,19 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from pipelines import registry
 from pipelines.lake import Lake
 from sgcd_core.config import Settings
-from sgcd_core.io.store import is_s3, local_path
+from sgcd_core.io.store import is_s3, local_path, sha256_hex
 
 log = logging.getLogger(__name__)
 
 EXPERIMENT = "sgcd"
+_ARTIFACTS = "mlflow-artifacts"
+#: A longer name of a metric is refused.
+_LONGEST_METRIC = 250
 
 
 def tracking_uri(lake: Lake) -> str:
@@ -32,9 +37,19 @@ def tracking_uri(lake: Lake) -> str:
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{_home(lake) / 'mlflow.db'}"
 
 
+def database_file(uri: str) -> Path | None:
+    """File of the SQLite database at `uri`; None for anything else."""
+    if not uri.startswith("sqlite:///"):
+        return None
+    return Path(unquote(uri.removeprefix("sqlite:///").partition("?")[0])).absolute()
+
+
 def _home(lake: Lake) -> Path:
-    """Folder of the database and the artifacts when no server is named."""
-    if is_s3(lake.uri):
+    """Folder of the database and the artifacts when no server is named.
+
+    MLflow cannot keep a database in a folder with `?` in its name.
+    """
+    if is_s3(lake.uri) or "?" in str(Path(local_path(lake.uri)).absolute()):
         base = os.environ.get("XDG_DATA_HOME") or str(Path.home() / ".local" / "share")
         return Path(base) / "sgcd"
     return Path(local_path(lake.uri)).absolute()
@@ -50,6 +65,7 @@ class Tracker:
     def __init__(self, lake: Lake) -> None:
         self.run_id: str | None = None
         self._client: Any = None
+        self._answers: Any = None
         self._lake = lake
 
     @classmethod
@@ -79,21 +95,19 @@ class Tracker:
             status = "KILLED"
             raise
         finally:
+            tracker._client = tracker._answers
             tracker._guard(
                 "end", lambda: tracker._client.set_terminated(tracker.run_id, status=status)
             )
 
     def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
-        """Numbers of one step. In names, characters that MLflow refuses become `_`."""
+        """Numbers of one step, under names that MLflow takes (`metric_name`)."""
 
         def send() -> None:
             from mlflow.entities import Metric
 
             now = int(time.time() * 1000)
-            values = [
-                Metric(re.sub(r"[^/\w.\- :]", "_", name), float(v), now, step)
-                for name, v in metrics.items()
-            ]
+            values = [Metric(metric_name(name), float(v), now, step) for name, v in metrics.items()]
             for first in range(0, len(values), 500):
                 self._client.log_batch(self.run_id, metrics=values[first : first + 500])
 
@@ -141,16 +155,17 @@ class Tracker:
     ) -> None:
         uri = tracking_uri(lake)
         location = None
-        if uri.startswith("sqlite:///"):
-            home = Path(uri.removeprefix("sqlite:///")).parent
-            home.mkdir(parents=True, exist_ok=True)
-            location = (home / "mlflow-artifacts").as_uri()
+        file = database_file(uri)
+        if file is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            location = file.parent / _ARTIFACTS
         client = registry.connect(uri)
         experiment = _experiment(client, location)
         run = client.create_run(
             experiment, run_name=command, tags={"command": command, "lake": lake.uri, **tags}
         )
-        self._client, self.run_id = client, run.info.run_id
+        self._client = self._answers = client
+        self.run_id = run.info.run_id
         if config is not None:
             from mlflow.entities import Param
 
@@ -175,24 +190,60 @@ class Tracker:
         """Trouble in MLflow becomes a warning; after the first the run is left alone."""
         if what != "start" and self._client is None:
             return
-        # Each further call could wait for a timeout.
-        if not registry.guarded(what, action):
-            self._client = None
+        error = registry.trouble(what, action)
+        if error is None:
+            return
+        self._client = None  # each further call could wait for a timeout
+        if registry.lost(error):
+            self._answers = None
 
 
-def _experiment(client: Any, location: str | None) -> str:
-    """Id of the one experiment of this program; made where there is none."""
+def _experiment(client: Any, location: Path | None) -> str:
+    """Id of the one experiment of this program; made where there is none.
+
+    A lake that was copied or moved brings the experiment of its old folder: it gets one of its
+    own, named with a digest, and leaves that folder alone.
+    """
     from mlflow.exceptions import MlflowException
 
-    known = client.get_experiment_by_name(EXPERIMENT)
+    name, known = EXPERIMENT, client.get_experiment_by_name(EXPERIMENT)
+    if known is not None and location is not None and _elsewhere(known, location):
+        name = f"{EXPERIMENT}-{sha256_hex(str(location).encode())[:8]}"
+        known = client.get_experiment_by_name(name)
     if known is None:
+        address = None if location is None else location.as_uri()
         try:
-            return str(client.create_experiment(EXPERIMENT, artifact_location=location))
+            return str(client.create_experiment(name, artifact_location=address))
         except MlflowException:  # another run was first
-            known = client.get_experiment_by_name(EXPERIMENT)
+            known = client.get_experiment_by_name(name)
             if known is None:
                 raise
     return str(known.experiment_id)
+
+
+def _elsewhere(experiment: Any, location: Path) -> bool:
+    """Whether an experiment keeps its files beside a database in another folder."""
+    address = str(experiment.artifact_location)
+    if not address.startswith("file:"):  # a place that somebody chose
+        return False
+    there = Path(local_path(address))
+    return there.name == _ARTIFACTS and there.resolve() != location.resolve()
+
+
+def metric_name(name: str) -> str:
+    """`name` as MLflow takes it; unlike names stay unlike.
+
+    A part between slashes that MLflow refuses has `_` for what is refused in it, and a digest.
+    """
+    plain = "/".join(map(_metric_part, name.split("/")))
+    if len(plain) <= _LONGEST_METRIC:
+        return plain
+    return f"{plain[:100]}-{sha256_hex(plain.encode())[:8]}-{plain[-100:]}"
+
+
+def _metric_part(part: str) -> str:
+    plain = re.sub(r"[^\w.\- :]|^\.\.+|^\.?$", "_", part)
+    return part if plain == part else f"{plain}-{sha256_hex(part.encode())[:8]}"
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

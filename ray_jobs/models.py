@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
 from typing import Any
 
@@ -155,11 +154,12 @@ def _promoted(lake: Lake, name: str, alias: str) -> int | None:
 def _in_mlflow(lake: Lake, name: str, alias: str) -> int | None:
     """Version behind an alias that only MLflow knows; None when it has none or is out of reach."""
     from pipelines import registry
-    from pipelines.tracking import tracking_uri
+    from pipelines.tracking import database_file, tracking_uri
 
     found: list[int | None] = []
     uri = tracking_uri(lake)
-    if uri.startswith("sqlite:///") and not os.path.exists(uri.removeprefix("sqlite:///")):
+    file = database_file(uri)
+    if file is not None and not file.exists():
         return None
     registry.guarded(
         "alias",

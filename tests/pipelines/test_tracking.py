@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import shutil
 import subprocess
 import sys
 import time
@@ -11,9 +13,11 @@ from typing import Any
 
 import pytest
 
+from pipelines import registry
 from pipelines.lake import Lake
-from pipelines.tracking import Tracker, flatten, tracking_uri
+from pipelines.tracking import EXPERIMENT, Tracker, flatten, metric_name, tracking_uri
 from sgcd_core.config import SgcdConfig
+from sgcd_core.io.store import sha256_hex
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +37,22 @@ def client(lake: Lake) -> Any:
     return MlflowClient(tracking_uri=tracking_uri(lake))
 
 
+def write_pack(lake: Lake, name: str, version: int = 1, text: str = "new") -> dict[str, bytes]:
+    """A model as far as the registry looks at it."""
+    folder = Path(lake.model(name, version))
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "pack.json").write_text(text)
+    return {"pack.json": text.encode()}
+
+
+def track(lake: Lake, name: str, text: str) -> str:
+    """A run that trains version 1 of a model; its id."""
+    with Tracker.start(lake, "train") as tracker:
+        tracker.log_pack(write_pack(lake, name, text=text))
+        tracker.register(name, 1, "candidate")
+    return str(tracker.run_id)
+
+
 def test_a_run_holds_settings_metrics_figures_and_the_model(lake: Lake) -> None:
     config = SgcdConfig(seed=7)
     with Tracker.start(lake, "train", config, {"code_version": "1.2"}) as tracker:
@@ -49,7 +69,7 @@ def test_a_run_holds_settings_metrics_figures_and_the_model(lake: Lake) -> None:
     assert got.data.tags["code_version"] == "1.2"
     history = client(lake).get_metric_history(run_id, "loss")
     assert [(m.step, m.value) for m in history] == [(0, 3.0), (1, 2.0), (2, 1.0)]
-    assert got.data.metrics["São _3 T_/T1w"] == 20.0
+    assert got.data.metrics[metric_name("São (3 T)/T1w")] == 20.0
     folder = Path(client(lake).download_artifacts(run_id, ""))
     assert (folder / "figures/montage.png").read_bytes() == b"\x89PNG"
     assert (folder / "modelpack/sub/record.json").read_bytes() == b"{}"
@@ -58,6 +78,8 @@ def test_a_run_holds_settings_metrics_figures_and_the_model(lake: Lake) -> None:
 
 
 def test_registering_again_moves_the_alias_and_adds_nothing(lake: Lake) -> None:
+    for version in (4, 5):
+        write_pack(lake, "target-A", version)
     with Tracker.start(lake, "tune") as tracker:
         tracker.log_pack({"weights.safetensors": b"w"})
         tracker.register("target-A", 4, "candidate")
@@ -104,6 +126,132 @@ def test_a_lake_on_s3_tracks_under_the_users_data_folder(
 ) -> None:
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
     assert tracking_uri(Lake("s3://b/lake")) == f"sqlite:///{tmp_path}/sgcd/mlflow.db"
+
+
+def test_a_lake_made_anew_at_the_same_address_is_not_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/central/mlflow.db")
+    lake = Lake(str(tmp_path / "lake"))
+    track(lake, "global", "old")
+    mlflow = client(lake)
+    mlflow.set_registered_model_alias("global", "champion", "1")
+    assert registry.alias_version(mlflow, lake, "global", "champion") == 1
+    shutil.rmtree(lake.uri)
+    assert registry.alias_version(mlflow, lake, "global", "champion") is None  # no model yet
+    run_id = track(lake, "global", "new")
+    found = mlflow.get_model_version_by_alias("global", "candidate")
+    assert (found.run_id, found.tags["pack_sha256"]) == (run_id, sha256_hex(b"new"))
+    assert registry.alias_version(mlflow, lake, "global", "champion") is None
+    registry.point_alias(mlflow, lake, "global", "champion", 1)
+    assert mlflow.get_model_version_by_alias("global", "champion").run_id == run_id
+    # One that an earlier release registered: its own artifact says whether it is the lake's.
+    mlflow.delete_model_version_tag("global", found.version, "pack_sha256")
+    mlflow.delete_model_version_tag("global", "1", "pack_sha256")
+    assert registry.find_version(mlflow, lake, "global", 1) == str(found.version)
+    assert registry.alias_version(mlflow, lake, "global", "candidate") == 1
+    shutil.rmtree(tmp_path / "central/mlflow-artifacts")
+    assert registry.find_version(mlflow, lake, "global", 1) is None
+
+
+def test_a_copied_and_a_moved_lake_leave_the_first_ones_folder_alone(tmp_path: Path) -> None:
+    first, copied, moved = (tmp_path / word for word in "ABC")
+    track(Lake(str(first)), "global", "A")
+    shutil.copytree(first, copied)
+    before = sorted(first.rglob("*"))
+    run_id = track(Lake(str(copied)), "global", "B")
+    assert sorted(first.rglob("*")) == before
+    (pack,) = copied.glob(f"mlflow-artifacts/**/{run_id}/**/pack.json")
+    assert pack.read_text() == "B"
+    shutil.rmtree(first)
+    copied.rename(moved)
+    for text in ("C", "D"):
+        run_id = track(Lake(str(moved)), "global", text)
+        assert list(moved.glob(f"mlflow-artifacts/**/{run_id}/**/pack.json"))
+    assert [path.name for path in tmp_path.iterdir()] == ["C"]
+
+
+def test_a_relative_database_and_a_lake_with_a_question_mark(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+    lake = Lake(str(tmp_path / "what?x=1" / "lake"))
+    assert client(lake).get_run(track(lake, "global", "new")).info.status == "FINISHED"
+    assert sorted(os.listdir()) == ["data", "what?x=1"]
+    assert os.listdir("what?x=1") == ["lake"]
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///data/sgcd/mlflow.db")
+    run_id = track(lake, "global", "new")
+    assert client(lake).get_run(run_id).info.status == "FINISHED"
+    assert list(tmp_path.glob(f"data/sgcd/mlflow-artifacts/**/{run_id}/**/pack.json"))
+
+
+def test_a_site_of_any_name_is_registered(lake: Lake) -> None:
+    sites = ("St. Mary's", "St. Mary_s", "GE:3T", "GE_3T", "a b", "Zürich 50%", "x" * 245)
+    for site in sites:
+        name = f"target-{site}"
+        track(lake, name, site)
+        assert registry.alias_version(client(lake), lake, name, "candidate") == 1
+    known = {model.name for model in client(lake).search_registered_models()}
+    assert {"target-St. Mary_s", "target-GE_3T", "target-a b", "target-Zürich 50%"} <= known
+    assert f"target-GE_3T-{sha256_hex(b'target-GE:3T')[:8]}" in known
+
+
+def test_a_site_of_any_name_keeps_its_measures(lake: Lake) -> None:
+    sites = (
+        "A", "A/", "/A", "//A", "A//B", "A/B", "A_/B", ".", "..", "..A", "", " ", "A(3", "A[3",
+        "A\n", "x" * 250 + "A", "x" * 250 + "B", "/" * 300,
+    )  # fmt: skip
+    names = [f"{site}/T1w/sgcd/ssim" for site in sites]
+    with Tracker.start(lake, "evaluate") as tracker:
+        tracker.log_metrics({name: float(number) for number, name in enumerate(names)})
+    run = client(lake).get_run(tracker.run_id)
+    assert run.info.status == "FINISHED"
+    assert [run.data.metrics[metric_name(name)] for name in names] == list(range(len(names)))
+    assert metric_name("Site A-1.5:x/T1w/sgcd/ssim") == "Site A-1.5:x/T1w/sgcd/ssim"
+    assert metric_name("A(3/T1w") == f"A_3-{sha256_hex(b'A(3')[:8]}/T1w"
+
+
+def test_a_refusal_is_said_once_and_the_run_still_ends(
+    lake: Lake, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING), Tracker.start(lake, "train") as tracker:
+        tracker.log_pack(write_pack(lake, "global"))
+        tracker.register("global", 1, "no alias")
+        tracker.register("global", 1, "no alias")
+    assert client(lake).get_run(tracker.run_id).info.status == "FINISHED"
+    (text,) = [r.getMessage() for r in caplog.records if r.name == "pipelines.registry"]
+    assert "what=register" in text and "INVALID_PARAMETER_VALUE, Invalid alias name" in text
+
+
+def test_an_experiment_that_was_deleted_is_named(
+    lake: Lake, caplog: pytest.LogCaptureFixture
+) -> None:
+    mlflow = client(lake)
+    with Tracker.start(lake, "train"):
+        known = mlflow.get_experiment_by_name(EXPERIMENT)
+    mlflow.delete_experiment(known.experiment_id)
+    with caplog.at_level(logging.WARNING), Tracker.start(lake, "train") as tracker:
+        tracker.log_metrics({"loss": 1.0})
+    mlflow.restore_experiment(known.experiment_id)  # the lake is everybody's
+    assert tracker.run_id is None
+    (text,) = [r.getMessage() for r in caplog.records if r.name == "pipelines.registry"]
+    assert "refuses: INVALID_PARAMETER_VALUE, The experiment" in text and "active" in text
+
+
+def test_nothing_more_is_asked_of_a_server_that_is_lost(
+    lake: Lake, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from mlflow import MlflowClient
+
+    gone = MlflowClient(tracking_uri="http://user:secret@127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with caplog.at_level(logging.WARNING), Tracker.start(lake, "train") as tracker:
+        monkeypatch.setattr(tracker._client, "log_batch", gone.log_batch)
+        tracker.log_metrics({"loss": 1.0})
+    assert client(lake).get_run(tracker.run_id).info.status == "RUNNING"
+    (text,) = [r.getMessage() for r in caplog.records if r.name == "pipelines.registry"]
+    assert "does not answer" in text and "secret" not in text
 
 
 def test_importing_the_module_does_not_import_mlflow() -> None:
