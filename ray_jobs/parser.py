@@ -241,7 +241,10 @@ def _cohort(sub: Any) -> None:
     p.add_argument("--sites", type=_positive, default=4, help="that these visit, in turn (4)")
     p.add_argument("--traveling", type=int, default=2, help="to test on, seen at every site (2)")
     p.add_argument("--unseen-sites", type=int, default=1, help="that only these visit (1)")
-    p.add_argument("--anatomy", metavar="DIR", help="label maps; default: nilearn's template")
+    p.add_argument(
+        "--anatomy", metavar="DIR",
+        help="label maps with FreeSurfer's numbers; default: nilearn's template",
+    )  # fmt: skip
     p.add_argument("--mm", type=float, default=2.0, help="voxel side (2)")
     p.add_argument("--head", action="store_true", help="keep skull and skin (label maps only)")
     p.add_argument("--seed", type=int, default=0, help="draws people and scanners (0)")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import os
+from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -9,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pipelines.cohort.label_map import bounds, read_label_map
 from pipelines.cohort.tissues import (
     FIRST_HEAD_TISSUE,
     GREY_RIM,
@@ -17,8 +21,7 @@ from pipelines.cohort.tissues import (
     label_table,
 )
 from sgcd_core.errors import InputError
-from sgcd_core.io.nifti import read_nifti, to_ras
-from sgcd_core.io.store import Store
+from sgcd_core.io.store import Store, is_below, is_s3, local_path, trimmed
 
 #: Where the centre of a brain is put, mm RAS+: that of the ICBM152 brain.
 CENTRE = np.array([0.0, -18.0, 8.0])
@@ -76,8 +79,10 @@ class Anatomy:
         return box.reshape(self.shape)
 
 
-def list_anatomies(folder: str | None) -> list[str]:
+def list_anatomies(folder: str | None, out: str | None = None) -> list[str]:
     """Addresses of the label maps under `folder`, sorted; `["template"]` for None.
+
+    What lies below `out`, a folder in `folder` that a cohort is written to, is left out.
 
     Raises:
         InputError: STORE-EMPTY when there is no NIfTI file.
@@ -86,9 +91,9 @@ def list_anatomies(folder: str | None) -> list[str]:
         return [TEMPLATE]
     if folder.endswith((".nii", ".nii.gz")):
         return [folder]
-    found = sorted(
-        o.uri for o in Store().list(folder) if o.uri.endswith((".nii", ".nii.gz"))
-    )  # fmt: skip
+    found = sorted(o.uri for o in Store().list(folder) if o.uri.endswith((".nii", ".nii.gz")))
+    if out is not None and not is_below(_place(folder), _place(out)):
+        found = [uri for uri in found if not is_below(_place(uri), _place(out))]
     if not found:
         raise InputError("no .nii or .nii.gz label map lies here.", code="STORE-EMPTY",
                          where=folder)  # fmt: skip
@@ -100,62 +105,75 @@ def stem(uri: str) -> str:
     return uri.rstrip("/").rsplit("/", 1)[-1].removesuffix(".gz").removesuffix(".nii")
 
 
+def names_of(uris: list[str], folder: str | None) -> dict[str, str]:
+    """Addresses by name: the stem, or where others share it the path below `folder`."""
+    count = Counter(stem(uri) for uri in uris)
+    root = f"{_place(folder)}/" if folder else ""
+    return {
+        stem(uri) if count[stem(uri)] == 1 else _place(uri).removeprefix(root): uri for uri in uris
+    }
+
+
+def _place(uri: str) -> str:
+    """An address in the one form that can be compared with others."""
+    return trimmed(uri) if is_s3(uri) else os.path.abspath(local_path(uri))
+
+
+def check_anatomy(uri: str, head: bool) -> str:
+    """SHA-256 of the label map at an address, empty for the template, once it is known to be good.
+
+    Raises:
+        InputError: As for `load_anatomy`.
+    """
+    if uri != TEMPLATE:
+        return read_label_map(uri).sha256
+    if head:
+        raise InputError("the template holds a brain only; head=True needs label maps.",
+                         code="BIDS-INVALID", where=uri)  # fmt: skip
+    return ""
+
+
 @lru_cache(maxsize=16)
 def load_anatomy(uri: str = TEMPLATE, *, mm: float = 1.0, head: bool = False) -> Anatomy:
     """The anatomy at an address, or the template; kept in memory once loaded.
 
     Args:
-        uri: A label map with FreeSurfer numbers (any grid near 1 mm), or `template`.
+        uri: A label map with FreeSurfer's numbers on any grid, or `template`.
         mm: Side of the working voxels: 1, or 2 for coarse cohorts.
         head: Keep skull, skin and eyes (label maps only).
 
     Raises:
-        InputError: Not a label map with both grey and white matter, or a head asked of the
-            template.
+        InputError: BIDS-INVALID, not a whole brain in FreeSurfer's numbers, or a head asked of
+            the template; and as for `read_nifti`.
     """
     if uri == TEMPLATE:
-        if head:
-            raise InputError("the template holds a brain only; head=True needs label maps.",
-                             code="BIDS-INVALID", where=uri)  # fmt: skip
+        check_anatomy(uri, head)
         from pipelines.cohort.template import template_fractions
 
         main, second, share, affine = template_fractions(mm)
-        box = _bounds(main > 0, 3)
+        box = bounds(main > 0, 3)
         affine = _shifted(affine, box)
         main = main[box]
         return _finish(TEMPLATE, main, second[box], share[box], affine, main > 0)
-    scan = read_nifti(uri, Store())
-    labels, affine, _ = to_ras(scan.data, scan.affine)
-    step = max(1, round(mm / float(np.sqrt((affine[:3, 0] ** 2).sum()))))
-    labels = labels[::step, ::step, ::step]
-    affine = affine @ np.diag([step, step, step, 1.0])
-    codes = np.clip(np.rint(labels), 0, 1023).astype(np.int32)
-    tissue = label_table()[codes]
-    if not ((tissue == Tissue.WHITE).any() and (tissue == Tissue.CORTEX).any()):
-        raise InputError("no FreeSurfer labels of white matter and cortex.", code="BIDS-INVALID",
-                         where=uri)  # fmt: skip
+    found = read_label_map(uri)
+    step = max(1, round(mm / float(np.linalg.norm(found.affine[:3, 0]))))
+    labels = found.labels[::step, ::step, ::step]
+    affine = found.affine @ np.diag([step, step, step, 1.0])
+    side = round(float(np.linalg.norm(affine[:3, 0])), 3)
+    tissue = label_table()[labels]
     solid = (tissue > 0) & (tissue < FIRST_HEAD_TISSUE) & (tissue != Tissue.SULCAL_CSF)
-    solid &= ~np.isin(codes, OUTSIDE_BRAIN)
+    solid &= ~np.isin(labels, OUTSIDE_BRAIN)
     keep = tissue > 0 if head else solid
-    box = _bounds(keep, round(8 / (step or 1)))
+    box = bounds(keep, round(8 / side))
     tissue, solid = tissue[box], solid[box]
     affine = _shifted(affine, box)
-    brain = _hull(solid, step)
+    brain = _hull(solid, side)
     fill = brain & ~solid
     tissue = np.where(fill, np.uint8(Tissue.SULCAL_CSF), tissue)
     if not head:
         tissue = np.where(brain, tissue, np.uint8(0))
     share = np.ones(tissue.shape, np.float32)
     return _finish(stem(uri), tissue, tissue, share, affine, brain)
-
-
-def _bounds(mask: NDArray[np.bool_], margin: int) -> tuple[slice, slice, slice]:
-    """The box around a mask, widened by `margin` voxels where there is room."""
-    out = []
-    for axis in range(3):
-        line = np.flatnonzero(mask.any(axis=tuple(a for a in range(3) if a != axis)))
-        out.append(slice(max(0, int(line[0]) - margin), int(line[-1]) + margin + 1))
-    return out[0], out[1], out[2]
 
 
 def _shifted(affine: NDArray[np.float64], box: tuple[slice, slice, slice]) -> NDArray[np.float64]:
@@ -165,19 +183,20 @@ def _shifted(affine: NDArray[np.float64], box: tuple[slice, slice, slice]) -> ND
     return out
 
 
-def _hull(solid: NDArray[np.bool_], step: int) -> NDArray[np.bool_]:
+def _hull(solid: NDArray[np.bool_], mm: float) -> NDArray[np.bool_]:
     """Closing of the brain by about 7 mm, plus the 1.5 mm of fluid a stripped brain keeps.
 
-    Distances are taken on every second voxel and interpolated: eight times cheaper, and smooth.
+    `mm` is the side of a voxel. Distances are taken on every second voxel and interpolated: eight
+    times cheaper, and smooth.
     """
     from scipy.ndimage import binary_fill_holes, distance_transform_edt, zoom
 
-    pad = 8
+    pad = max(8, 2 * math.ceil(4 / mm))
     wide = np.pad(solid, [(pad, pad + s % 2) for s in solid.shape])
     x, y, z = (s // 2 for s in wide.shape)
     coarse = wide.reshape(x, 2, y, 2, z, 2).mean(axis=(1, 3, 5)) > 0.4
-    grown = distance_transform_edt(~coarse) * 2 * step <= 7.0
-    depth = distance_transform_edt(grown).astype(np.float32) * 2 * step
+    grown = distance_transform_edt(~coarse) * 2 * mm <= 7.0
+    depth = distance_transform_edt(grown).astype(np.float32) * 2 * mm
     fine = zoom(depth, 2, order=1, grid_mode=True, mode="nearest")
     hull = binary_fill_holes((fine > 5.5) | wide)
     a, b, c = solid.shape

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.cohort.anatomy import load_anatomy
+from pipelines.cohort.anatomy import TEMPLATE, check_anatomy, load_anatomy
 from pipelines.cohort.plan import (
     CohortRequest,
     Member,
@@ -96,8 +96,9 @@ def make_cohort(
         traveling: Subjects (split `test`) scanned at every site.
         unseen_sites: Further sites that only these visit.
         anatomy: Folder of FreeSurfer label maps, or one map; None for nilearn's template.
-        train_anatomies: File stems for training subjects; default see `choose_anatomies`.
-        test_anatomies: File stems for traveling subjects.
+        train_anatomies: File stems (paths below the folder, where stems are equal) for training
+            subjects; default see `choose_anatomies`.
+        test_anatomies: The same for traveling subjects.
         mm: Nominal voxel side.
         seed: Draws people and scanners.
         sequences: BIDS suffixes.
@@ -108,9 +109,10 @@ def make_cohort(
 
     Raises:
         ConfigError: A value that is not allowed, or another cohort lies in `out`.
-        InputError: The anatomy folder holds no usable label map.
+        InputError: The anatomy folder holds no label map, or one that cannot be used; nothing
+            is written then.
     """
-    found, train, test = choose_anatomies(anatomy, train_anatomies, test_anatomies)
+    found, train, test = choose_anatomies(anatomy, train_anatomies, test_anatomies, out)
     values = {
         "subjects": subjects, "sites": sites, "traveling": traveling,
         "unseen_sites": unseen_sites, "anatomies": tuple(sorted(found)),
@@ -120,7 +122,8 @@ def make_cohort(
     request = _request(values)
     members, scanners = plan_members(request)
     store = Store()
-    claim(out, request, store)
+    used = {m.anatomy: found[m.anatomy] for m in members}
+    claim(out, request, store, lambda: _check_maps(used, head, store))
     write_tables(out, members, scanners, store)
     total = sum(len(m.sites) for m in members) * len(request.sequences)
     done = written = 0
@@ -131,6 +134,15 @@ def make_cohort(
             progress(done, total, f"sub-{member.label}")
     names = tuple(s.site for s in scanners)
     return CohortSummary(out, subjects, traveling, names[:sites], names[sites:], total, written)
+
+
+def _check_maps(found: dict[str, str], head: bool, store: Store) -> dict[str, str]:
+    """SHA-256 of the label maps by name, all known to be good; see `check_anatomy`."""
+    for uri in found.values():  # whether all are there costs little, so it is asked first
+        if uri != TEMPLATE:
+            store.info(uri)
+    digests = {name: check_anatomy(uri, head) for name, uri in sorted(found.items())}
+    return {name: digest for name, digest in digests.items() if digest}
 
 
 def _request(values: dict[str, Any]) -> CohortRequest:
@@ -162,8 +174,11 @@ def _run(
         jobs = {
             pool.submit(make_subject, out, request, m, scanners, found[m.anatomy]): m for m in order
         }
-        for job in as_completed(jobs):
-            yield jobs[job], job.result()
+        try:
+            for job in as_completed(jobs):
+                yield jobs[job], job.result()
+        finally:  # after an error, what still waits is not begun
+            pool.shutdown(cancel_futures=True)
 
 
 def make_subject(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from pipelines.cohort.anatomy import list_anatomies, stem
+from pipelines.cohort.anatomy import list_anatomies, names_of
 from pipelines.cohort.scanner import Scanner, random_sites
 from pipelines.cohort.subject import AGES
 from sgcd_core.errors import ConfigError, UsageError
@@ -47,18 +47,21 @@ class Member(BaseModel):
 
 
 def choose_anatomies(
-    folder: str | None, train: Sequence[str] | None, test: Sequence[str] | None
+    folder: str | None,
+    train: Sequence[str] | None,
+    test: Sequence[str] | None,
+    out: str | None = None,
 ) -> tuple[dict[str, str], tuple[str, ...], tuple[str, ...]]:
-    """Addresses by stem, and the stems for training and for traveling subjects.
+    """Addresses by name (`names_of`), and the names for training and for traveling subjects.
 
     With four or more anatomies and no choice, the last three tenths are kept for testing, so no
-    traveling subject shares an anatomy with training.
+    traveling subject shares an anatomy with training. What lies below `out` is no anatomy.
 
     Raises:
         ConfigError: A name that is not there.
         InputError: No anatomy in the folder.
     """
-    found = {stem(uri): uri for uri in list_anatomies(folder)}
+    found = names_of(list_anatomies(folder, out), folder)
     names = sorted(found)
     held = max(1, round(0.3 * len(names))) if len(names) >= 4 else 0
     if test is not None and train is None:

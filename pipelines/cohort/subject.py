@@ -137,7 +137,8 @@ def _ageing(anatomy: Anatomy, rng: np.random.Generator, age: float) -> tuple[Arr
     mm = np.float32(anatomy.mm)
     sulcal = np.clip((rim + front - anatomy.to_sulcus) / mm + 0.5, 0, 1)
     inner = np.clip((wall - anatomy.to_ventricle) / mm + 0.5, 0, 1)
-    is_sulcus = anatomy.main == Tissue.SULCAL_CSF
+    # fluid outside the hull, in whole heads, lies at no border that could move
+    is_sulcus = (anatomy.main == Tissue.SULCAL_CSF) & anatomy.brain
     is_ventricle = np.isin(anatomy.main, (Tissue.VENTRICLE, Tissue.CHOROID_PLEXUS))
     tissue = ~(is_sulcus | is_ventricle)
     fluid = np.where(tissue, np.minimum(sulcal + inner, 1), 0).astype(np.float32)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -59,31 +59,48 @@ def truth_uri(out: str, member: Member, name: str) -> str:
     return join(out, "derivatives", "truth", subject, "anat", f"{subject}_{name}")
 
 
-def claim(out: str, request: CohortRequest, store: Store) -> None:
+def claim(
+    out: str, request: CohortRequest, store: Store, check_maps: Callable[[], dict[str, str]]
+) -> None:
     """Record what this folder holds, or check that it holds just that.
+
+    Args:
+        out: Folder or prefix.
+        request: Settings of the cohort.
+        store: Where `out` is.
+        check_maps: Gives the SHA-256 of the label maps by name, or raises; called once it is known
+            that no other cohort lies here, and before anything is written. Cohorts of earlier
+            versions have no digests: their maps are taken to be the same.
 
     Raises:
         ConfigError: The folder holds another cohort, or anything else.
     """
     uri = join(out, "derivatives", "truth", "cohort.json")
-    wanted = json_bytes(request.model_dump(mode="json"))
+    now = request.model_dump(mode="json")
     try:
-        old = store.read_bytes(uri, max_bytes=1_000_000)
+        before = json.loads(store.read_bytes(uri, max_bytes=1_000_000))
     except InputError:
         if store.has_any(out):
             raise ConfigError(
                 "holds files and is not a digital cohort.", where=out,
                 hint="Choose a new folder.",
             ) from None  # fmt: skip
-        store.write_bytes(uri, wanted)
+        maps = check_maps()
+        store.write_bytes(uri, json_bytes({**now, "maps": maps} if maps else now))
         return
-    if old != wanted:
-        before = json.loads(old)
-        now = request.model_dump(mode="json")
-        keys = sorted(k for k in now if before.get(k) != now[k])
+    known = before.pop("maps", None)
+    keys = sorted(k for k in before | now if before.get(k) != now.get(k))
+    if keys:
         raise ConfigError(
             f"holds a cohort made with other settings ({', '.join(keys)}).", where=out,
             hint="Choose another folder, or repeat the settings it was made with.",
+        )  # fmt: skip
+    maps = check_maps()
+    names = sorted(name for name in maps if maps[name] != known.get(name)) if known else []
+    if names:
+        raise ConfigError(
+            f"holds a cohort made from other label maps of the same names ({', '.join(names)}).",
+            where=out, hint="Choose another folder, or give the label maps it was made from.",
         )  # fmt: skip
 
 
