@@ -82,11 +82,29 @@ class Nyul:
         return self
 
     def apply(self, image: Image, mask: Mask) -> Image:
-        """Map the scan's landmarks to the standard scale, linearly in between."""
+        """Map the scan's landmarks to the standard scale, linearly in between.
+
+        Landmarks of one intensity, as of a scan with a tenth of its brain at its lowest, count as
+        one, at the mean of their places on the scale: the library would divide by nothing.
+        """
+        landmarks = np.percentile(image.astype(np.float64)[mask], self._normalizer.percentiles)
+        if len(np.unique(landmarks)) < len(landmarks):
+            return _inside(self._between(image.astype(np.float64), landmarks), mask)
         normalized = self._normalizer.transform(
             self._adapter(image.astype(np.float64)), self._adapter(mask.astype(np.float64))
         )
         return _inside(normalized.get_data(), mask)
+
+    def _between(self, data: NDArray[np.float64], landmarks: NDArray[np.float64]) -> NDArray[Any]:
+        """As the library maps `data`, with one landmark an intensity; of one alone, an offset."""
+        from scipy.interpolate import interp1d
+
+        values, of, counts = np.unique(landmarks, return_inverse=True, return_counts=True)
+        scale = np.bincount(of, self._normalizer.standard_scale) / counts
+        if len(values) < 2:
+            return np.asarray(data - values[0] + scale[0])
+        mapping = interp1d(values, scale, bounds_error=False, fill_value="extrapolate")
+        return np.asarray(mapping(data))
 
 
 class _Affine:

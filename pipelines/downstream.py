@@ -45,6 +45,8 @@ SHUFFLES = 4
 SITE_MEASURES = ("site_balanced_accuracy", "site_f1", "site_precision", "site_recall")
 AGE_MEASURES = ("age_mae", "age_mse")
 UNITS = dict.fromkeys(SITE_MEASURES, "1") | {"age_mae": "years", "age_mse": "years²"}
+#: Code of a scan whose features by a method are not numbers.
+NONFINITE = "SCAN-NONFINITE"
 #: Fewer subjects with a known age give no figure.
 MIN_AGES = 6
 
@@ -92,7 +94,7 @@ class DownstreamSummary:
         lines: By sequence and measure.
         notes: Sentences about sites and tasks that were left out.
         site_rows: Rows of `site_metrics`; they have no site, since they are about all of them.
-        skipped: scan_id → code of scans that could not be read.
+        skipped: scan_id → code of scans that could not be read, or lack the features of a method.
         written: False when the same evaluation was in the tables already.
     """
 
@@ -178,6 +180,12 @@ def evaluate_downstream(
             sample.ages.append(float("nan") if scan["age"] is None else float(scan["age"]))
             for method, image in found.items():
                 vector = features_of(network, image, prepared.mask)
+                if not np.isfinite(vector).all():
+                    log.warning(
+                        "downstream=left-out scan=%s method=%s code=%s", scan["scan_id"], method,
+                        NONFINITE,
+                    )  # fmt: skip
+                    skipped[scan["scan_id"]] = NONFINITE
                 sample.features.setdefault(method, []).append(vector)
         if progress is not None:
             progress(number, len(results))
@@ -199,17 +207,28 @@ def score_sample(
 ) -> tuple[list[DownstreamLine], list[str]]:
     """Both tasks on the scans of one sequence; figures, and sentences about what was left out.
 
-    With `combat` also from the raw features after ComBat.
+    With `combat` also from the raw features after ComBat. A scan whose features by a method are not
+    finite is left out for that method; for all, if they are the raw ones.
     """
     lines: list[DownstreamLine] = []
     subjects, sites = np.array(sample.subjects), np.array(sample.sites)
     ages = np.array(sample.ages)
     # A baseline that could not be fitted has no features.
     vectors = {m: np.stack(v) for m, v in sample.features.items() if len(v) == len(sites)}
+    notes = []
+    for method, x in vectors.items():
+        lost = len(x) - int(_finite(x).sum())
+        if lost:
+            notes.append(
+                f"{sequence}: {lost} of {len(x)} scans left out for {method}, their features are "
+                f"not finite ({NONFINITE})."
+            )
+    there = _finite(vectors["raw"])
+    subjects, sites, ages = subjects[there], sites[there], ages[there]
+    vectors = {method: x[there] for method, x in vectors.items()}
     if combat:
         vectors[COMBAT] = vectors["raw"]
     kept, small = enough_subjects(subjects, sites)
-    notes = []
     if small:
         notes.append(
             f"{sequence}: left out of site classification, fewer than two subjects: "
@@ -237,6 +256,11 @@ def enough_subjects(subjects: Words, sites: Words) -> tuple[NDArray[np.bool_], l
     people = Counter(site for site, _ in set(zip(sites, subjects, strict=True)))
     small = sorted(str(site) for site, count in people.items() if count < 2)
     return ~np.isin(sites, small), small
+
+
+def _finite(x: Array) -> NDArray[np.bool_]:
+    """Which rows of (N, E) hold numbers only, (N,)."""
+    return np.asarray(np.isfinite(x).all(1))
 
 
 def splits(
@@ -283,10 +307,13 @@ def _lines(
         if not test.any():
             continue
         for method, x in vectors.items():
-            given, asked = x[train], x[test]
+            mine, yours = train & _finite(x), test & _finite(x)
+            if not (mine.any() and yours.any()):
+                continue
+            given, asked = x[mine], x[yours]
             if method == COMBAT:
-                given, asked = combat_features(given, sites[train], asked, sites[test])
-            found[method].append(score(given, wanted[train], asked, wanted[test]))
+                given, asked = combat_features(given, sites[mine], asked, sites[yours])
+            found[method].append(score(given, wanted[mine], asked, wanted[yours]))
         rng = np.random.default_rng([seed, repeat, 1])
         for _ in range(SHUFFLES):
             mixed, x = rng.permutation(wanted), vectors["raw"]
@@ -307,7 +334,7 @@ def _lines(
         lines.append(
             DownstreamLine(
                 sequence, measure,
-                {m: _repeated([n[measure] for n in numbers]) for m, numbers in found.items()},
+                {m: _repeated([n[measure] for n in rows]) for m, rows in found.items() if rows},
                 chance, _repeated([n[measure] for n in shuffled]), len(set(subjects)),
                 len(subjects), classes,
             )

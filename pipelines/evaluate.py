@@ -36,6 +36,8 @@ Histogram = NDArray[np.float64]
 
 #: Training scans of the target site a baseline is fit on, at most, by sequence.
 MAX_FIT_SCANS = 40
+#: Code of a scan that is not compared, since other scans of its subject are no test scans.
+SPLIT = "SCAN-SPLIT"
 #: Name of the site-level distance in `site_metrics`: mean histogram of a site to the target's.
 SITE_DISTANCE = "site_wasserstein"
 
@@ -137,8 +139,24 @@ def usable_results(catalog: Catalog, model: str, version: int) -> list[Row]:
 def find_truth(scan: Row, scans: Sequence[Row], target: str | None) -> Row | None:
     """The same subject's scan of the same sequence at the target site, if the scan is a test scan.
 
-    A scan that training may have seen is no truth.
+    There is none for a subject of whom training may have seen any scan.
     """
+    truth = _at_target(scan, scans, target)
+    return None if truth is None or _may_be_trained_on(scan, scans) else truth
+
+
+def split_apart(scan: Row, scans: Sequence[Row], target: str | None) -> bool:
+    """Whether a scan has no truth only because its subject's scans are of several splits."""
+    return _at_target(scan, scans, target) is not None and _may_be_trained_on(scan, scans)
+
+
+def _may_be_trained_on(scan: Row, scans: Sequence[Row]) -> bool:
+    who = person(scan)
+    return any(s["split"] != "test" and person(s) == who for s in scans)
+
+
+def _at_target(scan: Row, scans: Sequence[Row], target: str | None) -> Row | None:
+    """The subject's test scan of the sequence at the target; None if this one is no test scan."""
     if target is None or scan["split"] != "test" or scan["site"] == target:
         return None
     same = ("dataset", "subject", "sequence")
@@ -277,6 +295,8 @@ class _Job:
             place = self._histograms.setdefault((scan["site"], scan["sequence"], method), {})
             place.setdefault(subject, []).append(masked_histogram(image, prepared.mask))
         if truth is None or other is None:
+            if split_apart(scan, self.scans, self.target):
+                self.skipped[scan["scan_id"]] = SPLIT
             return
         goal, mask = other[0], prepared.mask & other[1]
         if not mask.any():

@@ -6,9 +6,10 @@ the style encoder at hand serves, and its name stands beside every figure.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from pathlib import PurePosixPath
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -17,7 +18,13 @@ from torch import Tensor, nn
 
 from sgcd_core.errors import ConfigError, ModelError
 from sgcd_core.io.store import Store
-from sgcd_core.style.encoder import ENCODERS, MAX_WEIGHTS, load_encoder, parse_weights
+from sgcd_core.style.encoder import (
+    ENCODERS,
+    MAX_WEIGHTS,
+    StyleEncoder,
+    load_encoder,
+    parse_weights,
+)
 from sgcd_core.style.slices import SlicePlan, cut_slices, plan_slices
 
 log = logging.getLogger(__name__)
@@ -84,6 +91,9 @@ class ResNet18(nn.Module):
 def load_features(spec: str, store: Store | None = None) -> Features:
     """The network that a word stands for, frozen.
 
+    The name of one whose weights the word gives ends in a digest of them: figures of two are two
+    series.
+
     Args:
         spec: `resnet18:FILE_OR_URI`, or just the file or address (.pth, .pt, .bin, .safetensors);
             a style encoder as in `target_stage.encoder`; `auto`: `mri-dino` where its weights
@@ -104,7 +114,8 @@ def load_features(spec: str, store: Store | None = None) -> Features:
             return load_encoder("statistics", store)
     name, _, address = spec.partition(":")
     if name in ENCODERS:
-        return load_encoder(spec, store)
+        encoder = load_encoder(spec, store)
+        return _named_by_weights(encoder) if address and encoder.state_dict() else encoder
     if name != ResNet18.name:
         if PurePosixPath(spec).suffix not in _SUFFIXES:
             raise ConfigError(
@@ -119,7 +130,19 @@ def load_features(spec: str, store: Store | None = None) -> Features:
             hint="Give torchvision's state dict as --features resnet18:FILE_OR_URI.",
         )  # fmt: skip
     data = store.read_bytes(address, max_bytes=MAX_WEIGHTS)
-    return ResNet18(parse_weights(data, address), address)
+    return _named_by_weights(ResNet18(parse_weights(data, address), address))
+
+
+_Network = TypeVar("_Network", ResNet18, StyleEncoder)
+
+
+def _named_by_weights(network: _Network) -> _Network:
+    """The same, its name with a digest of all its weights."""
+    digest = hashlib.sha256()
+    for key, value in sorted(network.state_dict().items()):
+        digest.update(key.encode() + value.cpu().numpy().tobytes())
+    network.name = f"{network.name}-{digest.hexdigest()[:8]}"
+    return network
 
 
 def features_of(

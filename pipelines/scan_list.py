@@ -88,7 +88,7 @@ def list_source(
         )
     address = absolute(source)
     if is_manifest(address):
-        return _from_table(address, store)
+        return _with_splits(*_from_table(address, store), address)
     if site_from == "column":
         raise UsageError("--site-from column needs a CSV manifest as the source.")
     tree = list_tree(address, store, sequences)
@@ -99,7 +99,26 @@ def list_source(
             hint="Check the spelling; names look like sub-01/anat/sub-01_T1w.nii.gz. Other names "
             "can be listed in a CSV manifest.",
         )  # fmt: skip
-    return _from_tree(tree, site_from, store)
+    return _with_splits(*_from_tree(tree, site_from, store), address)
+
+
+def _with_splits(
+    listed: list[Listed], notes: list[str], address: str
+) -> tuple[list[Listed], list[str]]:
+    """What is given, with a note about subjects with scans of several splits, if there are any."""
+    splits: dict[tuple[Any, ...], set[str | None]] = {}
+    for one in listed:
+        if one.facts["subject"] is not None:
+            who = one.root, one.facts["dataset"], one.facts["subject"]
+            splits.setdefault(who, set()).add(one.facts["split"])
+    mixed = sum("test" in found and len(found) > 1 for found in splits.values())
+    if mixed:
+        notes = [
+            *notes,
+            f"{address}: {mixed} subjects have scans of several splits: they are not scored. "
+            "Write test for all scans of a subject or for none; an empty cell counts as train",
+        ]
+    return listed, notes
 
 
 def _site(person: Person, sidecar: Mapping[str, Any], site_from: str) -> str | None:

@@ -24,6 +24,7 @@ from scipy import ndimage
 
 from sgcd_core.errors import ConfigError, InputError, SgcdError, UsageError
 from sgcd_core.io.nifti import encode_nifti, read_nifti
+from sgcd_core.io.store import sha256_hex
 from sgcd_core.volume.resample import lowpass_sigma, sample, voxel_sides
 
 log = logging.getLogger(__name__)
@@ -43,7 +44,7 @@ TIMEOUT = 3600.0
 
 
 class Segmenter(Protocol):
-    """Something that labels the tissues of a brain."""
+    """Something that labels the tissues of a brain; its `name` is part of the figures' names."""
 
     name: str
 
@@ -134,7 +135,8 @@ class CommandSegmenter:
 
     It gets the brain and its mask as NIfTI files and writes a label image: 1 CSF, 2 grey and
     3 white matter, or FreeSurfer's numbers (as SynthSeg does), told by a label above 3. Another
-    grid than the input's is resampled.
+    grid than the input's is resampled. Its name ends in a digest of the command, since two commands
+    may start one program (`python a.py …`, `docker run IMAGE …`).
     """
 
     def __init__(self, template: str, timeout: float = TIMEOUT) -> None:
@@ -148,7 +150,7 @@ class CommandSegmenter:
                 where="--segmenter", hint='As in --segmenter "mytool {input} {output} {mask}".',
             )  # fmt: skip
         self.timeout = timeout
-        self.name = Path(self.words[0]).name
+        self.name = f"{Path(self.words[0]).name}-{sha256_hex(shlex.join(self.words).encode())[:8]}"
         if shutil.which(self.words[0]) is None:  # said before the first brain is read
             raise self._not_runnable("not found")
 

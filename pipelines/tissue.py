@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.catalog import Catalog
-from pipelines.evaluate import MethodImages, find_truth, usable_results
+from pipelines.evaluate import SPLIT, MethodImages, find_truth, split_apart, usable_results
 from pipelines.lake import Lake
 from pipelines.prepare import PreparedFiles, load_prepared
 from pipelines.record_figures import record_figures
@@ -202,6 +202,8 @@ class _Job:
             return
         other = find_truth(scan, self.scans, self.target)
         if other is None:
+            if split_apart(scan, self.scans, self.target):
+                self.skipped[scan["scan_id"]] = SPLIT
             return
         try:
             self._score(scan, result, other)

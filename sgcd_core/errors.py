@@ -39,6 +39,7 @@ CODES: dict[str, str] = {
     "SCAN-REGISTRATION": "The scan could not be aligned with the template.",
     "SCAN-NO-SITE": "No site is known for this scan, or its name is too long.",
     "SCAN-DUPLICATE": "The same bytes are listed under another name.",
+    "SCAN-SPLIT": "Other scans of this subject are not of the split test, so it is not scored.",
     "SCAN-FAILED": "Harmonizing this scan failed in an unexpected way.",
     "SCAN-DEADLINE": "Working on this scan took longer than it may (--scan-deadline).",
     "SCAN-QUARANTINED": "This scan ended its worker three times and is set aside.",

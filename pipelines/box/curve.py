@@ -8,12 +8,13 @@ from pathlib import Path
 from pipelines.figures import COLOURS, MUTED, as_png, new_figure, plain_axes
 
 
-def learning_curve(losses: Path, title: str) -> bytes:
+def learning_curve(losses: Path, title: str, held_out: str = "never trained on") -> bytes:
     """A PNG of the lines that `train_network` writes, one a stretch of steps.
 
     Args:
         losses: `losses.jsonl`.
         title: Above the axes.
+        held_out: What the error that is not trained on is of.
     """
     rows = [json.loads(line) for line in losses.read_text().splitlines()]
     steps = [row["step"] for row in rows]
@@ -23,7 +24,7 @@ def learning_curve(losses: Path, title: str) -> bytes:
     held = [(row["step"], row["held_out"]) for row in rows if "held_out" in row]
     if held:
         axes.plot(*zip(*held, strict=True), color=COLOURS["after"], lw=1.8,
-                  label="six sites of four other heads")  # fmt: skip
+                  label=held_out)  # fmt: skip
     axes.set_xlabel("steps", fontsize=8)
     axes.set_ylabel("mean L_N, network scale", fontsize=8)
     axes.set_title(title, fontsize=9)

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pipelines.box.made import Made, require_same
 from sgcd_core.batch import Batch
 from sgcd_core.diffusion.look_filter import LookFilter
 from sgcd_core.diffusion.network import LookEmbedding
@@ -86,16 +87,19 @@ class Normals:
         """All samples of all parts."""
         return cls._of([torch.cat(rows) for rows in zip(*(p._rows() for p in parts), strict=True)])
 
-    def save(self, path: Path) -> None:
-        """Complete or not at all."""
+    def save(self, path: Path, made: Made) -> None:
+        """Complete or not at all, with what they were made with."""
         temporary = path.with_suffix(".tmp")
-        torch.save(self._rows(), temporary)
+        torch.save({"made": dict(made), "rows": self._rows()}, temporary)
         temporary.replace(path)
 
     @classmethod
-    def load(cls, path: Path) -> Normals:
-        """What `save` wrote."""
-        return cls._of(torch.load(path, weights_only=True))
+    def load(cls, path: Path, made: Made) -> Normals:
+        """What `save` wrote; UsageError where that was made with something else."""
+        found = torch.load(path, weights_only=True)
+        says = isinstance(found, dict)
+        require_same(path, found["made"] if says else None, made)
+        return cls._of(found["rows"])
 
     def _rows(self) -> list[Tensor]:
         return [self.labels, *self.error, *self.unlike]

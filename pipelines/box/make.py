@@ -2,7 +2,8 @@
 
 Producers render random sites as they are wanted: each scan serves once, for the look filter or the
 network of one preset. With `--refit` the composition model is fitted once enough of them are
-measured; the network is then trained for `--minutes`. Run again to go on.
+measured; the network is then trained for `--minutes`. Run the same again to go on; other settings,
+another composition model and other anatomies want another folder.
 Anatomies beyond the first `--anatomies` show the error on heads and sites never trained on.
 """
 
@@ -13,8 +14,12 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
+import threading
 from collections.abc import Sequence
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import torch
 from threadpoolctl import threadpool_limits
@@ -26,13 +31,22 @@ from pipelines.box.composition import (
     score_composition,
 )
 from pipelines.box.curve import learning_curve
+from pipelines.box.made import heads_of
 from pipelines.box.network import train_network
-from pipelines.box.scans import SUBJECTS, Pool, SiteScans, produce, wait_for
+from pipelines.box.scans import (
+    ANATOMIES_AT_ONCE,
+    SEQUENCES,
+    SUBJECTS,
+    Pool,
+    SiteScans,
+    produce,
+    wait_for,
+)
 from pipelines.cohort import list_anatomies
 from pipelines.spawned import begin_worker
-from sgcd_core.box import composition_bytes, load_composition
+from sgcd_core.box import Box, composition_bytes, load_composition
 from sgcd_core.config import load_config
-from sgcd_core.style.composition import Composition, joined
+from sgcd_core.style.composition import Composition, composition_from_state, joined
 
 SEED = 2026
 #: One site in so many is kept for scoring the composition model.
@@ -42,6 +56,8 @@ HELD_SITES = 6
 #: Files of the pool before training begins; without a look filter to fit, the usual details of
 #: looks are taken from those that are there.
 FIRST = 20
+#: The composition model that `--refit` made.
+REFITTED = "composition.safetensors"
 #: What is different from training on scans: these scans have no noise, so voxels can be compared,
 #: and they can be sharpened; a window's histogram is no brain's, so there is no record.
 SETTINGS = (
@@ -87,6 +103,8 @@ def main(words: Sequence[str] | None = None) -> None:
     pool = Pool(args.work / "pool")
     found = list_anatomies(args.anatomy)
     anatomies = [*found[: args.anatomies], *list_anatomies(None)]
+    pool.claim(anatomies)
+    pool.ended.unlink(missing_ok=True)
     context = multiprocessing.get_context("spawn")
     producers = [
         context.Process(
@@ -96,13 +114,14 @@ def main(words: Sequence[str] | None = None) -> None:
         )
         for n in range(args.producers)
     ]
-    for producer in producers:
+    for n, producer in enumerate(producers):
         producer.start()
+        threading.Thread(target=_watch, args=(pool, n, producer), daemon=True).start()
     try:
         settings = [*SETTINGS, *SETTINGS_OF.get(args.preset, ()), *args.settings]
         config = load_config(args.preset, settings=settings)
         composition = _composition(args.work, pool, args.sites, args.refit, args.keep_fits)
-        wait_for(lambda: len(pool.files()) >= FIRST, f"{FIRST} files")
+        wait_for(lambda: len(pool.files()) >= FIRST, f"{FIRST} files", ended=pool.ended)
         held = _held_out(args.work, found[args.anatomies :])
         weights = train_network(
             pool, config, composition, args.work / args.preset, minutes=args.minutes,
@@ -116,15 +135,14 @@ def main(words: Sequence[str] | None = None) -> None:
     losses = args.work / args.preset / "losses.jsonl"
     if losses.exists():
         picture = args.work / args.preset / "curve.png"
-        picture.write_bytes(learning_curve(losses, f"the box of preset {args.preset}"))
+        title = f"the box of preset {args.preset}"
+        picture.write_bytes(learning_curve(losses, title, *_described(held)))
     if args.install:
         goal = Path(__file__).parents[2] / "sgcd_core" / "weights"
         goal.mkdir(exist_ok=True)
         shutil.copy(weights, goal / weights.name)
         if args.refit:
-            meta = {"sites": len(read_sites(_profiles(args.work), SUBJECTS)) // 2, "seed": SEED,
-                    "fits": len(composition.members)}  # fmt: skip
-            (goal / "composition.safetensors").write_bytes(composition_bytes(composition, meta))
+            shutil.copy(args.work / REFITTED, goal / REFITTED)
     print(f"weights: {weights} ({weights.stat().st_size / 2**20:.1f} MiB)")
 
 
@@ -149,9 +167,29 @@ def _produce(work: Path, anatomies: list[str], worker: int, workers: int, at_lea
     )
 
 
+def _watch(pool: Pool, number: int, producer: BaseProcess) -> None:
+    """Wait for a producer's end and say it in the pool, unless it was told to by SIGTERM."""
+    producer.join()
+    if producer.exitcode not in (None, -signal.SIGTERM):
+        pool.say_ended(f"producer {number} ended with exit code {producer.exitcode}")
+
+
+def _described(held: Pool | None) -> list[str]:
+    """What a pool of `_held_out` holds, in words; of so few sites all are of the same heads."""
+    if held is None:
+        return []
+    heads = min(len(held.anatomies()), ANATOMIES_AT_ONCE + 1)
+    return [f"{len(held.files()) // len(SEQUENCES)} sites of {heads} other heads"]
+
+
 def _held_out(work: Path, anatomies: list[str]) -> Pool | None:
-    """Sites of other anatomies than those trained on; None where no anatomy is left for them."""
+    """Sites of other anatomies than those trained on; None where no anatomy is left for them.
+
+    Raises:
+        UsageError: There are such sites of other anatomies than these: some may be trained on now.
+    """
     pool = Pool(work / "held-out")
+    pool.claim(anatomies)
     if anatomies:
         produce(pool, anatomies, SEED + 1, sites=HELD_SITES)
     return pool if pool.files() else None
@@ -165,11 +203,22 @@ def _profiles(work: Path) -> list[Path]:
 def _composition(
     work: Path, pool: Pool, sites: int, refit: bool, keep: bool = False
 ) -> Composition:
-    """The package's model, or one fitted now; with `keep`, the fits of both."""
+    """The package's model, or one fitted now; with `keep`, the fits of both.
+
+    One that was fitted for the same command is taken again, so that what it serves goes on.
+    """
     packaged = load_composition()
     if packaged is not None and not refit:
         return packaged
-    wait_for(lambda: len(pool.files()) >= 2 * sites, f"{sites} sites", seconds=24 * 3600)
+    asked = {"sites": sites, "keep": keep, "anatomies": heads_of(pool)}
+    path = work / REFITTED
+    kept = _kept(path, asked)
+    if kept is not None:
+        return kept
+    wait_for(
+        lambda: len(pool.files()) >= 2 * sites, f"{sites} sites", seconds=24 * 3600,
+        ended=pool.ended,
+    )  # fmt: skip
     rows = read_sites(_profiles(work), SUBJECTS)
     # a site's two sequences follow each other and stay on one side
     held = (torch.arange(len(rows)) // 2 % HELD_OUT == 0).numpy()
@@ -179,4 +228,14 @@ def _composition(
     model = fit_composition(rows)
     if keep and packaged is not None:
         model = joined(packaged, model)
-    return model
+    meta = {"sites": len(rows) // 2, "seed": SEED, "fits": len(model.members), "asked": asked}
+    temporary = path.with_suffix(".tmp")
+    temporary.write_bytes(composition_bytes(model, meta))
+    temporary.replace(path)
+    return _kept(path, asked) or model  # as it is kept, in half precision
+
+
+def _kept(path: Path, asked: dict[str, Any]) -> Composition | None:
+    """The composition model that was fitted before, if the same was asked for."""
+    box = Box.from_bytes(path.read_bytes()) if path.exists() else Box({})
+    return composition_from_state(box.network) if box.meta.get("asked") == asked else None

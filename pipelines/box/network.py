@@ -17,6 +17,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from pipelines.box.filters import Normals, fit_look_filter, normals_of, score_look_filter
+from pipelines.box.made import made_of, require_same
 from pipelines.box.scans import SUBJECTS, Pool, wait_for
 from sgcd_core.batch import Batch, make_batch, sample_seed
 from sgcd_core.box import Box, shape_of
@@ -88,7 +89,7 @@ class Samples(IterableDataset[dict[str, Any]]):
             path, index = files[int(rng.integers(len(files)))], int(rng.integers(SUBJECTS))
         else:
             path, index = self.pool.scan(self.pool.take(self.user, number + 1)[number])
-            wait_for(path.exists, path.name)
+            wait_for(path.exists, path.name, ended=self.pool.ended)
         return self.sample(path, index, number, rng)
 
     def sample(
@@ -171,14 +172,19 @@ def filter_normals(
     pool: Pool, config: SgcdConfig, composition: Composition, path: Path, count: int,
     user: str | None = None,
 ) -> Normals:  # fmt: skip
-    """What `count` whole samples say about the look filter; `path` keeps those that are there."""
+    """What `count` whole samples say about the look filter; `path` keeps those that are there.
+
+    Raises:
+        UsageError: Those there were made with other settings, composition model or anatomies.
+    """
     whole = config.model_copy(
         update={"global_stage": config.global_stage.model_copy(update={"crop": None})}
     )
     samples = Samples(pool, whole, composition, FILTER_SEED, user)
     look_filter = build_network(config).look_filter
     assert look_filter is not None
-    found = Normals.load(path) if path.exists() else None
+    made = made_of(config, composition, pool)
+    found = Normals.load(path, made) if path.exists() else None
     while found is None or len(found) < count:
         start = 0 if found is None else len(found)
         rows = [
@@ -186,7 +192,7 @@ def filter_normals(
             for number in range(start, min(count, start + FILTER_PART))
         ]
         found = Normals.joined([*([] if found is None else [found]), *rows])
-        found.save(path)
+        found.save(path, made)
     return found
 
 
@@ -221,6 +227,10 @@ def train_network(
             reported as `held_out`.
         filter_samples: Whole scans that the look filter is fitted to; 0 keeps it as it starts.
         report: Called with the mean losses of each such stretch.
+
+    Raises:
+        UsageError: What lies in `folder` was made with other settings, composition model or
+            anatomies.
     """
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint, weights = folder / "checkpoint.pt", folder / f"{config.preset}.safetensors"
@@ -228,9 +238,11 @@ def train_network(
     network = cast(CellNetwork, unwrapped(stage.network))
     look_filter = network.look_filter
     assert look_filter is not None
-    fitted_to = 0
+    made, fitted_to = made_of(config, composition, pool), 0
     if checkpoint.exists():
-        stage.load_state_dict(torch.load(checkpoint, weights_only=True))
+        state = torch.load(checkpoint, weights_only=True)
+        require_same(checkpoint, state.get("made"), made)
+        stage.load_state_dict(state)
         fitted_to = Box.from_bytes(weights.read_bytes()).meta.get("filter_volumes", 0)
     else:
         if start_from is not None:
@@ -272,7 +284,7 @@ def train_network(
         temporary = folder / "saving"
         temporary.write_bytes(box.to_bytes())
         temporary.replace(weights)
-        torch.save(stage.state_dict(), temporary)
+        torch.save({**stage.state_dict(), "made": made}, temporary)
         temporary.replace(checkpoint)
         if rows:
             mean = {k: float(np.mean([r[k] for r in rows])) for k in rows[0]}

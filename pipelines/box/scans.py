@@ -33,6 +33,7 @@ from pipelines.cohort import (
 )
 from pipelines.cohort.anatomy import CENTRE
 from sgcd_core.config import load_config
+from sgcd_core.errors import SgcdError, UsageError
 from sgcd_core.style.look import measure_look
 from sgcd_core.volume.bias import bias_field
 from sgcd_core.volume.resample import resample_masked
@@ -131,8 +132,8 @@ def _on_grids(
 class Pool:
     """A folder of numbered random sites: producers add, and no scan is handed out twice.
 
-    Files stay (11 MB a site); `taken.json` tells which scans are whose. Who trains a preset anew in
-    the same folder is given the same scans again.
+    Files stay (11 MB a site); `taken.json` tells which scans are whose, `anatomies.json` of which
+    heads they are. Who trains a preset anew in the same folder is given the same scans again.
 
     Args:
         folder: Where the files lie.
@@ -143,6 +144,42 @@ class Pool:
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.mixed = mixed
+
+    @property
+    def ended(self) -> Path:
+        """Where it is said that a producer ended, which nobody wanted."""
+        return self.folder / "ended.txt"
+
+    def anatomies(self) -> list[str]:
+        """Label maps that the sites are made of, in order; none where nobody has said."""
+        path = self.folder / "anatomies.json"
+        return list(json.loads(path.read_text())) if path.exists() else []
+
+    def claim(self, anatomies: Sequence[str]) -> None:
+        """Say which label maps the sites are made of.
+
+        Raises:
+            UsageError: There are sites of others, or of nobody knows which.
+        """
+        if self.anatomies() == list(anatomies):
+            return
+        if self.files():
+            raise UsageError(
+                "the sites there were not made of the same anatomies.", where=str(self.folder),
+                hint="Take another folder, or take the sites there away.",
+            )  # fmt: skip
+        self._write("anatomies.json", json.dumps(list(anatomies)))
+
+    def _write(self, name: str, text: str) -> None:
+        """A file, complete or not at all, whoever else writes it."""
+        handle, temporary = tempfile.mkstemp(dir=self.folder, suffix=".tmp")
+        with os.fdopen(handle, "w") as stream:
+            stream.write(text)
+        os.replace(temporary, self.folder / name)
+
+    def say_ended(self, what: str) -> None:
+        """Tell all who wait for sites that there will be no more, and why."""
+        self._write(self.ended.name, what)
 
     def files(self) -> list[Path]:
         """Complete files by the number of their site."""
@@ -181,10 +218,8 @@ class Pool:
             missing = -(-count // HANDFUL) - len(mine)
             if missing > 0:
                 mine += range(len(users), len(users) + missing)
-                temporary = self.folder / "taken.tmp"
                 said = {**self._sizes(), "users": [*users, *[user] * missing]}
-                temporary.write_text(json.dumps(said))
-                os.replace(temporary, self.folder / "taken.json")
+                self._write("taken.json", json.dumps(said))
         return [HANDFUL * n + k for n in mine for k in range(HANDFUL)][:count]
 
     def wanted(self) -> int:
@@ -243,7 +278,11 @@ def produce(
         sites: How many the pool is to hold; None for ever.
         at_least: Made before any is wanted.
         measured: Called with the number of each site and its scans as well.
+
+    Raises:
+        UsageError: The pool is of other anatomies.
     """
+    pool.claim(anatomies)
     loaded: list[Anatomy] = []
     block = -1
     for number in itertools.count(worker, workers) if sites is None else range(sites):
@@ -264,10 +303,28 @@ def produce(
             pool.add(number, scans)
 
 
-def wait_for(there: Callable[[], bool], what: str, seconds: float = 600.0) -> None:
-    """Until something is in the pool; raises `TimeoutError`, which says what."""
+def wait_for(
+    there: Callable[[], bool], what: str, seconds: float = 600.0, ended: Path | None = None
+) -> None:
+    """Until something is in the pool.
+
+    Args:
+        there: Whether it is.
+        what: It.
+        seconds: How long at most.
+        ended: See `Pool.ended`.
+
+    Raises:
+        SgcdError: A producer has ended.
+        TimeoutError: It took too long.
+    """
     end = time.monotonic() + seconds
     while not there():
+        if ended is not None and ended.exists():
+            raise SgcdError(
+                f"the pool has no {what}, and {ended.read_text()}.", where=str(ended.parent),
+                hint="Its own error stands above; the same command goes on.",
+            )  # fmt: skip
         if time.monotonic() > end:
             raise TimeoutError(f"after {seconds:.0f} s the pool has no {what}; is it produced?")
         time.sleep(0.2)

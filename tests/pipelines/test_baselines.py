@@ -74,6 +74,38 @@ def test_nyul_hits_the_standard_landmarks_of_the_training_scans():
     assert np.abs(np.percentile(out[mask], steps) - standard).max() < 0.01
 
 
+@pytest.mark.parametrize("share", [0.12, 0.5, 0.995])
+@pytest.mark.parametrize("end", ["lowest", "highest"])
+def test_nyul_makes_numbers_of_a_scan_with_many_voxels_of_one_intensity(share, end):
+    fitted = make_baseline("nyul", "T1w").fit([brain(seed) for seed in range(3)])
+    image, mask = brain(9)
+    image = other_scanner(image, mask)
+    values = image[mask]
+    if end == "lowest":
+        values[values <= np.quantile(values, share)] = 0
+    else:
+        values[values >= np.quantile(values, 1 - share)] = 1
+    image[mask] = values
+    out = fitted.apply(image, mask)
+    assert np.isfinite(out).all() and out.min() >= 0 and out.max() <= 1
+    order = np.argsort(values, kind="stable")
+    assert (np.diff(out[mask][order]) >= 0).all()
+
+
+def test_nyul_of_usual_scans_is_the_library_s_to_the_bit():
+    from intensity_normalization.adapters.images import NumpyImageAdapter as Adapter
+
+    fitted = make_baseline("nyul", "T1w").fit([brain(seed) for seed in range(3)])
+    for seed in range(4, 8):
+        image, mask = brain(seed)
+        image = other_scanner(image, mask)
+        theirs = fitted._normalizer.transform(
+            Adapter(image.astype(np.float64)), Adapter(mask.astype(np.float64))
+        ).get_data()
+        wanted = np.where(mask, np.clip(theirs, 0, 1), 0).astype(np.float32)
+        np.testing.assert_array_equal(fitted.apply(image, mask), wanted)
+
+
 def test_an_unknown_method_is_named():
     with pytest.raises(UsageError, match="no method 'magic'; there are raw, nyul"):
         make_baseline("magic", "T1w")

@@ -18,7 +18,7 @@ import torch
 from scipy import ndimage
 from skimage.metrics import structural_similarity
 
-from pipelines.box import scans
+from pipelines.box import make, scans
 from pipelines.box.composition import (
     _ROW,
     fit_anatomy,
@@ -43,6 +43,7 @@ from sgcd_core.batch import make_batch
 from sgcd_core.box import Box
 from sgcd_core.config import load_config
 from sgcd_core.diffusion.network import build_network
+from sgcd_core.errors import SgcdError, UsageError
 from sgcd_core.global_stage import GlobalStage
 from sgcd_core.style.composition import Composition, CompositionModel
 from sgcd_core.style.look import LEVELS, LOOK_SIZE, PROFILE_SIZE, measure_look
@@ -340,6 +341,125 @@ def test_the_box_is_trained_on_from_where_it_was_left(tmp_path, monkeypatch):
         start_from=weights, filter_samples=0,
     )  # fmt: skip
     assert Box.from_bytes(after.read_bytes()).meta["filter_volumes"] == 6
+
+
+def test_a_run_goes_on_only_with_what_it_began_with(tmp_path, monkeypatch):
+    monkeypatch.setattr(scans, "HANDFUL", 6)
+    quick = functools.partial(fit_look_filter, steps=5)
+    monkeypatch.setattr("pipelines.box.network.fit_look_filter", quick)
+    pool, model, folder = filled(tmp_path / "pool"), small_model(), tmp_path / "tiny"
+
+    def run(*settings, model=model, samples=6):
+        config = load_config("tiny", settings=[*NARROW, *settings])
+        return train_network(
+            pool, config, model, folder, minutes=5, total_steps=0, beside=False,
+            filter_samples=samples,
+        )  # fmt: skip
+
+    def refused(file, what, *settings, model=model):
+        with pytest.raises(UsageError, match=f"{file} was not made with the same {what}") as error:
+            run(*settings, model=model)
+        assert error.value.where == str(folder)
+
+    weights = run()
+    before = weights.read_bytes()
+    other = Composition([CompositionModel(2, hidden=5)])
+    for file in ("checkpoint.pt", "filter.pt"):
+        refused(file, "settings[.]", "condition.sharpen_mm=0.9")
+        refused(file, "composition model[.]", model=other)
+        (pool.folder / "anatomies.json").write_text('["another"]')
+        refused(file, "anatomies[.]")
+        (pool.folder / "anatomies.json").unlink()
+        assert weights.read_bytes() == before
+        run()
+        (folder / "checkpoint.pt").unlink()
+    state = torch.load(folder / "filter.pt", weights_only=True)
+    run(samples=9)  # the same goes on, with more samples too
+    more = torch.load(folder / "filter.pt", weights_only=True)["rows"]
+    assert len(more[0]) == 9 and torch.equal(more[2][:6], state["rows"][2])
+    torch.save(more, folder / "filter.pt")  # as they were kept before they said what made them
+    (folder / "checkpoint.pt").unlink()
+    refused("filter.pt", "settings and composition model and anatomies")
+
+
+def test_a_pool_is_of_the_same_heads_for_ever(tmp_path, monkeypatch):
+    monkeypatch.setattr(scans, "load_anatomy", lambda name: name)
+    both = [site(1, sequence) for sequence in ("T1w", "T2w")]
+    monkeypatch.setattr(scans, "random_site", lambda *_: both)
+    monkeypatch.setattr(Pool, "add", lambda pool, n, x: pool.path(x.sequence, n).touch())
+    pool = Pool(tmp_path / "pool")
+    scans.produce(pool, ["a", "b", "template"], 5, sites=1)
+    scans.produce(pool, ["a", "b", "template"], 5, sites=2)
+    with pytest.raises(UsageError, match="not made of the same anatomies"):
+        scans.produce(pool, ["a", "b", "c", "template"], 5, sites=3)
+    assert pool.anatomies() == ["a", "b", "template"] and len(pool.files()) == 4
+    (pool.folder / "anatomies.json").unlink()  # as pools were before they said
+    with pytest.raises(UsageError):
+        scans.produce(pool, ["a", "b", "template"], 5, sites=3)
+
+    assert make._held_out(tmp_path, []) is None
+    held = make._held_out(tmp_path, ["c", "d"])
+    assert make._described(held) == ["6 sites of 2 other heads"] and make._described(None) == []
+    for trained_on_now in (["d"], []):
+        with pytest.raises(UsageError):
+            make._held_out(tmp_path, trained_on_now)
+
+
+def test_the_curve_says_what_is_held_out(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("pipelines.box.curve.as_png", drawn.append)
+    losses = tmp_path / "losses.jsonl"
+    losses.write_text('{"step": 1, "noise": 0.1, "held_out": 0.2}\n')
+    learning_curve(losses, "tiny", "6 sites of 2 other heads")
+    labels = [text.get_text() for text in drawn[0].axes[0].get_legend().get_texts()]
+    assert labels == ["trained on", "6 sites of 2 other heads"]
+
+
+@pytest.mark.parametrize("end", [functools.partial(sys.exit, 3), os.abort])
+def test_who_waits_for_producers_that_ended_is_told(end, tmp_path):
+    pool = Pool(tmp_path)
+    producer = multiprocessing.get_context("spawn").Process(target=end, daemon=True)
+    producer.start()
+    make._watch(pool, 2, producer)
+    code = producer.exitcode
+    config, model, began = load_config("tiny"), small_model(), time.monotonic()
+    with pytest.raises(SgcdError, match=f"and producer 2 ended with exit code {code}[.]"):
+        Samples(pool, config, model, 3, "somebody").numbered(0)
+    assert time.monotonic() - began < 60
+    scans.wait_for(lambda: True, "what is there", ended=pool.ended)
+
+
+def test_producers_that_are_told_to_end_alarm_nobody(tmp_path):
+    pool = Pool(tmp_path)
+    process = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(60,))
+    process.start()
+    process.terminate()
+    make._watch(pool, 0, process)
+    assert not pool.ended.exists()
+
+
+def test_a_composition_model_that_was_fitted_serves_the_same_command_again(tmp_path, monkeypatch):
+    quick = functools.partial(fit_composition, members=1, steps=1, hidden=4)
+    monkeypatch.setattr(make, "fit_composition", quick)
+    pool, folder, rng = Pool(tmp_path / "pool"), tmp_path / "profiles", np.random.default_rng(0)
+    folder.mkdir()
+
+    def measured(numbers):
+        for number in numbers:
+            rows = rng.uniform(size=(2, 5, _ROW)).astype(np.float32)
+            rows[..., 0] = [[0], [1]]
+            (folder / f"{number:07d}.f32").write_bytes(rows.tobytes())
+            for name in ("T1w", "T2w"):
+                pool.path(name, number).touch()
+
+    def fitted(sites):
+        return make._composition(tmp_path, pool, sites, True).members[0].linear
+
+    measured(range(8))
+    first = fitted(8)
+    measured([8])  # by producers, while the network was trained
+    assert torch.equal(fitted(8), first)
+    assert not torch.equal(fitted(7), first)
 
 
 def test_the_composition_model_is_fitted_to_what_was_measured(tmp_path):

@@ -11,6 +11,7 @@ from fake_lake import fake_lake
 
 from pipelines.catalog import Catalog
 from pipelines.downstream import (
+    NONFINITE,
     REPEATS,
     Sample,
     combat_features,
@@ -174,6 +175,27 @@ def test_a_site_of_one_subject_is_left_out_and_named():
     assert lines == [] and any("two sites" in note for note in notes)
 
 
+def test_features_that_are_no_numbers_cost_a_method_those_scans_and_no_more():
+    ages = np.random.default_rng(0).uniform(20, 80, 60)
+    methods = ("raw", "nyul", "sgcd")
+    whole, usual = (sample_of(people(), telling, ages, methods) for _ in range(2))
+    whole.features["nyul"][3] = np.full(12, np.nan)
+    whole.features["nyul"][30][5] = np.inf
+    lines, notes = score_sample("T1w", whole)
+    before, none = score_sample("T1w", usual)
+    assert none == [] and len(notes) == 1
+    assert "2 of 60 scans left out for nyul" in notes[0] and NONFINITE in notes[0]
+    for line, other in zip(lines, before, strict=True):
+        assert line.by_method["raw"] == other.by_method["raw"] == other.by_method["nyul"]
+        assert line.by_method["sgcd"] == other.by_method["sgcd"]
+        assert np.isfinite(line.by_method["nyul"].mean)
+    whole.features["nyul"] = [np.full(12, np.nan)] * 60
+    assert set(score_sample("T1w", whole)[0][0].by_method) == {"raw", "sgcd"}
+    whole.features["raw"][7] = np.full(12, np.nan)
+    lines, _ = score_sample("T1w", whole, combat=True)
+    assert {(line.subjects, line.scans) for line in lines} == {(59, 59)}
+
+
 # a whole lake
 
 
@@ -209,6 +231,22 @@ def test_evaluating_again_adds_nothing(downstream):
     assert again.lines == first.lines
 
 
+def test_a_scan_whose_features_are_no_numbers_has_its_code(tmp_path, monkeypatch):
+    lake, config = fake_lake(str(tmp_path), lambda scan, truth: truth)
+    usual, seen = features_of, []
+
+    def once_nan(network, image, mask):
+        seen.append(image)
+        found = usual(network, image, mask)
+        return found * np.nan if len(seen) == 2 else found  # the first scan by Nyúl's method
+
+    monkeypatch.setattr("pipelines.downstream.features_of", once_nan)
+    found = evaluate_downstream(lake, "target-T", 1, config, features="statistics")
+    first = sorted(r["scan_id"] for r in Catalog(lake).rows("results").to_pylist())[0]
+    assert found.skipped == {first: NONFINITE}
+    assert by_measure(found.lines)["site_f1"].by_method.keys() == {"raw", "nyul", "sgcd"}
+
+
 # features
 
 
@@ -227,7 +265,7 @@ def test_resnet18_is_read_from_a_file_without_its_last_layer(spec, resnet, tmp_p
     torch.save(resnet.state_dict(), tmp_path / "net.pth")
     save_file(resnet.state_dict(), tmp_path / "net.safetensors")
     network = load_features(spec.format(tmp_path))
-    assert network.name == "resnet18"
+    assert network.name.startswith("resnet18-") and len(network.name) == 17
     image = np.random.default_rng(0).random((24, 28, 24), dtype=np.float32)
     mask = np.zeros(image.shape, bool)
     mask[3:20, 3:25, 3:20] = True
@@ -243,6 +281,17 @@ def test_resnet18_is_read_from_a_file_without_its_last_layer(spec, resnet, tmp_p
         wanted = resnet((slices - mean) / std).mean(0)
         got = resnet.fc(torch.from_numpy(found).float())
     torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-4)
+
+
+def test_other_weights_have_another_name(resnet, tmp_path):
+    weights = resnet.state_dict()
+    names = []
+    for number, scale in enumerate((1, 1, 2)):
+        changed = {**weights, "conv1.weight": scale * weights["conv1.weight"]}
+        torch.save(changed, tmp_path / f"{number}.pth")
+        names.append(load_features(f"resnet18:{tmp_path}/{number}.pth").name)
+    assert names[0] == names[1] != names[2]
+    assert load_features("statistics").name == "statistics"
 
 
 def test_what_lies_outside_the_brain_does_not_matter():

@@ -9,8 +9,9 @@ import pytest
 from fake_lake import add_scan, brain, fake_lake, make_config
 
 from pipelines.catalog import Catalog
-from pipelines.evaluate import SITE_DISTANCE, evaluate, find_truth
+from pipelines.evaluate import SITE_DISTANCE, SPLIT, evaluate, find_truth
 from pipelines.lake import Lake
+from pipelines.tissue import evaluate_tissue
 from pipelines.verdict import summarize
 from sgcd_core.errors import ModelError
 
@@ -142,6 +143,24 @@ def test_a_scan_training_may_have_seen_is_no_truth():
     assert find_truth(scan, [base | {"dataset": "other"}], "T") is None
     assert find_truth(scan, [base | {"sequence": "T2w"}], "T") is None
     assert find_truth(scan | {"split": "train"}, [base], "T") is None
+
+
+@pytest.mark.parametrize("split", ["train", None])
+def test_a_subject_that_was_trained_on_is_scored_at_no_site_and_it_is_said(split, tmp_path):
+    lake, config = fake_lake(str(tmp_path), perfect, sites=("A",))
+    catalog = Catalog(lake)
+    scans = catalog.rows("scans").to_pylist()
+    mine = [s for s in scans if s["subject"] == "x0"]
+    (scan,), (truth,) = ([s for s in mine if s["site"] == site] for site in "AT")
+    assert find_truth(scan, scans, "T") == truth
+    other = scan | {"scan_id": "9" * 32, "uri": f"{lake.uri}/raw/again.nii.gz", "split": split}
+    catalog.append("scans", [other | {"recorded_at": None}])
+    assert find_truth(scan, [*scans, other], "T") is None
+    assert find_truth(scan, [*scans, other | {"dataset": "another"}], "T") == truth
+    voxels, tissues = (task(lake, "target-T", 1, config) for task in (evaluate, evaluate_tissue))
+    assert voxels.pairs == tissues.pairs == 1
+    assert voxels.skipped == tissues.skipped == {scan["scan_id"]: SPLIT}
+    assert set(catalog.frame("metrics").subject) == {"x1"}
 
 
 def test_nothing_harmonized_is_an_error(tmp_path):

@@ -109,7 +109,15 @@ def test_a_program_gets_brain_and_mask_and_its_labels_come_back(tmp_path):
     segmenter = make_segmenter(program(tmp_path, BY_LEVEL + SAVE))
     labels = segmenter.segment(image, mask, "T1w", GRID)
     assert (labels == truth).mean() > 0.999
-    assert segmenter.name == Path(sys.executable).name
+    assert segmenter.name.startswith(f"{Path(sys.executable).name}-")
+
+
+def test_two_commands_of_one_program_have_two_names():
+    python = shlex.quote(sys.executable)
+    commands = [f"{python} {x} {{input}} {{output}}" for x in ("a.py", "b.py", "  'a.py'")]
+    names = [make_segmenter(command).name for command in commands]
+    assert names[0] == names[2] != names[1]
+    assert [make_segmenter(name).name for name in ("gmm", "kmeans")] == ["gmm", "kmeans"]
 
 
 def test_labels_of_freesurfer_and_of_another_grid_are_understood(tmp_path):
