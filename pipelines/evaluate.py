@@ -151,8 +151,9 @@ def split_apart(scan: Row, scans: Sequence[Row], target: str | None) -> bool:
 
 
 def _may_be_trained_on(scan: Row, scans: Sequence[Row]) -> bool:
+    """Whether a usable scan of the same person is in another split; what is gone is in none."""
     who = person(scan)
-    return any(s["split"] != "test" and person(s) == who for s in scans)
+    return any(s["split"] != "test" and s["status"] == "ok" and person(s) == who for s in scans)
 
 
 def _at_target(scan: Row, scans: Sequence[Row], target: str | None) -> Row | None:

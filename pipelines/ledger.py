@@ -180,6 +180,19 @@ def open_attempts(lake: Lake, model_key: str) -> set[str]:
     return {item.uri.rsplit("/", 2)[1] for item in Store().list(root)}
 
 
+def is_committed(lake: Lake, model_key: str, scan_id: str, digest: str | None) -> bool:
+    """Whether the last try of a scan is the one whose row says `digest` of its output.
+
+    A driver that dies between its commit and `end_attempts` leaves such tries.
+    """
+    if digest is None:
+        return False
+    found = Store().list(_folder(lake, model_key, scan_id))
+    tries = sorted(item.uri for item in found if _is_try(item.uri))
+    body = _read(tries[-1]) if tries else None
+    return body is not None and body.get(_ROW, {}).get("output_sha256") == digest
+
+
 def forgive_attempts(lake: Lake, model_key: str, run: str) -> None:
     """Take back the tries that the end of the run `run` cut short: no scan is to blame for them.
 

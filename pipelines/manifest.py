@@ -14,13 +14,14 @@ from pipelines.bids_links import told_apart
 from pipelines.scan_list import Listed, absolute, dataset_name, list_source
 from sgcd_core.config import PrepareConfig
 from sgcd_core.errors import REPLACED, SgcdError
-from sgcd_core.io.store import LONGEST_NAME, Store, is_s3, sha256_hex
+from sgcd_core.io.store import Store, is_s3, sha256_hex
 from sgcd_core.volume.checks import examine
 from sgcd_core.volume.prepare import SEQUENCES
 
 WORKERS = 4
-#: Bytes of a site's name; a disk takes 255 in a folder's, and those of models hold more than this.
-LONGEST_SITE = 180
+#: Bytes of a site's name, and as a table encodes it; a disk takes 255 in a folder's name, and those
+#: of models hold more than the first, those of tables up to nine more than the second.
+LONGEST_SITE, LONGEST_ENCODED = 180, 246
 
 
 @dataclass
@@ -213,7 +214,7 @@ def _in_folders(row: Mapping[str, Any]) -> dict[str, Any]:
 
 def _names_a_folder(value: str) -> bool:
     """Whether a disk takes `value` in names of folders: of a table, encoded, and of a model."""
-    return len(quote(value, safe="")) <= LONGEST_NAME and len(value.encode()) <= LONGEST_SITE
+    return len(quote(value, safe="")) <= LONGEST_ENCODED and len(value.encode()) <= LONGEST_SITE
 
 
 def _judge_facts(
@@ -234,8 +235,8 @@ def _judge_facts(
     if row["site"] != said["site"]:
         return _failed(
             row, "SCAN-NO-SITE",
-            f"the name of the site is too long: it may have {LONGEST_SITE} letters, 40 where they "
-            "are Cyrillic and 26 where they are Chinese. Give the site a shorter one.",
+            f"the name of the site is too long: it may have {LONGEST_SITE} letters, 41 where they "
+            "are Cyrillic and 27 where they are Chinese. Give the site a shorter one.",
         )  # fmt: skip
     if row["site"] is None:
         return _failed(

@@ -15,7 +15,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipelines.catalog import Catalog
-from pipelines.ledger import model_key, open_attempts
+from pipelines.lake import Lake
+from pipelines.ledger import is_committed, model_key, open_attempts
 from sgcd_core.errors import REPLACED, InputError
 
 #: Failures that say nothing about the scan: planned again without being asked.
@@ -133,11 +134,8 @@ def plan(
     mine = results.take(pc.index_in(scans["scan_id"], results["scan_id"].combine_chunks()))
     relabelled = labels_differ(scans, mine)
     if not force:
-        opened = pa.array(
-            sorted(open_attempts(catalog.lake, model_key(model, version))), pa.string()
-        )
-        rewritten = pc.is_in(scans["scan_id"], opened)
-        rules += _by_result(mine, relabelled, rewritten, only_new, retry_failed)
+        opened = None if only_new else _opened(catalog.lake, model_key(model, version), results)
+        rules += _by_result(mine, relabelled, opened, retry_failed)
     none = pa.nulls(scans.num_rows, pa.string())
     reason, code, message = none, none, none
     for rule in reversed(rules):  # so that of several the first counts
@@ -170,6 +168,16 @@ def replaced_scans(catalog: Catalog) -> pa.Array:
     """scan_id of the scans whose file holds other bytes now."""
     scans = catalog.rows("scans", columns=("scan_id", "code"))
     return scans.filter(pc.field("code") == REPLACED)["scan_id"].combine_chunks()
+
+
+def _opened(lake: Lake, key: str, results: pa.Table) -> pa.Array:
+    """scan_id of the scans whose outputs a try that no row tells of may have written over."""
+    known = dict(
+        zip(results["scan_id"].to_pylist(), results["output_sha256"].to_pylist(), strict=True)
+    )
+    found = [scan_id for scan_id in open_attempts(lake, key)
+             if not is_committed(lake, key, scan_id, known.get(scan_id))]  # fmt: skip
+    return pa.array(found, pa.string())
 
 
 _NOTHING = pa.scalar(None, pa.string())
@@ -223,17 +231,23 @@ def _at_index(
 
 
 def _by_result(
-    results: pa.Table, relabelled: pa.ChunkedArray, rewritten: pa.ChunkedArray, only_new: bool,
-    retry_failed: bool,
-) -> list[_Rule]:  # fmt: skip
-    """Why an earlier result settles the scan, if it does; `results` are row by row the scans'."""
+    results: pa.Table, relabelled: pa.ChunkedArray, opened: pa.Array | None, retry_failed: bool
+) -> list[_Rule]:
+    """Why an earlier result settles the scan, if it does.
+
+    Args:
+        results: Row by row the scans'.
+        relabelled: As many.
+        opened: scan_id of those with outputs that may be others'; None: only new ones are wanted.
+        retry_failed: Whatever the reason was.
+    """
     status, code, message = results["status"], results["code"], results["message"]
     done, failed = pc.is_in(status, pa.array(["ok", "flagged"])), pc.equal(status, "failed")
-    if not only_new:
+    if opened is not None:
+        done = pc.and_(done, pc.invert(pc.is_in(results["scan_id"], opened)))
         again = pa.scalar(True) if retry_failed else pc.is_in(code, pa.array(TRANSIENT_CODES))
         failed = pc.and_(failed, pc.invert(pc.fill_null(again, False)))
     done, failed = (pc.and_(mask, pc.invert(relabelled)) for mask in (done, failed))
-    done = pc.and_(done, pc.invert(rewritten))
     return [
         _Rule(done, "done", code, message),
         _Rule(pc.equal(status, "quarantined"), "quarantined", code, message),

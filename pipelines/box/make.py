@@ -46,6 +46,7 @@ from pipelines.cohort import list_anatomies
 from pipelines.spawned import begin_worker
 from sgcd_core.box import Box, composition_bytes, load_composition
 from sgcd_core.config import load_config
+from sgcd_core.io.store import is_s3
 from sgcd_core.style.composition import Composition, composition_from_state, joined
 
 SEED = 2026
@@ -101,7 +102,8 @@ def main(words: Sequence[str] | None = None) -> None:
         parser.error(f"--sites must be at least {2 * HELD_OUT}: one in {HELD_OUT} is held out")
     torch.set_num_threads(args.threads)
     pool = Pool(args.work / "pool")
-    found = list_anatomies(args.anatomy)
+    # by full addresses: a pool says which maps it is made of
+    found = [uri if is_s3(uri) else os.path.abspath(uri) for uri in list_anatomies(args.anatomy)]
     anatomies = [*found[: args.anatomies], *list_anatomies(None)]
     pool.claim(anatomies)
     pool.ended.unlink(missing_ok=True)

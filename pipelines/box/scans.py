@@ -166,7 +166,8 @@ class Pool:
         if self.files():
             raise UsageError(
                 "the sites there were not made of the same anatomies.", where=str(self.folder),
-                hint="Take another folder, or take the sites there away.",
+                hint="Take another folder, take the sites there away, or name their maps in "
+                "anatomies.json there if you know them.",
             )  # fmt: skip
         self._write("anatomies.json", json.dumps(list(anatomies)))
 

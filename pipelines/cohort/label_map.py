@@ -17,6 +17,12 @@ Affine = NDArray[np.float64]
 
 #: Parcels of the cortex: first number, one past the last, and the cortex that they are part of.
 _PARCELS = ((1000, 2000, 3), (2000, 3000, 42), (11000, 12000, 3), (12000, 13000, 42))
+#: Numbers of newer atlases (SAMSEG, CHARM) and what they are called elsewhere: those from 902 on
+#: are 400 lower, white matter crowns are white matter.
+_SAME = {**{n: n - 400 for n in range(902, 931)}, 34: 2, 66: 41, 192: 2, 183: 8, 184: 47, 126: 16,
+         267: 16, 520: 24}  # fmt: skip
+#: Air inside the head and around it, in such atlases.
+_AIR = (262, 501, 517)
 #: Stands for every number beyond, and for negative ones: all unknown.
 _BEYOND = 13000
 #: Each of these must be there: white matter and cortex, left and right.
@@ -79,7 +85,7 @@ def _checked(data: NDArray[np.float32], voxel_ml: float, uri: str) -> Labels:
     counts = np.zeros(len(table), np.int64)
     for part in numbers:
         counts += np.bincount(part.ravel(), minlength=len(table))
-    counts[0] = 0
+    counts[[0, *_AIR]] = 0
     voxels = np.bincount(table, weights=counts, minlength=1024)
     if voxels[0] > MAX_UNKNOWN * counts.sum():
         share = voxels[0] / counts.sum()
@@ -96,6 +102,9 @@ def _table() -> Labels:
     table = np.zeros(_BEYOND + 1, np.int16)
     known = np.flatnonzero(label_table())
     table[known] = known
+    for number, other in _SAME.items():
+        if not table[number]:
+            table[number] = table[other]
     for first, end, cortex in _PARCELS:
         table[first:end] = cortex
     return table

@@ -118,6 +118,21 @@ def test_parcels_are_cortex(tmp_path: Path, left: int, right: int) -> None:
     np.testing.assert_array_equal(parts.main, whole.main)
 
 
+def test_numbers_of_newer_atlases_are_those_of_freesurfer(tmp_path: Path) -> None:
+    """SAMSEG's of today: head tissues and fluid from 902 on, crowns of white matter, air as 517."""
+    plain = write_map(tmp_path / "plain.nii.gz", head=True)
+
+    def today(labels: Labels) -> Labels:
+        labels = renumbered({511: 911, 515: 915, 24: 520})(labels)
+        labels[:, ::2][labels[:, ::2] == 2] = 34
+        return np.where(labels == 0, 517, labels).astype(np.int16)
+
+    newer = write_map(tmp_path / "newer.nii.gz", head=True, change=today)
+    one, two = (load_anatomy(uri, mm=2.0, head=True) for uri in (plain, newer))
+    for name in ("index", "main", "brain"):
+        np.testing.assert_array_equal(getattr(one, name), getattr(two, name))
+
+
 def test_a_few_unknown_labels_are_air(tmp_path: Path) -> None:
     uri = write_map(tmp_path / "aseg.nii.gz", change=renumbered({4: 80}))
     assert (load_anatomy(uri, mm=2.0).main == Tissue.VENTRICLE).any()

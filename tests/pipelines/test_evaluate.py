@@ -157,6 +157,8 @@ def test_a_subject_that_was_trained_on_is_scored_at_no_site_and_it_is_said(split
     catalog.append("scans", [other | {"recorded_at": None}])
     assert find_truth(scan, [*scans, other], "T") is None
     assert find_truth(scan, [*scans, other | {"dataset": "another"}], "T") == truth
+    replaced = other | {"status": "failed", "code": "SCAN-REPLACED"}
+    assert find_truth(scan, [*scans, replaced], "T") == truth
     voxels, tissues = (task(lake, "target-T", 1, config) for task in (evaluate, evaluate_tissue))
     assert voxels.pairs == tissues.pairs == 1
     assert voxels.skipped == tissues.skipped == {scan["scan_id"]: SPLIT}

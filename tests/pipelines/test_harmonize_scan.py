@@ -285,11 +285,12 @@ def test_outputs_written_over_by_a_run_that_was_killed_are_planned_again(
     catalog.append("results", [site.run(model, 1)])
     row = catalog.rows("results").to_pylist()[0]
     assert sha256_hex(Store().read_bytes(row["output_uri"])) == row["output_sha256"]
+    assert plan(catalog, "global", 1).todo.num_rows == 0  # killed between commit and clearing
     end_attempts(site.lake, key, scan_id)
-    assert plan(catalog, "global", 1).todo.num_rows == 0
     begin_attempt(site.lake, key, scan_id, "stopped")  # Ctrl-C amid a forced try
     forgive_attempts(site.lake, key, "stopped")
     assert plan(catalog, "global", 1).todo.num_rows == 1
+    assert plan(catalog, "global", 1, only_new=True).todo.num_rows == 0
 
 
 def test_a_scan_that_was_late_is_failed_unless_more_time_is_given(

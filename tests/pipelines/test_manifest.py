@@ -308,7 +308,7 @@ def test_a_manifest_lists_scans_anywhere(tmp_path: Path, make_scan: MakeScan) ->
 def test_a_site_whose_name_no_folder_can_have_is_refused_and_takes_no_other_along(
     tmp_path: Path, make_scan: MakeScan, tmp_lake: Lake
 ) -> None:
-    sites = ["Ж" * 40, "北" * 26, "x" * 179 + "/", "Ж" * 41, "x" * 181, "Ж" * 90]
+    sites = ["Ж" * 41, "北" * 27, "x" * 179 + "/", "Ж" * 42, "x" * 181, "Ж" * 90]
     table = tmp_path / "scans.csv"
     lines = [f"{i}.nii.gz,{i},T1w,{site}\n" for i, site in enumerate(sites)]
     table.write_text(f"uri,subject,sequence,site\n{''.join(lines)}6.nii.gz,6,{'Ж' * 90},A\n")
