@@ -172,11 +172,10 @@ def replaced_scans(catalog: Catalog) -> pa.Array:
 
 def _opened(lake: Lake, key: str, results: pa.Table) -> pa.Array:
     """scan_id of the scans whose outputs a try that no row tells of may have written over."""
-    known = dict(
-        zip(results["scan_id"].to_pylist(), results["output_sha256"].to_pylist(), strict=True)
-    )
-    found = [scan_id for scan_id in open_attempts(lake, key)
-             if not is_committed(lake, key, scan_id, known.get(scan_id))]  # fmt: skip
+    tried = pa.array(sorted(open_attempts(lake, key)), pa.string())
+    mine = results.filter(pc.is_in(results["scan_id"], tried))
+    found = [row["scan_id"] for row in mine.select(["scan_id", "output_sha256"]).to_pylist()
+             if not is_committed(lake, key, row["scan_id"], row["output_sha256"])]  # fmt: skip
     return pa.array(found, pa.string())
 
 
