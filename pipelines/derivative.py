@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 
 from pipelines.bids_links import Links
 from pipelines.catalog import Catalog
+from pipelines.ledger import model_key, open_attempts
 from pipelines.plan import LABELS, labels_differ
 from pipelines.schemas import RESULTS
 from sgcd_core.io.bids import LABEL
@@ -80,8 +81,15 @@ class Names:
 
         So outputs that are removed in this order are found again until none is left.
         """
-        images = self.model_grid, self.uncertainty, self.uncertainty_model_grid, self.native
-        return tuple(uri for image in images for uri in (json_beside(image), image))
+        return (
+            *_with_sidecars(self.model_grid), *self.uncertainty_files,
+            *_with_sidecars(self.native),
+        )  # fmt: skip
+
+    @property
+    def uncertainty_files(self) -> tuple[str, ...]:
+        """Of them the maps of the seeds, in such an order."""
+        return (*_with_sidecars(self.uncertainty_model_grid), *_with_sidecars(self.uncertainty))
 
     @property
     def participant(self) -> str:
@@ -141,10 +149,14 @@ def _stem_of(output_uri: str) -> str | None:
     return name and name["stem"] + name["suffix"]
 
 
-def misnamed_outputs(
+#: More addresses than this are looked for in one listing of the derivative.
+_FEW = 100
+
+
+def stale_outputs(
     catalog: Catalog, scans: pa.Table, root: str, model: str, version: int
-) -> list[Names]:
-    """Outputs that lie under labels their scans have no more, others having taken their place.
+) -> tuple[list[Names], list[Names]]:
+    """Outputs that lie in a derivative and that no row tells of any more.
 
     Args:
         catalog: The lake's tables.
@@ -152,15 +164,42 @@ def misnamed_outputs(
         root: Root of the derivative data set; outputs of other places stay.
         model: Name in the registry.
         version: Version in the registry.
+
+    Returns:
+        Those under labels that their scans have no more, others having taken their place, and
+        those of scans that failed since.
     """
+    # First: whoever has begun a try writes the file before the row.
+    tried = pa.array(sorted(open_attempts(catalog.lake, model_key(model, version))), pa.string())
     written = _written(catalog, scans, model, version)
-    where = {"model": model, "model_version": version}
-    current = catalog.rows("results", where=where, columns=("output_uri",))["output_uri"]
-    old = written.filter(
-        pc.field("relabelled") & ~pc.field("output_uri").isin(current.combine_chunks())
-    )["output_uri"].unique().to_pylist()  # fmt: skip
-    found = [(uri, Names(root, stem)) for uri in sorted(old) if (stem := _stem_of(uri))]
-    return [names for uri, names in found if names.native == uri and Store().exists(uri)]
+    now = catalog.rows(
+        "results", where={"model": model, "model_version": version},
+        columns=("scan_id", "status", "output_uri"),
+    )  # fmt: skip
+    written = written.filter(
+        pc.invert(pc.is_in(written["output_uri"], now["output_uri"].combine_chunks()))
+    )
+    mine = now.take(pc.index_in(written["scan_id"], now["scan_id"].combine_chunks()))
+    waiting = pc.and_(
+        pc.is_in(written["scan_id"], tried), pc.not_equal(mine["status"], "quarantined")
+    )
+    failed = pc.and_(mine["output_uri"].is_null(), pc.invert(waiting))
+    misnamed = _named(written.filter(pc.field("relabelled")), root)
+    gone = _named(written.filter(pc.and_(failed, pc.invert(written["relabelled"]))), root)
+    store = Store()
+    if len(misnamed) + len(gone) > _FEW:
+        there = {item.uri for item in store.list(root + "/")}
+    else:
+        there = {names.native for names in misnamed + gone if store.exists(names.native)}
+    here = [[names for names in found if names.native in there] for found in (misnamed, gone)]
+    return here[0], here[1]
+
+
+def _named(written: pa.Table, root: str) -> list[Names]:
+    """The outputs among these that lie in the derivative at `root`."""
+    uris = sorted(set(written["output_uri"].to_pylist()))
+    found = [(uri, Names(root, stem)) for uri in uris if (stem := _stem_of(uri))]
+    return [names for uri, names in found if names.native == uri]
 
 
 def stems(scans: pa.Table, given: Mapping[str, str] | None = None) -> pa.Table:
@@ -223,6 +262,10 @@ def bids_label(word: str) -> str:
     """
     label = re.sub(r"[^A-Za-z0-9+]", "", word)
     return label if label == word else label + sha256_hex(word.encode())[:6]
+
+
+def _with_sidecars(image: str) -> tuple[str, str]:
+    return json_beside(image), image
 
 
 def json_beside(image: str) -> str:

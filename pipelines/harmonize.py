@@ -289,6 +289,9 @@ def _harmonize(
             store.write_bytes(names.uncertainty_model_grid, encode_nifti(spread, grid))
             store.write_bytes(names.uncertainty, encode_nifti(on_scan, native))
             row["uncertainty_uri"] = names.uncertainty
+        elif store.exists(names.uncertainty):  # of other settings; last what is asked for
+            for uri in names.uncertainty_files:
+                store.delete(uri)
         store.write_bytes(names.native, data)
         row |= {
             "output_uri": names.native, "output_sha256": sha256_hex(data),

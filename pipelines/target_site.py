@@ -1,12 +1,13 @@
 """Which site to harmonize to: the one whose own scans resemble each other most.
 
-As in the paper: the site and sequence with the lowest mean pairwise Wasserstein distance between
-the masked intensities of its scans.
+As in the paper by the mean pairwise Wasserstein distance between the masked intensities of its
+scans, taken over its sequences.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -66,6 +67,30 @@ def suggest_target(catalog: Catalog, lake: Lake, recipe: str) -> list[dict[str, 
         rows,
         key=lambda r: (r["distance"] is None, r["distance"] or 0, r["site"], r["sequence"]),
     )
+
+
+def best_target(rows: Sequence[Mapping[str, Any]]) -> tuple[str, list[str]] | None:
+    """The site to tune to, and the sequences in which its own scans could be compared.
+
+    Of the sites with two people in as many sequences as any site has them in, the one with the lowest
+    mean distance over these sequences; None when no site has two people in one.
+
+    Args:
+        rows: As `suggest_target` returns them.
+    """
+    measured: dict[str, dict[str, float]] = {}
+    for row in rows:
+        if row["distance"] is not None and row["subjects"] > 1:
+            measured.setdefault(row["site"], {})[row["sequence"]] = row["distance"]
+    if not measured:
+        return None
+
+    def rank(site: str) -> tuple[int, float, str]:
+        found = measured[site]
+        return -len(found), sum(found.values()) / len(found), site
+
+    best = min(measured, key=rank)
+    return best, sorted(measured[best])
 
 
 def mean_pairwise(quantiles: np.ndarray[Any, np.dtype[np.float64]]) -> float | None:

@@ -124,22 +124,28 @@ def index(args: Any) -> Outcome:
 def suggest(args: Any) -> Outcome:
     """`sgcd suggest-target`: the sites by how alike their own scans look."""
     from pipelines.catalog import Catalog
-    from pipelines.target_site import suggest_target
+    from pipelines.target_site import best_target, suggest_target
     from ray_jobs.settings import from_args
 
     lake = open_lake(args.lake)
     rows = suggest_target(Catalog(lake), lake, from_args(args, lake).prepare.digest())
-    if not rows:
+    best = best_target(rows)
+    if best is None:
         raise InputError(
-            "no site has two prepared training scans of one sequence.", code="LAKE-EMPTY",
-            where=lake.uri, hint="Run `sgcd prepare --lake LAKE` first.",
+            "no site has prepared training scans of one sequence of two people.",
+            code="LAKE-EMPTY", where=lake.uri,
+            hint="Prepare more scans, or choose the target yourself: sgcd tune --target SITE.",
         )  # fmt: skip
+    site, measured = best
     header = list(rows[0])
-    best = rows[0]["site"]
     lines = [*table(header, [[row[name] for name in header] for row in rows]), ""]
-    text = f"{best} has the lowest mean distance between its own scans"
-    follow = f"sgcd tune --lake {quoted(args.lake)} --target {quoted(best)}"
-    return Outcome(text, next=follow, lines=lines, data={"target": best, "rows": rows})
+    text = f"{site} has the lowest mean distance between its own scans ({', '.join(measured)})"
+    follow = f"sgcd tune --lake {quoted(args.lake)} --target {quoted(site)}"
+    has = {row["sequence"] for row in rows if row["site"] == site}
+    if lacking := {row["sequence"] for row in rows} - has:
+        text += f"; it has no training scan of {', '.join(sorted(lacking))}"
+        follow += f" --sequences {' '.join(sorted(has))}"
+    return Outcome(text, next=follow, lines=lines, data={"target": site, "rows": rows})
 
 
 def report(args: Any) -> Outcome:

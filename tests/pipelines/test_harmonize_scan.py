@@ -189,6 +189,15 @@ def test_one_sample_has_no_uncertainty(site: Site, model: Harmonizer) -> None:
     assert not list(Path(site.lake.uri).rglob("*harmonizedstd*"))
 
 
+def test_maps_of_before_do_not_stay_beside_an_output_without_any(
+    site: Site, model: Harmonizer
+) -> None:
+    site.run(model, 1, samples=2)
+    assert site.run(model, 1)["status"] in ("ok", "flagged")
+    files = {path.name for path in Path(site.lake.uri).rglob("*desc-harmonized*")}
+    assert len(files) == 4 and not any("harmonizedstd" in name for name in files)
+
+
 def test_what_the_seeds_drew_in_a_lesion_is_not_in_the_map(site: Site, model: Harmonizer) -> None:
     site.write_mask("sub-01_ses-2_run-1_label-lesion_roi.nii.gz")
     row = site.run(model, 1, samples=2)
