@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import date
+from decimal import Decimal
 from typing import Any
 
 import pyarrow as pa
@@ -34,6 +35,10 @@ def format_result(table: pa.Table, format: str = "table") -> bytes:
             for column in table.columns:  # pandas takes infinity for a year
                 if pa.types.is_timestamp(column.type):
                     pc.min_max(column).as_py()
+            for place, column in enumerate(table.columns):
+                if pa.types.is_nested(column.type):  # pandas shortens them
+                    texts = pa.array(map(_json_text, column.to_pylist()), pa.string())
+                    table = table.set_column(place, table.column_names[place], texts)
             # As objects: a column of whole numbers with one missing would get decimals.
             table.to_pandas(integer_object_nulls=True).to_csv(out, index=False)
         elif format == "json":
@@ -82,7 +87,15 @@ def _plain(value: Any) -> Any:
         return [_plain(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
+    if isinstance(value, Decimal):
+        return int(value) if value == value.to_integral_value() else float(value)
     return value.isoformat() if isinstance(value, date) else value
+
+
+def _json_text(value: Any) -> str | None:
+    if value is None:
+        return None
+    return json.dumps(_plain(value), default=str, ensure_ascii=False)
 
 
 def _text(table: pa.Table) -> str:
@@ -90,7 +103,8 @@ def _text(table: pa.Table) -> str:
     rows = [[_cell(value) for value in row.values()] for row in table.to_pylist()]
     names = table.column_names
     widths = [max([len(n), *(len(r[i]) for r in rows)]) for i, n in enumerate(names)]
-    right = [pa.types.is_integer(t) or pa.types.is_floating(t) for t in table.schema.types]
+    numbers = (pa.types.is_integer, pa.types.is_floating, pa.types.is_decimal)
+    right = [any(is_one(t) for is_one in numbers) for t in table.schema.types]
 
     def line(cells: list[str]) -> str:
         padded = [

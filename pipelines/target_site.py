@@ -72,8 +72,8 @@ def suggest_target(catalog: Catalog, lake: Lake, recipe: str) -> list[dict[str, 
 def best_target(rows: Sequence[Mapping[str, Any]]) -> tuple[str, list[str]] | None:
     """The site to tune to, and the sequences in which its own scans could be compared.
 
-    Of the sites with two people in as many sequences as any site has them in, the one with the lowest
-    mean distance over these sequences; None when no site has two people in one.
+    Of the sites with two people in as many sequences as any site has them in, the one with the
+    lowest mean distance over these sequences; None when no site has two people in one.
 
     Args:
         rows: As `suggest_target` returns them.

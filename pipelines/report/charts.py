@@ -68,6 +68,11 @@ def panel_top(found: Sequence[Histogram]) -> float:
     return max([float(h[1:].max(initial=0)) for h in found] + [1e-6]) * 1.08
 
 
+def shortened(name: str) -> str:
+    """A site's name in at most 13 letters: its beginning and its end, which tell it from others."""
+    return name if len(name) < 14 else f"{name[:6]}…{name[-6:]}"
+
+
 def _polyline(shares: Histogram, top: float, base: float) -> str:
     at = (np.arange(len(shares)) + 0.5) / len(shares) * WIDTH
     height = base - np.minimum(shares / top, 1) * (base - 4)
@@ -105,9 +110,11 @@ def measure_chart(lines: Sequence[Line], metric: str) -> Markup:
         )
     for index, line in enumerate(rows):
         middle = step * index + step / 2
-        name = line.site if len(line.site) < 14 else line.site[:12] + "…"
         unseen = " ○" if line.seen is False else ""
-        parts.append(f'<text x="0" y="{middle + 4:.1f}">{escape(name)}{unseen}</text>')
+        parts.append(
+            f'<text x="0" y="{middle + 4:.1f}"><title>{escape(line.site)}</title>'
+            f"{escape(shortened(line.site))}{unseen}</text>"
+        )
         for place, method in enumerate(methods):
             found = line.by_method.get(method)
             if found is None or not math.isfinite(found.mean):

@@ -14,6 +14,7 @@ import numpy as np
 
 from pipelines.evaluate import SITE_DISTANCE
 from pipelines.report import charts
+from pipelines.report.pages import counted_scans
 from pipelines.report.source import UNUSABLE, WAITING, Source
 from pipelines.report.state import ScanPage
 from pipelines.schemas import STATUSES
@@ -158,8 +159,9 @@ def site_histograms(source: Source, pages: Mapping[str, ScanPage]) -> dict[str, 
     """By sequence, from the histograms kept with the scans."""
     groups: dict[str, dict[str, list[tuple[charts.Histogram, charts.Histogram]]]] = {}
     goals: dict[str, list[charts.Histogram]] = {}
+    counted = counted_scans(source, pages)
     for row in source.scan_rows():
-        page = pages.get(row["scan_id"])
+        page = pages.get(row["scan_id"]) if row["scan_id"] in counted else None
         if page is None or page.before is None or row["site"] is None or row["sequence"] is None:
             continue
         if row["site"] != source.target:

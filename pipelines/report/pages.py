@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any, Literal
 
@@ -141,16 +141,32 @@ def some_histograms(
         known: What an earlier report remembers, so that it is not read again.
     """
     pages, known = pages or {}, known or {}
+    rows = {row["scan_id"]: row for row in source.scan_rows()}
+    asked = histogram_scans(rows.values()) - pages.keys()
+    return {scan_id: _histograms_only(source, rows[scan_id], known) for scan_id in asked}
+
+
+def counted_scans(source: Source, pages: Mapping[str, ScanPage]) -> set[str]:
+    """Scans whose histograms stand for their sites: all that have a page, unless only some do.
+
+    Those that are flagged would tell of themselves only.
+    """
     rows = source.scan_rows()
-    taken = Counter((r["site"], r["sequence"]) for r in rows if r["scan_id"] in pages)
-    out = {}
+    paged = {row["scan_id"] for row in rows if (p := pages.get(row["scan_id"])) and p.file}
+    return paged if len(paged) == len(rows) else histogram_scans(rows)
+
+
+def histogram_scans(rows: Iterable[Row]) -> set[str]:
+    """A bounded number of scans of each site and sequence that can be read."""
+    taken: Counter[tuple[str, str]] = Counter()
+    found = set()
     for row in rows:
         key = (row["site"], row["sequence"])
         usable = row["site"] is not None and row["status"] in ("ok", "flagged", WAITING)
-        if row["scan_id"] not in pages and usable and taken[key] < HISTOGRAM_SCANS:
+        if usable and taken[key] < HISTOGRAM_SCANS:
             taken[key] += 1
-            out[row["scan_id"]] = _histograms_only(source, row, known)
-    return out
+            found.add(row["scan_id"])
+    return found
 
 
 def _histograms_only(source: Source, row: Row, known: Mapping[str, ScanPage]) -> ScanPage:

@@ -6,6 +6,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
 from pipelines.catalog import Catalog
@@ -42,6 +43,13 @@ def test_columns_of_one_name_all_come_out(lake: Lake) -> None:
     sql = "SELECT 1 AS status, 2 AS status, 3 AS status_1, 4 AS status, 5 AS status"
     found = run_query(lake, sql).to_pylist()
     assert found == [{"status": 1, "status_2": 2, "status_1": 3, "status_3": 4, "status_4": 5}]
+
+
+def test_sums_of_whole_numbers_are_whole_numbers(lake: Lake) -> None:
+    sql = "SELECT sum(model_version) AS n, sum(9223372036854775807::HUGEINT) AS m FROM results"
+    found = run_query(lake, sql)
+    assert found.schema.field("n").type == pa.int64()
+    assert found.to_pylist() == [{"n": 4, "m": 4 * (2**63 - 1)}]
 
 
 def test_days_are_those_of_utc(lake: Lake) -> None:

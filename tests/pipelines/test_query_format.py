@@ -5,13 +5,14 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from datetime import UTC, datetime
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines.query_format import format_of, format_result
+from pipelines.query_format import format_of, format_result, plain_rows
 from sgcd_core.errors import UsageError
 
 TABLE = pa.table(
@@ -38,6 +39,23 @@ def test_json_has_no_nan_and_times_in_iso() -> None:
     assert json.loads(format_result(table, "json"), parse_constant=pytest.fail) == [
         {"x": None, "at": "2026-03-01T00:00:00+00:00", "sides": [1.0, None]}
     ]
+
+
+def test_numbers_beyond_64_bits_and_long_lists_are_whole() -> None:
+    lists = [list(range(1200)), [1 / 3, math.nan], None]
+    table = pa.table({
+        "n": pa.array([2**70, 1, None], pa.decimal128(38, 0)),
+        "share": pa.array(["0.25", "7", None]).cast(pa.decimal128(9, 2)),
+        "list": pa.array(lists, pa.list_(pa.float64())),
+        "struct": [{"a": "ä"}, None, None],
+    })  # fmt: skip
+    first, second, _ = plain_rows(table)
+    assert (first["n"], first["share"], second["share"]) == (2**70, 0.25, 7)
+    text = format_result(table, "csv").decode()
+    rows = list(csv.DictReader(io.StringIO(text)))
+    assert json.loads(rows[0]["list"]) == lists[0] and rows[1]["list"] == f"[{1 / 3}, null]"
+    assert (rows[0]["struct"], rows[0]["n"], rows[2]["list"]) == ('{"a": "ä"}', str(2**70), "")
+    assert format_result(table.select(["n"])).decode().splitlines()[3].endswith(" 1")
 
 
 @pytest.mark.parametrize("kind", [pa.timestamp("us"), pa.timestamp("us", "UTC"), pa.date32()])

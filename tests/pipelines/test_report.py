@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from fake_lake import fake_lake
@@ -15,7 +15,7 @@ from fake_lake import fake_lake
 from pipelines.catalog import Catalog
 from pipelines.evaluate import EvaluationSummary, evaluate
 from pipelines.lake import Lake
-from pipelines.report import Written, write_report
+from pipelines.report import Written, charts, write_report
 from pipelines.report import pages as report_pages
 from pipelines.report import scan as report_scan
 from pipelines.run_figures import run_figures
@@ -223,6 +223,39 @@ def test_without_pages_the_histograms_are_still_there(made: Made, tmp_path: Path
     assert written.pages == 0
     assert [p.name for p in (tmp_path / "r").glob("*.html")] == ["index.html"]
     assert "T1w intensities of A" in Path(written.uri).read_text()
+
+
+def test_scans_with_a_page_of_their_own_do_not_stand_for_their_sites(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def panels(which: Literal["all", "flagged", "none"], most: int) -> list[str]:
+        monkeypatch.setattr(report_pages, "HISTOGRAM_SCANS", most)
+        out = str(tmp_path / f"{which}{most}")
+        found = Path(write_report(made.lake, "target-T", 1, out=out, pages=which).uri).read_text()
+        return re.findall(r"T1w intensities of \w.*?</figure>", found, re.DOTALL)
+
+    assert len(panels("none", 1)) == 2
+    for most in (1, 2):
+        assert panels("flagged", most) == panels("none", most) != panels("all", most)
+
+
+def test_a_page_says_what_was_done_and_no_more(made: Made) -> None:
+    bad, good = made.rows[1], made.rows[2]
+    assert (
+        "brought to the look of T by target-T version 1"
+        in beside(made.written, good["scan_id"]).text
+    )
+    failed = beside(made.written, bad["scan_id"]).text
+    assert "Scanned at A." in failed and "brought to" not in failed
+    own = next(r for r in results(Catalog(made.lake)) if r["site"] == "T" and r["output_uri"])
+    assert "Scanned at T, harmonized by target-T" in beside(made.written, own["scan_id"]).text
+
+
+def test_long_names_of_sites_are_told_apart() -> None:
+    names = [f"University_Hospital_{who}" for who in ("A", "B")]
+    assert len({charts.shortened(name) for name in names}) == 2
+    assert all(len(charts.shortened(name)) == 13 for name in names)
+    assert charts.shortened("siteA") == "siteA"
 
 
 def test_every_picture_is_described_and_the_page_fits_a_phone(made: Made) -> None:

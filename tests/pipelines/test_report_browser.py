@@ -144,7 +144,11 @@ def test_the_table_filters_sorts_and_leads_to_the_scan(
         expect(rows).to_have_count(everything)
         page.get_by_label("Search").fill("x0 T1w")
         assert 0 < rows.count() < everything
-        page.get_by_label("Search").fill("no such scan")
+        page.get_by_label("Search").fill(scan_id)
+        assert rows.count() == 1
+        for word in ("html", scan_id[9:]):  # of addresses, which are not shown
+            page.get_by_label("Search").fill(word)
+            assert rows.count() == 0
         assert rows.count() == 0
         page.get_by_role("button", name="Clear").click()
         page.get_by_role("button", name="List the scans with FLAG-ANATOMY").click()

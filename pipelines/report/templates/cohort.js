@@ -12,7 +12,8 @@
   ];
   const STATUS = 5;
   const rows = JSON.parse(source.textContent).map((cells) => {
-    return { cells, text: cells.filter((c) => typeof c === "string").join(" ").toLowerCase() };
+    const text = cells.slice(1).filter((c) => typeof c === "string").join(" ").toLowerCase();
+    return { cells, text, id: /^scan-(\w*)/.exec(cells[0] ?? "")?.[1] ?? "" };
   });
   const get = (id) => document.getElementById(id);
   const search = get("search"), table = get("table");
@@ -55,7 +56,7 @@
   function update() {
     const words = search.value.toLowerCase().split(/\s+/).filter(Boolean);
     shown = rows.filter((row) =>
-      words.every((word) => row.text.includes(word)) &&
+      words.every((word) => row.text.includes(word) || (word.length > 8 && row.id.startsWith(word))) &&
       selects.every(([select, at]) => !select.value || row.cells[at] === select.value) &&
       (code === null || row.cells[6] === code));
     if (sort !== null) shown = [...shown].sort(compare);
