@@ -8,9 +8,10 @@ import pytest
 from pipelines.cohort import list_anatomies, load_anatomy, random_sites, random_subject, render_scan
 from pipelines.truth import displacement
 from sgcd_core.config import PrepareConfig
+from sgcd_core.errors import InputError
 from sgcd_core.io.nifti import decode_nifti, encode_nifti
 from sgcd_core.volume.prepare import prepare_scan
-from sgcd_core.volume.register import align_rigid, like_t1w
+from sgcd_core.volume.register import align_rigid, like_t1w, register_rigid, rotation_degrees
 from sgcd_core.volume.resample import resample_masked
 from sgcd_core.volume.template import template
 
@@ -39,6 +40,24 @@ def test_scanners_put_one_brain_in_one_place(subject, sequence, most):
         displacement(a @ np.linalg.inv(b), grid, mask) for a, b in itertools.combinations(found, 2)
     ]
     assert np.mean(apart) < most
+
+
+TURNS = {
+    "half about z": np.diag([-1.0, -1, 1, 1]), "half about x": np.diag([1.0, -1, -1, 1]),
+    "quarter about z": np.array([[0.0, -1, 0, 0], [1, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TURNS)
+def test_a_header_with_the_axes_wrong_is_refused(subject, name):
+    scanner = random_sites(3, 1, 0)[0]
+    data, affine = render_scan(subject, scanner, "T1w", MM, np.random.default_rng(0))
+    mask = data > 0
+    plain = register_rigid(data, mask, affine)
+    assert rotation_degrees(plain) < 30
+    with pytest.raises(InputError) as caught:
+        register_rigid(data, mask, TURNS[name] @ affine)
+    assert caught.value.code == "SCAN-REGISTRATION" and "right angles" in str(caught.value)
 
 
 def test_one_scan_is_laid_on_another_of_the_same_brain():
