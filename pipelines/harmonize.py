@@ -275,8 +275,8 @@ def _harmonize(
     row["status"] = "flagged" if found else "ok"
     if found:
         row["code"] = found[0][0]
-    said = [*(message for _, message in found), *([left_out] if left_out else [])]
-    row["message"] = " ".join(said) or None
+    said = "; ".join(message for _, message in found), left_out
+    row["message"] = ". ".join(filter(None, said)) or None
     with _clock(row, "seconds_write"):
         out = carry_to_native(
             native, native_mask, files.geometry, image, mask, config.transport, lesion

@@ -59,23 +59,32 @@ def training_rows(
     scans: list[dict[str, Any]] = catalog.rows("scans").to_pylist()
     check_sites([*(sites or ()), *exclude_sites], scans, catalog.lake.uri)
     ready = prepared_ids(catalog.lake, recipe)
-    rows = [
+    free = [
         scan
         for scan in scans
         if scan["status"] == "ok"
         and scan["split"] != "test"
         and scan["site"] is not None
         and scan["scan_id"] in ready
-        and scan["sequence"] in sequences
-        and (sites is None or scan["site"] in sites)
-        and scan["site"] not in exclude_sites
     ]
-    if not rows:
+    if not free:
         raise InputError(
             f"none of its {len(scans)} scans is prepared and free to learn from.",
             code="LAKE-EMPTY", where=catalog.lake.uri,
             hint="Run `sgcd prepare --lake LAKE` with the same settings first; scans of the split "
             "test are never learned from.",
+        )  # fmt: skip
+    chosen = {scan["site"] for scan in free} - set(exclude_sites)
+    if sites is not None:
+        chosen &= set(sites)
+    rows = [scan for scan in free if scan["site"] in chosen and scan["sequence"] in sequences]
+    if not rows:
+        named = ", ".join(sorted(chosen)) or "none"
+        raise InputError(
+            f"no prepared scan is of the sites ({named}) and sequences ({', '.join(sequences)}) "
+            "asked for.",
+            code="LAKE-EMPTY", where=catalog.lake.uri,
+            hint="Ask for more with --sites, --exclude-sites or --sequences, or prepare them.",
         )  # fmt: skip
     return sorted(rows, key=lambda row: row["scan_id"])
 

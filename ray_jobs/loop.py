@@ -73,6 +73,19 @@ def schedule_steps(
     ]
 
 
+def check_shares(batch: int, workers: int) -> None:
+    """Refuse workers that cannot have the same number of volumes each.
+
+    Raises:
+        ConfigError: `batch` is no multiple of `workers`.
+    """
+    if batch % workers:
+        raise ConfigError(
+            f"a batch of {batch} volumes cannot be shared by {workers} workers alike.",
+            where="batch_size", hint="Choose --workers that divide batch_size.",
+        )  # fmt: skip
+
+
 def fit(
     ray: Any, worker: Callable[[dict[str, Any]], None], schedule: list[Row], lake: Lake,
     config: SgcdConfig, checkpoints: Checkpoints, *, looks: Looks, label: str, total: int,
@@ -93,11 +106,7 @@ def fit(
         KeyboardInterrupt: The driver was told to stop; the state of the last step is kept.
     """
     batch = len(schedule) // total
-    if batch % workers:
-        raise ConfigError(
-            f"a batch of {batch} volumes cannot be shared by {workers} workers alike.",
-            where="batch_size", hint="Choose --workers that divide batch_size.",
-        )  # fmt: skip
+    check_shares(batch, workers)
     shares = {
         f"rank-{rank}": partial(
             share_of, ray, schedule, rank, workers, batch, lake.uri, config, looks, checkpoints

@@ -24,6 +24,7 @@ from ray_jobs.models import models, resolve, target_model
 from ray_jobs.outcome import Outcome
 from ray_jobs.prepare import settings_words
 from ray_jobs.session import session
+from ray_jobs.settings import over_model
 from ray_jobs.steps import step
 from sgcd_core.errors import InputError, ModelError, UsageError
 from sgcd_core.io.store import Store
@@ -40,9 +41,11 @@ def run(args: Any) -> Outcome:
         raise UsageError("--target makes a model of its own: leave --model out.")
     lake = open_lake(args.lake)
     model = target_model(args.target) if args.target else the_model(lake, args.model)
-    if args.sequences:  # before anything is indexed under a name that no model knows
-        made = not args.target or model in models(lake)
-        check_sequences(args.sequences, _config(lake, model if made else "global").sequences)
+    # Before anything is indexed: settings, and names that no model knows.
+    made = not args.target or model in models(lake)
+    config = _config(lake, model if made else "global")
+    over_model(args, config)
+    check_sequences(args.sequences or (), config.sequences)
     if args.dry_run:
         return _dry_run(args, lake, model)
     name = model.partition("@")[0]
@@ -273,6 +276,10 @@ def _dry_run(args: Any, lake: Lake, model: str) -> Outcome:
         args.json, "index", *args.sources, "--site-from", args.site_from, *words, *named
     )  # fmt: skip
     if args.target and model not in models(lake):
+        if args.target not in new.data["sites"]:  # else its new scans count, too
+            scans = Catalog(lake).rows("scans").to_pylist()
+            sequences = args.sequences or _config(lake, "global").sequences
+            require_scans(scans, args.target, sequences, args.min_scans, args.lake)
         return Outcome(f"would tune {model}, then harmonize every scan with it", data=new.data)
     name, version = resolve(lake, model)
     wanted = None if args.target else set(new.data["source_sites"])

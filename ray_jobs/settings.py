@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
-import yaml
-
 from pipelines.lake import Lake
-from sgcd_core.config import PRESETS, SgcdConfig, load_config, merge, parse_config, parse_pairs
+from sgcd_core.config import (
+    PRESETS,
+    SgcdConfig,
+    load_config,
+    merge,
+    parse_config,
+    parse_pairs,
+    read_settings,
+)
 from sgcd_core.errors import ConfigError, InputError
 from sgcd_core.io.store import Store
 
@@ -83,7 +88,7 @@ def over_model(args: Any, base: SgcdConfig) -> SgcdConfig:
     if args.preset:
         user = dict(PRESETS[args.preset])
     if args.config:
-        user = merge(user, yaml.safe_load(Path(args.config).read_text(encoding="utf-8")) or {})
+        user = merge(user, read_settings(args.config))
     user = merge(user, parse_pairs(args.settings))
     user.pop("preset", None)
     config = parse_config(merge(base.model_dump(), user))

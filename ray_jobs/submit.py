@@ -13,6 +13,7 @@ import re
 import shlex
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from ray_jobs.context import quoted
@@ -37,6 +38,8 @@ _SEEN = (
 )
 #: Arguments that name what a command writes, and those that name what it reads.
 _WRITTEN, _READ = ("lake", "out"), ("config", "anatomy", "sources", "scans")
+#: The setting that may name a file of weights.
+_ENCODER = "target_stage.encoder"
 #: Left out of working directories that are shipped: not code, or more than code.
 _EXCLUDES = [".git", ".venv", "work", "shared", "dist", "build", "*.nii", "*.nii.gz", "__pycache__"]
 
@@ -115,16 +118,31 @@ def check_addresses(args: Any, *, shipped: bool) -> None:
         UsageError: A path is relative to where this machine stands.
         StorageError: STORE-ADDRESS.
     """
+    for address, written in _addresses(args):
+        if is_s3(address):
+            s3_path(address)
+        elif not os.path.isabs(local_path(address)) and (written or not shipped):
+            raise UsageError(
+                f"{address} would be a file or folder of some machine of the cluster. Name an "
+                "s3:// address, or by its full path one that all machines share."
+            )
+
+
+def _addresses(args: Any) -> Iterator[tuple[str, bool]]:
+    """Every address that a command names, and whether the command writes there."""
     for name in (*_WRITTEN, *_READ):
         found = getattr(args, name, None) or []
         for address in [found] if isinstance(found, str) else found:
-            if is_s3(address):
-                s3_path(address)
-            elif not os.path.isabs(local_path(address)) and not (shipped and name in _READ):
-                raise UsageError(
-                    f"{address} would be a file or folder of some machine of the cluster. Name an "
-                    "s3:// address, or by its full path one that all machines share."
-                )
+            yield address, name in _WRITTEN
+    weights = [getattr(args, "features", None) or ""]
+    pairs = (pair.partition("=") for pair in getattr(args, "settings", None) or ())
+    weights += [value for key, _, value in pairs if key.strip() == _ENCODER]
+    for spec in weights:
+        name, colon, file = spec.partition(":")
+        if is_s3(spec) or not colon:
+            file = spec
+        if file != name or "/" in file or "." in file:
+            yield file, False
 
 
 def runtime_env(pairs: list[str], working_dir: str | None) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from pipelines.lake import Lake
 from pipelines.lease import Hold, lease
 from ray_jobs.checkpoint import Checkpoints
 from ray_jobs.context import code_version, open_lake, quoted, track_training, tracked
-from ray_jobs.loop import fit, schedule_steps
+from ray_jobs.loop import check_shares, fit, schedule_steps
 from ray_jobs.models import find_trained, next_version
 from ray_jobs.outcome import Outcome
 from ray_jobs.preflight import need_of
@@ -75,6 +75,8 @@ def _train(args: Any, lake: Lake, hold: Hold | None) -> Outcome:
             f"{NAME} version {found} was trained with these settings on these scans; nothing to do"
         )
         return Outcome(text, next=follow, data=data)
+    workers = args.workers or 1
+    check_shares(stage.batch_size, workers)  # said before anything is read
     version = next_version(lake, NAME)
     if hold is None:
         return Outcome(f"would train {NAME} version {version}: {plan}", data=data)
@@ -82,7 +84,6 @@ def _train(args: Any, lake: Lake, hold: Hold | None) -> Outcome:
     schedule = schedule_steps(
         {"scan": rows}, config, steps, stage.batch_size, site_balance=stage.site_balance,
     )  # fmt: skip
-    workers = args.workers or 1
     with (
         tracked(lake, "train", config, model=NAME, data_digest=meta["data_digest"]) as run_,
         session(args.ray_address, need_of("train", config, workers, args.gpus), lake) as ray,

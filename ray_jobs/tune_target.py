@@ -9,7 +9,7 @@ from pipelines.lake import Lake
 from pipelines.lease import Hold, lease
 from ray_jobs.checkpoint import Checkpoints
 from ray_jobs.context import code_version, open_lake, quoted, track_training, tracked
-from ray_jobs.loop import fit, schedule_steps
+from ray_jobs.loop import check_shares, fit, schedule_steps
 from ray_jobs.models import find_trained, next_version, resolve, target_model
 from ray_jobs.outcome import Outcome
 from ray_jobs.preflight import need_of
@@ -94,6 +94,8 @@ def _tune(args: Any, lake: Lake, hold: Hold | None) -> Outcome:
             checkpoints.clear()
         text = f"{name} version {found} was tuned with these settings on these scans; nothing to do"
         return Outcome(text, next=follow, data=data)
+    workers = args.workers or 1
+    check_shares(stage.batch_size, workers)  # said before anything is read
     version = next_version(lake, name)
     plan = (
         f"{steps} steps from {parent}@{parent_version}, {len(own)} scans of {args.target}, "
@@ -106,7 +108,6 @@ def _tune(args: Any, lake: Lake, hold: Hold | None) -> Outcome:
         {"source": others or own, "target": own}, config, steps, stage.batch_size,
         site_balance=config.global_stage.site_balance,
     )  # fmt: skip
-    workers = args.workers or 1
     index = {name: i for i, name in enumerate(config.sequences)}
     extra = {
         "meta": meta | {"version": version}, "target": args.target,

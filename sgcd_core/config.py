@@ -15,7 +15,7 @@ from typing import Any, Literal, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from sgcd_core.errors import ConfigError
+from sgcd_core.errors import ConfigError, InputError
 
 Prediction = Literal["epsilon", "v", "x0", "residual"]
 Precision = Literal["auto", "bf16", "fp32"]
@@ -312,8 +312,10 @@ class SgcdConfig(Settings):
     preset: Literal["tiny", "small", "paper"] = Field(
         "tiny", description="settings to start from; paper: the literal reading of the paper"
     )
-    seed: int = Field(0, ge=0, description="of all noise and of the order of scans")
-    sequences: tuple[str, ...] = Field(("T1w", "T2w"), description="BIDS suffixes to work on")
+    seed: int = Field(0, ge=0, le=2**63 - 1, description="of all noise and of the order of scans")
+    sequences: tuple[Literal["T1w", "T2w"], ...] = Field(
+        ("T1w", "T2w"), min_length=1, description="BIDS suffixes to work on, one or both"
+    )
     prepare: PrepareConfig = PrepareConfig()
     condition: ConditionConfig = ConditionConfig()
     schedule: ScheduleConfig = ScheduleConfig()
@@ -461,32 +463,48 @@ def load_config(
 
     Args:
         preset: Name of a preset; wins over one that the file names.
-        file: YAML file.
+        file: YAML file, or its s3:// address.
         settings: `key=value` pairs.
         base: Settings to start from, their preset among them. They lie between preset and file,
             and count for nothing when the user names another preset.
 
     Raises:
         ConfigError: A key does not exist, a value is not allowed or the file cannot be read.
+        StorageError: The store does not answer.
     """
-    from_file: Any = {}
-    if file is not None:
-        try:
-            from_file = yaml.safe_load(Path(file).read_text(encoding="utf-8")) or {}
-        except (OSError, *_NO_YAML) as error:
-            raise ConfigError(
-                f"cannot be read as YAML ({type(error).__name__}).", code="CONFIG-FILE",
-                where=str(file),
-            ) from error  # fmt: skip
-        if not isinstance(from_file, dict):
-            raise ConfigError("must hold key: value lines.", code="CONFIG-FILE", where=str(file))
-    user = merge(from_file, parse_pairs(settings))
+    user = merge({} if file is None else read_settings(file), parse_pairs(settings))
     base = base or {}
     name = preset or user.get("preset") or base.get("preset") or "tiny"
     if not isinstance(name, str) or name not in PRESETS:
         raise ConfigError(f"preset {name!r} does not exist; choose from {', '.join(PRESETS)}.")
     start = merge(PRESETS[name], base if name == base.get("preset") else {})
     return parse_config(merge(merge(start, user), {"preset": name}))
+
+
+def read_settings(file: str | Path) -> dict[str, Any]:
+    """What a YAML file, here or at an s3:// address, says.
+
+    Raises:
+        ConfigError: CONFIG-FILE, it cannot be read.
+        StorageError: The store does not answer.
+    """
+    from sgcd_core.io.store import Store, is_s3
+
+    where = str(file)
+    try:
+        if is_s3(where):
+            text = Store().read_bytes(where, max_bytes=1_000_000).decode()
+        else:
+            text = Path(file).read_text(encoding="utf-8")
+        found = yaml.safe_load(text) or {}
+    except (OSError, InputError, *_NO_YAML) as error:
+        raise ConfigError(
+            f"cannot be read as YAML ({getattr(error, 'code', type(error).__name__)}).",
+            code="CONFIG-FILE", where=where,
+        ) from error  # fmt: skip
+    if not isinstance(found, dict):
+        raise ConfigError("must hold key: value lines.", code="CONFIG-FILE", where=where)
+    return found
 
 
 def parse_config(values: Mapping[str, Any]) -> SgcdConfig:

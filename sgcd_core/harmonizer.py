@@ -119,7 +119,7 @@ class Harmonizer:
         self, image: NDArray[np.float32], mask: NDArray[np.bool_], sequence: str
     ) -> float:
         """How unlike the training scans this prepared scan is; 1 is usual (`OutlierModel`)."""
-        index = list(self.config.sequences).index(sequence)
+        index = list[str](self.config.sequences).index(sequence)
         return self.outliers.score(style_features(image, mask), index)
 
     def _denoisers(self, batch: Batch) -> Denoisers:

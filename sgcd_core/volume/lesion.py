@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from sgcd_core.errors import InputError
-from sgcd_core.io.nifti import NiftiScan
+from sgcd_core.io.nifti import NiftiScan, from_ras, to_ras
 from sgcd_core.volume.geometry import Geometry
 from sgcd_core.volume.resample import voxel_sides
 
@@ -25,22 +25,34 @@ _LEAST_REST = 0.25
 def read_lesion(mask: NiftiScan, scan: NiftiScan, *, where: str | None = None) -> Array:
     """The lesion of a mask image, bool on the scan's stored grid: voxels of at least 0.5.
 
+    The mask may hold the scan's voxels in another order, as after `nibabel.as_closest_canonical`.
+
     Raises:
         InputError: LESION-GRID, shape or placement is not the scan's.
     """
-    if mask.shape != scan.shape:
+    lesion: Array = mask.data >= 0.5
+    if mask.shape == scan.shape and _off(mask.affine, scan.affine, scan.shape) is None:
+        return lesion
+    lesion, affine, _ = to_ras(lesion, mask.affine)
+    own, own_affine, order = to_ras(scan.data, scan.affine)
+    hint = "Resample the mask onto the scan's grid."
+    if lesion.shape != own.shape:
         raise InputError(
             f"the lesion mask has {mask.shape} voxels, the scan {scan.shape}.",
-            code="LESION-GRID", where=where, hint="Resample the mask onto the scan's grid.",
+            code="LESION-GRID", where=where, hint=hint,
         )  # fmt: skip
-    apart = corner_distance(mask.affine, scan.affine, scan.shape)
-    if apart > _SAME_GRID * float(voxel_sides(scan.affine).min()):
+    if apart := _off(affine, own_affine, own.shape):
         raise InputError(
             f"the lesion mask lies {apart:.1f} mm off the scan at one corner.",
-            code="LESION-GRID", where=where, hint="Resample the mask onto the scan's grid.",
+            code="LESION-GRID", where=where, hint=hint,
         )  # fmt: skip
-    lesion: Array = mask.data >= 0.5
-    return lesion
+    return from_ras(lesion, order)
+
+
+def _off(one: Array, other: Array, shape: tuple[int, int, int]) -> float | None:
+    """How far two grids of one shape lie apart, mm; None where they are one."""
+    apart = corner_distance(one, other, shape)
+    return apart if apart > _SAME_GRID * float(voxel_sides(other).min()) else None
 
 
 def corner_distance(one: Array, other: Array, shape: tuple[int, int, int]) -> float:

@@ -29,6 +29,8 @@ Array = NDArray[Any]
 _CHUNK = 1_000_000  # native voxels mapped at a time
 #: Inside a lesion the map rises at least this part as fast as over the whole brain.
 _LEAST_SLOPE = 0.25
+#: Least value inside the brain: what is 0 lies outside it, whoever thresholds an output.
+DARKEST = 1e-4
 
 
 def carry_to_native(
@@ -52,7 +54,7 @@ def carry_to_native(
         lesion: (X, Y, Z) bool, model grid, as `lesion_on_model_grid` gives it; None for no lesion.
 
     Returns:
-        float32 on the stored grid, the model's intensity scale (about [0, 1]; never negative),
+        float32 on the stored grid, the model's intensity scale (about [0, 1], at least `DARKEST`),
         0 outside `native_mask`.
     """
     source, source_mask = native_on_model_grid(native, native_mask, geometry)
@@ -67,7 +69,7 @@ def carry_to_native(
     for part, at in _places(native_mask, geometry, box):
         a = ndimage.map_coordinates(slope, at, order=1, mode="nearest")
         b = ndimage.map_coordinates(offset, at, order=1, mode="nearest")
-        values[part] = np.maximum(a * values[part] + b, 0)
+        values[part] = np.maximum(a * values[part] + b, DARKEST)
     return _inside(native_mask, values)
 
 

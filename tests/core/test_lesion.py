@@ -227,6 +227,13 @@ def _mask_image(case: Case, **more: object) -> NiftiScan:
 
 def test_a_mask_on_the_scan_s_grid_is_read_and_another_grid_is_refused(case: Case) -> None:
     np.testing.assert_array_equal(read_lesion(_mask_image(case), case.scan), case.lesion)
+    # The same voxels in another order: the second axis first and backwards.
+    n = case.scan.shape[1]
+    order = np.array([[0, 1, 0, 0], [-1, 0, 0, n - 1], [0, 0, 1, 0], [0, 0, 0, 1]], float)
+    again = case.lesion[:, ::-1].transpose(1, 0, 2)
+    other = _mask_image(case, affine=case.scan.affine @ order, shape=again.shape)
+    other = replace(other, data=again.astype(np.float32))
+    np.testing.assert_array_equal(read_lesion(other, case.scan), case.lesion)
     hair = case.scan.affine.copy()
     hair[0, 3] += 0.05  # a rounded affine is the same grid
     assert read_lesion(_mask_image(case, affine=hair), case.scan).any()

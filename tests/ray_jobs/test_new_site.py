@@ -92,6 +92,27 @@ def test_a_dry_run_counts_the_sequences_asked_for(
         )
 
 
+def test_a_dry_run_refuses_what_the_run_would_refuse(
+    tmp_lake: Lake, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_global_model(tmp_lake.uri)
+    source = make_site(tmp_path / "a", "A", 1)
+    Catalog(tmp_lake).append("scans", [scan("B", scan_id="s", uri="/s.nii.gz")])
+    words = ["new-site", str(source), "--lake", tmp_lake.uri, "--dry-run"]
+    for more, code, said in (
+        (["--target", "B"], 65, "TARGET-FEW"),
+        (["--target", "C"], 65, "TARGET-UNKNOWN"),
+        (["--target", "B", "--min-scans", "1"], 0, ""),
+        (["--target", "A"], 0, ""),  # its scans are new
+        (["--target", "A", "--set", "guard.max_outlier_score=x"], 78, "guard.max_outlier_score"),
+    ):
+        assert cli.main([*words, *more]) == code
+        assert said in capsys.readouterr().err
+    # a run says so before it lists a scan
+    assert cli.main([*words[:-1], "--target", "A", "--set", "guard.max_outlier_score=x"]) == 78
+    assert len(Catalog(tmp_lake).rows("scans")) == 1
+
+
 @dataclass
 class Place:
     lake: str

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import pytest
 
-from pipelines.training_data import balanced_order, check_sequences, check_target, data_digest
-from ray_jobs.loop import schedule_steps
+from pipelines.catalog import Catalog
+from pipelines.lake import Lake
+from pipelines.training_data import (
+    COMPLETE,
+    balanced_order,
+    check_sequences,
+    check_target,
+    data_digest,
+    training_rows,
+)
+from ray_jobs.loop import check_shares, schedule_steps
 from sgcd_core.config import SgcdConfig
-from sgcd_core.errors import InputError
+from sgcd_core.errors import ConfigError, InputError
+from sgcd_core.io.store import Store, join
 
 
 def scans(**counts: int) -> list[dict[str, str]]:
@@ -18,6 +29,31 @@ def scans(**counts: int) -> list[dict[str, str]]:
         for site, n in counts.items()
         for i in range(n)
     ]
+
+
+def test_workers_share_a_batch_alike_or_not_at_all() -> None:
+    check_shares(4, 2)
+    with pytest.raises(ConfigError, match="2 volumes cannot be shared by 3 workers"):
+        check_shares(2, 3)
+
+
+def test_what_is_left_to_learn_from_is_told_from_what_is_not_prepared(tmp_lake: Lake) -> None:
+    catalog, store = Catalog(tmp_lake), Store()
+    more = {"status": "ok", "split": "train", "uri": "/x"}
+    catalog.append("scans", [row | more for row in scans(A=2, B=2)])
+
+    def rows(*sequences: str, **more: Any) -> list[str]:
+        return [r["scan_id"] for r in training_rows(catalog, "r", sequences=sequences, **more)]
+
+    with pytest.raises(InputError, match="none of its 4 scans is prepared"):
+        rows("T1w")
+    for scan_id in ("A0", "A1", "B0"):
+        store.write_bytes(join(tmp_lake.prepared("r", scan_id), COMPLETE), b"{}")
+    assert rows("T1w", "T2w") == ["A0", "A1", "B0"]
+    with pytest.raises(InputError, match=r"of the sites \(none\) and sequences \(T1w\) asked"):
+        rows("T1w", exclude_sites=["A", "B"])
+    with pytest.raises(InputError, match=r"of the sites \(B\) and sequences \(T1w\) asked for"):
+        rows("T1w", sites=["A", "B"], exclude_sites=["A"])
 
 
 def test_a_small_site_is_seen_as_often_as_a_large_one() -> None:
