@@ -14,7 +14,6 @@ import pyarrow.compute as pc
 
 from pipelines.bids_links import Links
 from pipelines.catalog import Catalog
-from pipelines.ledger import model_key, open_attempts
 from pipelines.plan import LABELS, labels_differ
 from pipelines.schemas import RESULTS
 from sgcd_core.io.bids import LABEL
@@ -153,10 +152,10 @@ def _stem_of(output_uri: str) -> str | None:
 _FEW = 100
 
 
-def stale_outputs(
+def misnamed_outputs(
     catalog: Catalog, scans: pa.Table, root: str, model: str, version: int
-) -> tuple[list[Names], list[Names]]:
-    """Outputs that lie in a derivative and that no row tells of any more.
+) -> list[Names]:
+    """Outputs that lie under labels their scans have no more, others having taken their place.
 
     Args:
         catalog: The lake's tables.
@@ -164,42 +163,20 @@ def stale_outputs(
         root: Root of the derivative data set; outputs of other places stay.
         model: Name in the registry.
         version: Version in the registry.
-
-    Returns:
-        Those under labels that their scans have no more, others having taken their place, and
-        those of scans that failed since.
     """
-    # First: whoever has begun a try writes the file before the row.
-    tried = pa.array(sorted(open_attempts(catalog.lake, model_key(model, version))), pa.string())
     written = _written(catalog, scans, model, version)
-    now = catalog.rows(
-        "results", where={"model": model, "model_version": version},
-        columns=("scan_id", "status", "output_uri"),
-    )  # fmt: skip
-    written = written.filter(
-        pc.invert(pc.is_in(written["output_uri"], now["output_uri"].combine_chunks()))
-    )
-    mine = now.take(pc.index_in(written["scan_id"], now["scan_id"].combine_chunks()))
-    waiting = pc.and_(
-        pc.is_in(written["scan_id"], tried), pc.not_equal(mine["status"], "quarantined")
-    )
-    failed = pc.and_(mine["output_uri"].is_null(), pc.invert(waiting))
-    misnamed = _named(written.filter(pc.field("relabelled")), root)
-    gone = _named(written.filter(pc.and_(failed, pc.invert(written["relabelled"]))), root)
+    where = {"model": model, "model_version": version}
+    current = catalog.rows("results", where=where, columns=("output_uri",))["output_uri"]
+    old = written.filter(
+        pc.field("relabelled") & ~pc.field("output_uri").isin(current.combine_chunks())
+    )["output_uri"].unique().to_pylist()  # fmt: skip
+    named = [(uri, Names(root, stem)) for uri in sorted(old) if (stem := _stem_of(uri))]
+    found = [names for uri, names in named if names.native == uri]
     store = Store()
-    if len(misnamed) + len(gone) > _FEW:
+    if len(found) > _FEW:
         there = {item.uri for item in store.list(root + "/")}
-    else:
-        there = {names.native for names in misnamed + gone if store.exists(names.native)}
-    here = [[names for names in found if names.native in there] for found in (misnamed, gone)]
-    return here[0], here[1]
-
-
-def _named(written: pa.Table, root: str) -> list[Names]:
-    """The outputs among these that lie in the derivative at `root`."""
-    uris = sorted(set(written["output_uri"].to_pylist()))
-    found = [(uri, Names(root, stem)) for uri in uris if (stem := _stem_of(uri))]
-    return [names for uri, names in found if names.native == uri]
+        return [names for names in found if names.native in there]
+    return [names for names in found if store.exists(names.native)]
 
 
 def stems(scans: pa.Table, given: Mapping[str, str] | None = None) -> pa.Table:

@@ -27,6 +27,7 @@ from pipelines.derivative import (
 )
 from pipelines.lake import Lake
 from pipelines.ledger import MAX_ATTEMPTS, Attempt, attempt, model_key, worker_name
+from pipelines.plan import TRANSIENT_CODES
 from pipelines.turns import Turns
 from sgcd_core.config import SgcdConfig
 from sgcd_core.errors import InputError, SgcdError
@@ -43,6 +44,8 @@ Row = dict[str, Any]
 SCAN_DEADLINE = 3600.0
 #: Columns of a result that are its scan's.
 OF_SCAN = ("scan_id", "dataset", "subject", "session", "site", "sequence")
+#: Failures that say nothing of scan or mask: an output of before is as good as it was.
+_OF_THE_DAY = {*TRANSIENT_CODES, "SCAN-MISSING", "SCAN-FAILED", "SCAN-DEADLINE"}
 
 
 class Model(Protocol):
@@ -120,6 +123,32 @@ def harmonize_scan(
         tries: Is given what the table `attempts` says of each try of the scan, earlier ones too.
     """
     turns, tries = turns or Turns(), [] if tries is None else tries
+    row = _row_of(scan, job, harmonizer, stem, turns, tries)
+    code = row["code"] or ""
+    told = code.startswith(("SCAN-", "LESION-")) and code not in _OF_THE_DAY
+    if row["status"] == "failed" and told:
+        _remove_output(Names(job.lake.derivatives(job.key), stem), scan["scan_id"])
+    return row
+
+
+def _remove_output(names: Names, scan_id: str) -> None:
+    """Leave no output of before beside a row that says why there is none.
+
+    Here, where the scan's try is counted still: who is killed in between plans it again.
+    """
+    store = Store()
+    try:
+        if store.exists(names.native):
+            log.info("event=output_removed scan=%s uri=%s", scan_id, names.native)
+            for uri in names.files:
+                store.delete(uri)
+    except SgcdError as error:
+        log.warning("event=output_not_removed scan=%s code=%s", scan_id, error.code)
+
+
+def _row_of(
+    scan: Mapping[str, Any], job: Job, harmonizer: Model, stem: str, turns: Turns, tries: list[Row]
+) -> Row:
     row = blank_row(scan, job)
     for last in (False, True):
         try:

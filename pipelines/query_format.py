@@ -83,7 +83,7 @@ def plain_rows(table: pa.Table) -> list[Any]:
 def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):  # a map is a list of pairs
         return [_plain(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None

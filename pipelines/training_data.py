@@ -74,9 +74,7 @@ def training_rows(
             hint="Run `sgcd prepare --lake LAKE` with the same settings first; scans of the split "
             "test are never learned from.",
         )  # fmt: skip
-    chosen = {scan["site"] for scan in free} - set(exclude_sites)
-    if sites is not None:
-        chosen &= set(sites)
+    chosen = set({scan["site"] for scan in free} if sites is None else sites) - set(exclude_sites)
     rows = [scan for scan in free if scan["site"] in chosen and scan["sequence"] in sequences]
     if not rows:
         named = ", ".join(sorted(chosen)) or "none"

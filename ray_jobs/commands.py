@@ -139,7 +139,8 @@ def suggest(args: Any) -> Outcome:
     site, measured = best
     header = list(rows[0])
     lines = [*table(header, [[row[name] for name in header] for row in rows]), ""]
-    text = f"{site} has the lowest mean distance between its own scans ({', '.join(measured)})"
+    text = f"of the sites with two people in {' and '.join(measured)}, {site} has the lowest mean "
+    text += "distance between its own scans"
     follow = f"sgcd tune --lake {quoted(args.lake)} --target {quoted(site)}"
     has = {row["sequence"] for row in rows if row["site"] == site}
     if lacking := {row["sequence"] for row in rows} - has:

@@ -122,9 +122,8 @@ def run(args: Any) -> Outcome:
         return Outcome(f"would harmonize with {name}: {sentence}", lines=lines, data=data)
     refused = list(_refused_at_index(catalog, job, made))
     if not planned and not refused:
-        lines = describe(lake, model, version)  # a run that was stopped may have left it undone
-        text = f"nothing to harmonize with {name}: {sentence}"
-        return Outcome(text, next=follow, lines=lines, data=data)
+        describe(lake, model, version)  # a run that was stopped may have left it undone
+        return Outcome(f"nothing to harmonize with {name}: {sentence}", next=follow, data=data)
     tally = Tally()
     started = time.monotonic()
     tags = {"model": model, "version": version, "batch_id": job.batch_id, "asked": args.model}
@@ -145,7 +144,7 @@ def run(args: Any) -> Outcome:
         )  # fmt: skip
         found = {f"scans/{status}": float(n) for status, n in tally.counts.items()}
         tracker.log_metrics(found)
-    removed = describe(lake, model, version)
+    describe(lake, model, version)
     seconds = time.monotonic() - started
     parts = ", ".join(f"{n} {status}" for status, n in tally.counts.most_common()) or "none"
     text = f"harmonized with {name}: {parts} of {planned} planned scans in {seconds:.0f} s"
@@ -162,7 +161,7 @@ def run(args: Any) -> Outcome:
         lines.append(f"… and {tally.failed - len(tally.bad)} more: see the table `results`")
     if made.relabelled:
         lines.append(f"note: {made.relabelled} of them again: a label was corrected since.")
-    lines += removed + tally.notes()
+    lines += tally.notes()
     code = WITH_FAILURES if tally.failed or refused else DONE
     return Outcome(text, next=follow, exit_code=code, lines=lines, data=data)
 
@@ -227,42 +226,34 @@ def _addresses(scans: pa.Table) -> list[Row]:
     return rows
 
 
-def describe(lake: Lake, model: str, version: int) -> list[str]:
+def describe(lake: Lake, model: str, version: int) -> None:
     """Bring the derivative up to date with the tables: its people, its citation, and no output
-    under a label that its scan has no more, or of a scan that failed since.
-
-    Returns:
-        What a user should know of it.
+    under a label that its scan has no more.
     """
     from pipelines.cite import citation
     from pipelines.dataset_files import LOGS, write_changed, write_participants
-    from pipelines.derivative import stale_outputs
+    from pipelines.derivative import misnamed_outputs
     from sgcd_core.io.store import Store, join
 
     catalog, where = Catalog(lake), {"model": model, "model_version": version}
     results = catalog.rows("results", where=where, columns=("scan_id", "output_uri"))
-    if not results.num_rows:
-        return []
     done = results.filter(pc.field("output_uri").is_valid())["scan_id"].combine_chunks()
+    if not len(done):
+        return
     scans = catalog.rows("scans", columns=("scan_id", "uri", "age", "sex", *LABELS))
     mine = scans.filter(pc.field("scan_id").isin(done)).to_batches(max_chunksize=10_000)
     root = lake.derivatives(model_key(model, version))
-    misnamed, failed = stale_outputs(catalog, scans, root, model, version)
-    stale = misnamed + failed
+    misnamed = misnamed_outputs(catalog, scans, root, model, version)
     write_participants(
         root, (scan for batch in mine for scan in batch.to_pylist()),
-        gone={names.participant for names in stale},
+        gone={names.participant for names in misnamed},
     )  # fmt: skip
-    for names in stale:
-        log.info("event=stale_removed uri=%s", names.native)
+    for names in misnamed:
+        log.info("event=misnamed_removed uri=%s", names.native)
         for uri in names.files:
             Store().delete(uri)
-    if len(done):
-        text = citation(lake, model, version).encode()
-        write_changed(Store(), join(root, LOGS, "CITATION.md"), text)
-    if not failed:
-        return []
-    return [f"note: {len(failed)} outputs of before were removed, their scans having failed since."]
+    text = citation(lake, model, version).encode()
+    write_changed(Store(), join(root, LOGS, "CITATION.md"), text)
 
 
 def _refused_at_index(catalog: Catalog, job: Job, made: Plan) -> Iterator[Row]:

@@ -141,7 +141,7 @@ def _addresses(args: Any) -> Iterator[tuple[str, bool]]:
         name, colon, file = spec.partition(":")
         if is_s3(spec) or not colon:
             file = spec
-        if file != name or "/" in file or "." in file:
+        if file and (file != name or "/" in file or "." in file):
             yield file, False
 
 

@@ -9,7 +9,7 @@ from scipy import ndimage
 from sgcd_core.config import TransportConfig
 from sgcd_core.io.nifti import NiftiScan
 from sgcd_core.volume.geometry import Geometry, rows
-from sgcd_core.volume.transport import carry_to_native, native_on_model_grid
+from sgcd_core.volume.transport import DARKEST, carry_to_native, native_on_model_grid
 
 SHAPE = (60, 72, 56)
 MM = 2.0
@@ -160,12 +160,13 @@ def test_the_rim_of_the_brain_does_not_fade(head: tuple) -> None:
     np.testing.assert_allclose(out[rim], expected, atol=5e-3)
 
 
-def test_nothing_is_negative_even_when_the_map_goes_below_zero(head: tuple) -> None:
+def test_nothing_inside_is_zero_even_where_the_map_goes_below(head: tuple) -> None:
     scan, mask, geometry = head
     source, model_mask = native_on_model_grid(scan, mask, geometry)
     wanted = np.where(model_mask, np.maximum(1.5 * source - 0.5, 0), 0)
     out = carry_to_native(scan, mask, geometry, wanted, model_mask, TransportConfig())
-    assert out.min() == 0.0 and np.isfinite(out).all()
+    assert np.array_equal(out > 0, mask) and not out[~mask].any() and np.isfinite(out).all()
+    assert (out[mask] == np.float32(DARKEST)).mean() > 0.01
 
 
 @pytest.mark.parametrize("sides", [(1.0, 1.0, 1.0), (1.0, 1.0, 4.0), (3.0, 3.5, 4.0)])

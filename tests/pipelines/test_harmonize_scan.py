@@ -198,6 +198,21 @@ def test_maps_of_before_do_not_stay_beside_an_output_without_any(
     assert len(files) == 4 and not any("harmonizedstd" in name for name in files)
 
 
+def test_no_output_of_before_stays_beside_a_row_that_says_why_there_is_none(
+    site: Site, model: Harmonizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def outputs() -> list[Path]:
+        return list(Path(site.lake.uri).rglob("*desc-harmonized*"))
+
+    assert site.run(model, 1, samples=2)["status"] in ("ok", "flagged") and len(outputs()) == 8
+    moved = site.file.rename(site.file.with_suffix(".away"))
+    assert site.run(model, 1)["code"] == "SCAN-MISSING" and len(outputs()) == 8
+    moved.rename(site.file)
+    site.write_mask("sub-01_ses-2_run-1_T1w_label-lesion_roi.nii.gz", np.ones(NATIVE, bool))
+    assert site.run(model, 1)["code"] == "LESION-TOO-BIG"
+    assert not outputs()
+
+
 def test_what_the_seeds_drew_in_a_lesion_is_not_in_the_map(site: Site, model: Harmonizer) -> None:
     site.write_mask("sub-01_ses-2_run-1_label-lesion_roi.nii.gz")
     row = site.run(model, 1, samples=2)

@@ -85,7 +85,7 @@ def test_the_command_that_is_suggested_can_be_run(
     assert caught.value.code == "LAKE-EMPTY"
     add(2, "A", "T1w")
     found = commands.suggest(args)
-    assert found.data["target"] == "A" and "(T1w)" in found.summary
+    assert found.data["target"] == "A" and "in T1w, A has" in found.summary
     assert found.next.endswith("--target A --sequences T1w")
     add(3, "A", "T2w")
     assert commands.suggest(args).next.endswith("--target A")

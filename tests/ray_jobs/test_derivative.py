@@ -16,13 +16,12 @@ from pipelines.derivative import (
     IN_SIDECAR,
     Names,
     bids_label,
+    misnamed_outputs,
     output_names,
     sidecar_bytes,
-    stale_outputs,
     stems,
 )
 from pipelines.lake import Lake
-from pipelines.ledger import begin_attempt
 from pipelines.plan import LABELS
 from pipelines.schemas import STRING
 from sgcd_core.io.bids import parse_name
@@ -124,8 +123,7 @@ def test_scans_that_exchanged_subjects_exchange_their_names(tmp_lake: Lake) -> N
         return names.native
 
     def misnamed() -> list[str]:
-        found, failed = stale_outputs(catalog, catalog.rows("scans"), root, "m", 1)
-        assert failed == []
+        found = misnamed_outputs(catalog, catalog.rows("scans"), root, "m", 1)
         return [names.native for names in found]
 
     catalog.append("scans", [a, b])
@@ -145,12 +143,16 @@ def test_scans_that_exchanged_subjects_exchange_their_names(tmp_lake: Lake) -> N
     assert "sub-c" in three and misnamed() == [two]
     elsewhere = tmp_lake.derivatives("of-another-lake")
     Store().write_bytes(two.replace(root, elsewhere), b"")
-    assert stale_outputs(catalog, catalog.rows("scans"), elsewhere, "m", 1) == ([], [])
+    assert misnamed_outputs(catalog, catalog.rows("scans"), elsewhere, "m", 1) == []
     Store().delete(two)
     assert misnamed() == []
 
 
-def test_a_removal_that_was_cut_off_is_found_again(tmp_lake: Lake) -> None:
+@pytest.mark.parametrize("few", [100, 0], ids=["asked for each", "listed"])
+def test_a_removal_that_was_cut_off_is_found_again(
+    tmp_lake: Lake, monkeypatch: pytest.MonkeyPatch, few: int
+) -> None:
+    monkeypatch.setattr(derivative, "_FEW", few)
     catalog, root = Catalog(tmp_lake), tmp_lake.derivatives("m-v1")
     old, new = (Names(root, f"sub-{who}/anat/sub-{who}_T1w") for who in ("01", "02"))
     catalog.append("scans", [scan("a" * 32, subject="02") | {"indexed_at": None}])
@@ -163,37 +165,10 @@ def test_a_removal_that_was_cut_off_is_found_again(tmp_lake: Lake) -> None:
     for uri in old.files:
         Store().write_bytes(uri, b"")
     for uri in old.files:
-        assert stale_outputs(catalog, catalog.rows("scans"), root, "m", 1) == ([old], [])
+        assert misnamed_outputs(catalog, catalog.rows("scans"), root, "m", 1) == [old]
         Store().delete(uri)
-    assert stale_outputs(catalog, catalog.rows("scans"), root, "m", 1) == ([], [])
+    assert misnamed_outputs(catalog, catalog.rows("scans"), root, "m", 1) == []
     assert not any(Store().exists(uri) for uri in old.files)
-
-
-@pytest.mark.parametrize("few", [100, 0], ids=["asked for each", "listed"])
-def test_outputs_of_scans_that_failed_since_are_stale_unless_they_are_tried(
-    tmp_lake: Lake, monkeypatch: pytest.MonkeyPatch, few: int
-) -> None:
-    monkeypatch.setattr(derivative, "_FEW", few)
-    catalog, root = Catalog(tmp_lake), tmp_lake.derivatives("m-v1")
-    names = {who: Names(root, f"sub-{who}/anat/sub-{who}_T1w") for who in "abcde"}
-
-    def result(who: str, status: str, **more: str) -> dict[str, Any]:
-        labels = {"subject": who, "session": None, "site": None, "sequence": "T1w"}
-        whose = {"scan_id": who * 32, "model": "m", "model_version": 1}
-        return labels | whose | {"status": status} | more
-
-    catalog.append("scans", [scan(w * 32, subject=w) | {"indexed_at": None} for w in "abcde"])
-    catalog.append("results", [result(w, "ok", output_uri=names[w].native) for w in "abcd"])
-    catalog.append("results", [result(w, "failed") for w in "ace"])
-    catalog.append("results", [result("b", "quarantined")])
-    for found in names.values():
-        Store().write_bytes(found.native, b"")
-    for who in "bc":  # the one is set aside, the other about to have a row
-        begin_attempt(tmp_lake, "m-v1", who * 32)
-    scans = catalog.rows("scans")
-    assert stale_outputs(catalog, scans, root, "m", 1) == ([], [names["a"], names["b"]])
-    Store().delete(names["a"].native)
-    assert stale_outputs(catalog, scans, root, "m", 1) == ([], [names["b"]])
 
 
 @pytest.mark.parametrize("word", ["MR_001", "IXI002-Guys", "../../../../etc/x", "Ärger"])
