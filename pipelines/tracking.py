@@ -13,7 +13,7 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,8 @@ EXPERIMENT = "sgcd"
 _ARTIFACTS = "mlflow-artifacts"
 #: A longer name of a metric is refused.
 _LONGEST_METRIC = 250
+#: More in a batch are refused.
+_METRICS_IN_REQUEST = 1000
 
 
 def tracking_uri(lake: Lake) -> str:
@@ -102,14 +104,27 @@ class Tracker:
 
     def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
         """Numbers of one step, under names that MLflow takes (`metric_name`)."""
+        self.log_history([(step, metrics)])
+
+    def log_history(self, history: Iterable[tuple[int, Mapping[str, float]]]) -> None:
+        """Numbers of many steps, many in a request.
+
+        Args:
+            history: Each step with its numbers by name.
+        """
 
         def send() -> None:
             from mlflow.entities import Metric
 
             now = int(time.time() * 1000)
-            values = [Metric(metric_name(name), float(v), now, step) for name, v in metrics.items()]
-            for first in range(0, len(values), 500):
-                self._client.log_batch(self.run_id, metrics=values[first : first + 500])
+            values = [
+                Metric(metric_name(name), float(value), now, step)
+                for step, metrics in history
+                for name, value in metrics.items()
+            ]
+            for first in range(0, len(values), _METRICS_IN_REQUEST):
+                part = values[first : first + _METRICS_IN_REQUEST]
+                self._client.log_batch(self.run_id, metrics=part)
 
         self._guard("metrics", send)
 

@@ -99,10 +99,11 @@ def track_training(
     tracker: Tracker, lake: Lake, name: str, version: int, history: list[dict[str, float]]
 ) -> None:
     """The losses of every step, and the model's files as plain artifacts and registered version."""
-    track_files(tracker, lake, name, version, "candidate")  # first: losses are many requests
-    for item in history:
-        losses = {key: value for key, value in item.items() if key != "step"}
-        tracker.log_metrics(losses, step=int(item["step"]))
+    track_files(tracker, lake, name, version, "candidate")  # first: losses may be many requests
+    tracker.log_history(
+        (int(item["step"]), {key: value for key, value in item.items() if key != "step"})
+        for item in history
+    )
 
 
 def track_files(

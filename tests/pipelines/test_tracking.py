@@ -16,6 +16,7 @@ import pytest
 from pipelines import registry
 from pipelines.lake import Lake
 from pipelines.tracking import EXPERIMENT, Tracker, flatten, metric_name, tracking_uri
+from ray_jobs import context
 from sgcd_core.config import SgcdConfig
 from sgcd_core.io.store import sha256_hex
 
@@ -210,6 +211,29 @@ def test_a_site_of_any_name_keeps_its_measures(lake: Lake) -> None:
     assert [run.data.metrics[metric_name(name)] for name in names] == list(range(len(names)))
     assert metric_name("Site A-1.5:x/T1w/sgcd/ssim") == "Site A-1.5:x/T1w/sgcd/ssim"
     assert metric_name("A(3/T1w") == f"A_3-{sha256_hex(b'A(3')[:8]}/T1w"
+
+
+def test_the_losses_of_many_steps_are_few_requests(
+    lake: Lake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow import MlflowClient
+
+    sent: list[int] = []
+    send = MlflowClient.log_batch
+
+    def log_batch(self: MlflowClient, run_id: str, metrics: Any = (), **more: Any) -> None:
+        sent.append(len(metrics))
+        send(self, run_id, metrics, **more)
+
+    monkeypatch.setattr(MlflowClient, "log_batch", log_batch)
+    history = [{"step": float(n), "loss": 1.0 / (n + 1), "noise": float(n)} for n in range(700)]
+    with Tracker.start(lake, "train") as tracker:
+        monkeypatch.setattr(context, "track_files", lambda *_: None)
+        context.track_training(tracker, lake, "global", 1, history)
+    assert [n for n in sent if n] == [1000, 400]
+    for name in ("loss", "noise"):
+        found = client(lake).get_metric_history(str(tracker.run_id), name)
+        assert [(m.step, m.value) for m in found] == [(r["step"], r[name]) for r in history]
 
 
 def test_a_refusal_is_said_once_and_the_run_still_ends(
