@@ -165,7 +165,7 @@ def test_a_crash_between_the_writes_leaves_nothing_that_a_row_names(
     lake = s3_server.uri(f"chaos-crash-{small.POINTS.index(point)}")
     program = Path(small.__file__)
     done = subprocess.run(
-        [sys.executable, str(program), lake, source, point], timeout=120, check=False,
+        [sys.executable, str(program), lake, source, point], timeout=600, check=False,
         cwd=program.parents[2], env={**os.environ, "PYTHONPATH": str(program.parents[2])},
     )  # fmt: skip
     assert done.returncode == 9
