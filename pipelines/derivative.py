@@ -241,6 +241,15 @@ def bids_label(word: str) -> str:
     return label if label == word else label + sha256_hex(word.encode())[:6]
 
 
+def remove_files(files: Sequence[str], store: Store) -> bool:
+    """Delete `Names.files` or some of them, if the last one, by which they are found, is there."""
+    if not store.exists(files[-1]):
+        return False
+    for uri in files:
+        store.delete(uri)
+    return True
+
+
 def _with_sidecars(image: str) -> tuple[str, str]:
     return json_beside(image), image
 

@@ -22,6 +22,7 @@ from pipelines.derivative import (
     Names,
     json_beside,
     model_grid_sidecar_bytes,
+    remove_files,
     sidecar_bytes,
     uncertainty_sidecar_bytes,
 )
@@ -136,12 +137,9 @@ def _remove_output(names: Names, scan_id: str) -> None:
 
     Here, where the scan's try is counted still: who is killed in between plans it again.
     """
-    store = Store()
     try:
-        if store.exists(names.native):
+        if remove_files(names.files, Store()):
             log.info("event=output_removed scan=%s uri=%s", scan_id, names.native)
-            for uri in names.files:
-                store.delete(uri)
     except SgcdError as error:
         log.warning("event=output_not_removed scan=%s code=%s", scan_id, error.code)
 
@@ -149,6 +147,7 @@ def _remove_output(names: Names, scan_id: str) -> None:
 def _row_of(
     scan: Mapping[str, Any], job: Job, harmonizer: Model, stem: str, turns: Turns, tries: list[Row]
 ) -> Row:
+    """As `harmonize_scan`; outputs of before are left where they are."""
     row = blank_row(scan, job)
     for last in (False, True):
         try:
@@ -318,9 +317,8 @@ def _harmonize(
             store.write_bytes(names.uncertainty_model_grid, encode_nifti(spread, grid))
             store.write_bytes(names.uncertainty, encode_nifti(on_scan, native))
             row["uncertainty_uri"] = names.uncertainty
-        elif store.exists(names.uncertainty):  # of other settings; last what is asked for
-            for uri in names.uncertainty_files:
-                store.delete(uri)
+        else:  # none of other settings stays
+            remove_files(names.uncertainty_files, store)
         store.write_bytes(names.native, data)
         row |= {
             "output_uri": names.native, "output_sha256": sha256_hex(data),

@@ -47,7 +47,7 @@ def run(args: Any) -> Outcome:
     over_model(args, config)
     check_sequences(args.sequences or (), config.sequences)
     if args.dry_run:
-        return _dry_run(args, lake, model)
+        return _dry_run(args, lake, model, made, config.sequences)
     name = model.partition("@")[0]
     with (
         lease(lake, f"new-site-{name}", wait=60 * args.wait) as held,
@@ -268,26 +268,26 @@ def _config(lake: Lake, model: str) -> Any:
     return load_modelpack(lake.model(name, version), Store()).config
 
 
-def _dry_run(args: Any, lake: Lake, model: str) -> Outcome:
-    """What is new at the source and what has no result yet."""
+def _dry_run(args: Any, lake: Lake, model: str, made: bool, known: tuple[str, ...]) -> Outcome:
+    """What is new at the source and what has no result yet.
+
+    `made`: the model is there, else it is to be tuned; `known`: the sequences it has or will have.
+    """
     words = ["--lake", args.lake, "--dry-run"]
     named = ["--sequences", *args.sequences] if args.sequences else []
     new = step(
         args.json, "index", *args.sources, "--site-from", args.site_from, *words, *named
     )  # fmt: skip
-    if args.target and model not in models(lake):
+    if not made:
         if args.target not in new.data["sites"]:  # else its new scans count, too
             scans = Catalog(lake).rows("scans").to_pylist()
-            sequences = args.sequences or _config(lake, "global").sequences
-            require_scans(scans, args.target, sequences, args.min_scans, args.lake)
+            require_scans(scans, args.target, args.sequences or known, args.min_scans, args.lake)
         return Outcome(f"would tune {model}, then harmonize every scan with it", data=new.data)
     name, version = resolve(lake, model)
     wanted = None if args.target else set(new.data["source_sites"])
-    made = plan(
-        Catalog(lake), name, version, sequences=args.sequences, known=_config(lake, model).sequences
-    )
+    todo = plan(Catalog(lake), name, version, sequences=args.sequences, known=known).todo
     waiting = [
-        scan for scan in made.todo.to_pylist() if wanted is None or scan["site"] in wanted
+        scan for scan in todo.to_pylist() if wanted is None or scan["site"] in wanted
     ]  # fmt: skip
     text = (
         f"would add {new.data['new']} scans and harmonize them and {len(waiting)} listed before "

@@ -98,27 +98,28 @@ def register_rigid(
     best = min(tries, key=lambda pair: pair[0])[1]
     _, found = _search(fixed_itk, moving_itk, best, shrink=1, sigma_mm=2.0, iterations=150)
     world_to_template: Array = np.linalg.inv(_matrix(found))
-    _check(world_to_template, moving, moving_mask, moving_affine, where)
 
-    def likeness(transform: Array, lies: Array = moving_affine) -> float:
+    def lay(transform: Array, lies: Array) -> tuple[float, Array]:
         laid, laid_mask = resample_masked(
             moving, moving_mask, transform @ lies, fixed_affine, fixed_mask.shape
         )
         either = laid_mask | fixed_mask
         pair = np.where(laid_mask, laid, 0)[either], np.where(fixed_mask, fixed, 0)[either]
-        return float(np.corrcoef(*pair)[0, 1])
+        return float(np.corrcoef(*pair)[0, 1]), laid_mask
 
-    alike = likeness(world_to_template)
+    alike, laid_mask = lay(world_to_template, moving_affine)
+    _check(world_to_template, laid_mask, moving_mask, moving_affine, where)
     if alike < LIKELY_POSE:
         for turn in _right_angles(fixed_com + shift):
             lies = turn @ moving_affine
             there = _to_itk(moving, lies)
             _, pose = coarse(there, 0.0)
-            if likeness(np.linalg.inv(_matrix(pose)), lies) < alike + BETTER_POSE:
+            if lay(np.linalg.inv(_matrix(pose)), lies)[0] < alike + BETTER_POSE:
                 continue
             _, pose = _search(fixed_itk, there, pose, shrink=1, sigma_mm=2.0, iterations=150)
             # It must fit itself: scans of another contrast fit nowhere.
-            if likeness(np.linalg.inv(_matrix(pose)), lies) > max(alike + BETTER_POSE, LIKELY_POSE):
+            found_alike, _ = lay(np.linalg.inv(_matrix(pose)), lies)
+            if found_alike > max(alike + BETTER_POSE, LIKELY_POSE):
                 raise InputError(
                     "the brain fits the template better when its axes are turned by right angles "
                     "from where its header says that they lie.",
@@ -272,17 +273,16 @@ def _search(
 
 
 def _check(
-    world_to_template: Array, image: Array, mask: Array, affine: Array, where: str | None
+    world_to_template: Array, laid: Array, mask: Array, affine: Array, where: str | None
 ) -> None:
-    """Refuse an alignment that no head in a scanner could have."""
+    """Refuse an alignment that no head in a scanner could have.
+
+    `laid` is the brain, bool, on the template's grid; `mask` where it lies, by `affine`.
+    """
     _, fixed_mask, fixed_affine = template(WORK_MM)
     angle = rotation_degrees(world_to_template)
     centre = world_to_template @ np.append(centre_of_mass(mask, affine), 1.0)
     shift = float(np.linalg.norm(centre[:3] - centre_of_mass(fixed_mask, fixed_affine)))
-    _, laid = resample_masked(
-        image, mask, world_to_template @ affine, fixed_affine,
-        (fixed_mask.shape[0], fixed_mask.shape[1], fixed_mask.shape[2]),
-    )  # fmt: skip
     overlap = 2.0 * float((laid & fixed_mask).sum()) / float(laid.sum() + fixed_mask.sum())
     if angle > MAX_ROTATION_DEG or shift > MAX_SHIFT_MM or overlap < MIN_OVERLAP:
         raise InputError(
