@@ -166,8 +166,9 @@ def test_the_restore_of_the_runbook_works(tmp_path: Path) -> None:
     catalog = Catalog(lake)
     for name in ("a", "b"):
         catalog.append("runs", [{"run_id": name}])
-    code = block.body.replace("s3://LAKE-BUCKET/lake", lake.uri).replace("/results", "/runs")
-    exec(compile(code.replace("41", "1"), str(block), "exec"), {"__name__": "page"})
+    code = block.body.replace(".restore(41)", ".restore(1)").replace("/results", "/runs")
+    code = code.replace("s3://LAKE-BUCKET/lake", lake.uri)
+    exec(compile(code, str(block), "exec"), {"__name__": "page"})
     assert catalog.history("runs")["run_id"].to_pylist() == ["a"]
 
 

@@ -65,7 +65,7 @@ def test_a_scan_that_hangs_is_failed_and_the_others_are_prepared(
     pipe = tmp_path / "sub-9_T1w.nii.gz"
     os.mkfifo(pipe)  # whoever opens it waits for ever
     _index(lake, "9" * 32, 9, pipe)
-    assert _prepare(lake, "--scan-deadline", "3", "--workers", "2") == 1
+    assert _prepare(lake, "--scan-deadline", "15", "--workers", "2") == 1
     assert "SCAN-DEADLINE" in capsys.readouterr().out
     assert _ready(lake) == 3
     assert count_attempts(lake, PrepareJob(lake, CONFIG).key, "9" * 32) == 0

@@ -10,11 +10,14 @@ from types import SimpleNamespace
 import pytest
 from head_node import RayCluster
 from ray.job_submission import JobStatus
+from small_lake import make_global_model
 
 from pipelines.lake import Lake
 from ray_jobs import cli
 from ray_jobs.submit import _named, tail
 from sgcd_core.errors import StorageError
+
+BY_ENCODER = ["--set", "target_stage.encoder=biomedclip:models/clip"]
 
 
 @pytest.mark.parametrize(
@@ -29,18 +32,7 @@ from sgcd_core.errors import StorageError
         (["train", "--lake", "s3://b/l", "--config", "my.yaml"], "my.yaml would be a file"),
         (["evaluate", "--lake", "s3://b/l", "--model", "m", "--features", "resnet18:w.pt"], "w.pt"),
         (["evaluate", "--lake", "s3://b/l", "--model", "m", "--features", "my/w.pt"], "my/w.pt"),
-        (
-            [
-                "tune",
-                "--lake",
-                "s3://b/l",
-                "--target",
-                "A",
-                "--set",
-                "target_stage.encoder=biomedclip:models/clip",
-            ],
-            "models/clip would be",
-        ),
+        (["tune", "--lake", "s3://b/l", "--target", "A", *BY_ENCODER], "models/clip would be"),
         (["index", "s3://b/bids", "data/bids", "--lake", "s3://b/l"], "data/bids would be"),
         (["check", "~/scan.nii.gz"], "~/scan.nii.gz would be a file or folder"),
         (["check", "https://me:hush@host/scan.nii.gz"], "has a password in it"),
@@ -173,9 +165,7 @@ def test_a_job_that_runs_is_joined_not_doubled(ray_cluster: RayCluster, tmp_lake
     lock = Path(tmp_lake.scratch("leases/new-site-global/00000001.json"))
     lock.parent.mkdir(parents=True)
     lock.write_text('{"holder": "a test", "released": false}')
-    model = Path(tmp_lake.model("global", 1))
-    model.mkdir(parents=True)
-    (model / "pack.json").write_text('{"meta": {}}')
+    make_global_model(blocked)
     job = ["new-site", "/none", "--model", "global", "--lake", blocked]
     first = ray_cluster.sgcd("submit", "--id", "nightly", "--no-wait", *job)
     out, err = first.communicate(timeout=60)
@@ -183,7 +173,10 @@ def test_a_job_that_runs_is_joined_not_doubled(ray_cluster: RayCluster, tmp_lake
     second = ray_cluster.sgcd("submit", "--id", "nightly", *job)
     assert second.stdout is not None
     # The log of the job that was there; Ray's own lines may come first.
-    assert any("waiting for a test" in line for line in second.stdout)
+    log = [""]
+    while "waiting for a test" not in log[-1]:
+        log.append(next(second.stdout, ""))
+        assert log[-1], "".join(log)
     patch = pytest.MonkeyPatch()
     patch.setenv("RAY_AUTH_MODE", "token")
     headers = {"Authorization": f"Bearer {ray_cluster.environment['RAY_AUTH_TOKEN']}"}
