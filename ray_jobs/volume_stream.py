@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 #: (site, sequence index) → number of scans and mean look vector (LOOK_SIZE,).
 Looks = dict[tuple[str, int], tuple[int, Any]]
+#: Scans that a task measures: as many as take the time that a new process takes to start.
+SCANS_OF_A_TASK = 8
 
 
 def packed(row: Row) -> dict[str, bytes]:
@@ -152,7 +154,8 @@ class Survey:
 def survey(ray: Any, rows: list[Row], lake_uri: str, config: SgcdConfig) -> Survey:
     """Measure every scan of `rows`, in the same order whatever the workers."""
     index = {name: i for i, name in enumerate(config.sequences)}
-    found = ray.data.from_items([packed(row) for row in rows]).map(
+    blocks = -(-len(rows) // SCANS_OF_A_TASK)
+    found = ray.data.from_items([packed(row) for row in rows], override_num_blocks=blocks).map(
         survey_packed, fn_kwargs={"lake_uri": lake_uri, "config": config.prepare}, num_cpus=0.5
     )
     found.context.execution_options.preserve_order = True

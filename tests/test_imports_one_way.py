@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -56,3 +58,14 @@ def test_no_module_uses_relative_imports() -> None:
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
                 if isinstance(node, ast.ImportFrom):
                     assert node.level == 0, f"{path}:{node.lineno}"
+
+
+def test_whoever_only_prepares_or_measures_scans_waits_for_no_torch() -> None:
+    """Four seconds and 600 MB in each of many processes."""
+    code = (
+        "import sys, pipelines.prepare, pipelines.training_data, ray_jobs.volume_stream\n"
+        "import sgcd_core.style.look, sgcd_core.style.outlier\n"
+        "print('torch' in sys.modules, end='')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False"

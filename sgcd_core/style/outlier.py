@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from scipy import ndimage
-from torch import Tensor
 
 from sgcd_core.volume.resample import bounding_box
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _LEVELS = (0.05, 0.25, 0.5, 0.75, 0.95)
 #: Voxels kept around the brain: what is farther off adds nothing that matters to the widest filter.
@@ -88,6 +90,8 @@ class OutlierModel:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Tensors for the modelpack."""
+        import torch  # here: whoever only measures scans does not wait for it
+
         return {f"outliers.{k}": torch.from_numpy(v) for k, v in self.features.items()}
 
     @classmethod

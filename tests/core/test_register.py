@@ -43,7 +43,7 @@ def test_scanners_put_one_brain_in_one_place(subject, sequence, most):
 
 
 TURNS = {
-    "half about z": np.diag([-1.0, -1, 1, 1]), "half about x": np.diag([1.0, -1, -1, 1]),
+    "half about x": np.diag([1.0, -1, -1, 1]),
     "quarter about z": np.array([[0.0, -1, 0, 0], [1, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]),
 }  # fmt: skip
 
