@@ -33,6 +33,11 @@ MIN_OVERLAP = 0.6
 #: another orientation may be right (measured on 65 scans: at least 0.39; with a header that is 90°
 #: or 180° off at most 0.31), and what another orientation must be better by.
 LIKELY_POSE, BETTER_POSE = 0.36, 0.05
+#: Correlation with the template, where both brains are, below which a scan's contrast is reversed
+#: (measured on 25 real and 32 digital scans: at least 0.18; labelled T2w for T1w or T1w for T2w at
+#: most -0.17).
+REVERSED = -0.1
+OTHER = {"T1w": "T2w", "T2w": "T1w"}
 
 
 def centre_of_mass(mask: Array, affine: Array) -> Array:
@@ -76,7 +81,8 @@ def register_rigid(
 
     Raises:
         InputError: SCAN-REGISTRATION when no plausible alignment was found, or when the brain fits
-            better turned by further right angles: its header is wrong.
+            better turned by further right angles: its header is wrong. SCAN-SEQUENCE when a T1w
+            scan has the contrast of a T2w scan, or a T2w scan that of a T1w scan.
     """
     import SimpleITK as sitk  # noqa: N813
 
@@ -99,26 +105,35 @@ def register_rigid(
     _, found = _search(fixed_itk, moving_itk, best, shrink=1, sigma_mm=2.0, iterations=150)
     world_to_template: Array = np.linalg.inv(_matrix(found))
 
-    def lay(transform: Array, lies: Array) -> tuple[float, Array]:
-        laid, laid_mask = resample_masked(
+    def lay(transform: Array, lies: Array) -> tuple[Array, Array]:
+        return resample_masked(
             moving, moving_mask, transform @ lies, fixed_affine, fixed_mask.shape
         )
-        either = laid_mask | fixed_mask
-        pair = np.where(laid_mask, laid, 0)[either], np.where(fixed_mask, fixed, 0)[either]
-        return float(np.corrcoef(*pair)[0, 1]), laid_mask
 
-    alike, laid_mask = lay(world_to_template, moving_affine)
+    def fits(laid: Array, laid_mask: Array) -> float:
+        either = laid_mask | fixed_mask
+        return _correlation(np.where(laid_mask, laid, 0), np.where(fixed_mask, fixed, 0), either)
+
+    laid, laid_mask = lay(world_to_template, moving_affine)
     _check(world_to_template, laid_mask, moving_mask, moving_affine, where)
+    if sequence in OTHER and _correlation(laid, fixed, laid_mask & fixed_mask) < REVERSED:
+        raise InputError(
+            f"labelled {sequence}, but its contrast is that of a {OTHER[sequence]} scan.",
+            code="SCAN-SEQUENCE", where=where,
+            hint="Correct its suffix, or `sequence` in the manifest, and index again. If the label "
+            "is right, --set prepare.registration=none only centres it.",
+        )  # fmt: skip
+    alike = fits(laid, laid_mask)
     if alike < LIKELY_POSE:
         for turn in _right_angles(fixed_com + shift):
             lies = turn @ moving_affine
             there = _to_itk(moving, lies)
             _, pose = coarse(there, 0.0)
-            if lay(np.linalg.inv(_matrix(pose)), lies)[0] < alike + BETTER_POSE:
+            if fits(*lay(np.linalg.inv(_matrix(pose)), lies)) < alike + BETTER_POSE:
                 continue
             _, pose = _search(fixed_itk, there, pose, shrink=1, sigma_mm=2.0, iterations=150)
             # It must fit itself: scans of another contrast fit nowhere.
-            found_alike, _ = lay(np.linalg.inv(_matrix(pose)), lies)
+            found_alike = fits(*lay(np.linalg.inv(_matrix(pose)), lies))
             if found_alike > max(alike + BETTER_POSE, LIKELY_POSE):
                 raise InputError(
                     "the brain fits the template better when its axes are turned by right angles "
@@ -128,6 +143,10 @@ def register_rigid(
                     "--set prepare.registration=none only centres it.",
                 )  # fmt: skip
     return world_to_template
+
+
+def _correlation(one: Array, other: Array, where: Array) -> float:
+    return float(np.corrcoef(one[where], other[where])[0, 1])
 
 
 def _right_angles(centre: Array) -> list[Array]:

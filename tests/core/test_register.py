@@ -60,6 +60,15 @@ def test_a_header_with_the_axes_wrong_is_refused(subject, name):
     assert caught.value.code == "SCAN-REGISTRATION" and "right angles" in str(caught.value)
 
 
+@pytest.mark.parametrize(("sequence", "label"), [("T1w", "T2w"), ("T2w", "T1w")])
+def test_a_scan_labelled_as_the_other_sequence_is_refused(subject, sequence, label):
+    scanner = random_sites(3, 1, 0)[0]
+    data, affine = render_scan(subject, scanner, sequence, MM, np.random.default_rng(0))
+    with pytest.raises(InputError, match=f"labelled {label}.* that of a {sequence}") as caught:
+        register_rigid(data, data > 0, affine, sequence=label)
+    assert caught.value.code == "SCAN-SEQUENCE"
+
+
 def test_one_scan_is_laid_on_another_of_the_same_brain():
     image, mask, grid = template(3.0)
     turn = np.eye(4)
