@@ -29,6 +29,7 @@ from pipelines.catalog_rows import (
     latest,
     oldest_first,
     predicate,
+    schema_error,
     to_arrow,
     until,
 )
@@ -99,13 +100,14 @@ class Catalog:
 
     def _append(self, schema: Table, data: pa.Table, txn: str) -> bool:
         from deltalake import CommitProperties, Transaction, write_deltalake
-        from deltalake.exceptions import CommitFailedError, DeltaError
+        from deltalake.exceptions import CommitFailedError, DeltaError, SchemaMismatchError
 
         properties = CommitProperties(app_transactions=[Transaction(txn, 1)])
         uri = self.lake.table(schema.name)
         for attempt in range(_TRIES):
             delta = open_table(self.lake, schema.name) or create_table(self.lake, schema)
             check_stored(schema, delta, uri)
+            data = _like_stored(data, delta)
             try:
                 # Two racing writers of one id conflict in the commit below; a later one stops here.
                 if delta.transaction_version(txn) is not None:
@@ -118,6 +120,8 @@ class Catalog:
                     commit_properties=properties,
                 )
                 return True
+            except SchemaMismatchError as error:
+                raise schema_error(schema, f"{error}.", uri) from error
             except (CommitFailedError, DeltaError) as error:
                 if attempt == _TRIES - 1:
                     raise storage_error(error, uri, code="STORE-WRITE") from error
@@ -168,7 +172,7 @@ class Catalog:
     ) -> pa.Table:
         """Every row that was ever appended, oldest first. Arguments as `rows`."""
         schema = find_schema(table)
-        check_columns(schema, columns or ())
+        check_columns(schema, [*(columns or ()), *(where or ())])
         # Always with the time: the engine promises no order.
         read = None if columns is None else sorted({*columns, "recorded_at"})
         version = as_of if isinstance(as_of, int) else None
@@ -196,6 +200,9 @@ class Catalog:
             load_version(delta, schema.name, version, uri)
         check_stored(schema, delta, uri)
         stored = {field.name for field in delta.schema().fields}
+        where, none = _of_stored(where, stored)
+        if none:
+            return pa.Table.from_batches([], schema=schema.arrow)
         from deltalake.exceptions import DeltaError
 
         try:
@@ -250,3 +257,24 @@ class Catalog:
 
     def _open(self, table: str) -> DeltaTable | None:
         return renewing(self.lake.table(table), lambda: open_table(self.lake, table))
+
+
+def _like_stored(data: pa.Table, delta: DeltaTable) -> pa.Table:
+    """`data` without units and descriptions of columns that are stored: those there stay.
+
+    The engine refuses rows whose descriptions are worded otherwise.
+    """
+    stored = {field.name for field in delta.schema().fields}
+    fields = [f.remove_metadata() if f.name in stored else f for f in data.schema]
+    return data.cast(pa.schema(fields))
+
+
+def _of_stored(where: Mapping[str, Any], stored: set[str]) -> tuple[dict[str, Any], bool]:
+    """The terms on columns that are stored; whether no row fits the others, which are missing."""
+    kept = {name: value for name, value in where.items() if name in stored}
+    several = (list, tuple, set, frozenset)
+    others = [value for name, value in where.items() if name not in stored]
+    none = any(
+        None not in value if isinstance(value, several) else value is not None for value in others
+    )
+    return kept, none

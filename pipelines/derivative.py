@@ -45,9 +45,10 @@ class Names:
     root: str
     stem: str
 
-    def _named(self, entities: str, ending: str) -> str:
+    def _named(self, entities: str, ending: str, space: str = "") -> str:
         head, _, suffix = self.stem.rpartition("_")
-        return join(self.root, f"{head}_{entities}_{suffix}{ending}")
+        head, chunk, number = head.partition("_chunk-")  # which BIDS puts behind the space
+        return join(self.root, f"{head}{space}{chunk}{number}_{entities}_{suffix}{ending}")
 
     @property
     def native(self) -> str:
@@ -62,7 +63,7 @@ class Names:
     @property
     def model_grid(self) -> str:
         """Harmonized volume on the model grid."""
-        return self._named(f"space-{SPACE}_{HARMONIZED}", ".nii.gz")
+        return self._named(HARMONIZED, ".nii.gz", f"_space-{SPACE}")
 
     @property
     def uncertainty(self) -> str:
@@ -72,7 +73,7 @@ class Names:
     @property
     def uncertainty_model_grid(self) -> str:
         """The same on the model grid."""
-        return self._named(f"space-{SPACE}_desc-harmonizedstd", ".nii.gz")
+        return self._named("desc-harmonizedstd", ".nii.gz", f"_space-{SPACE}")
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -96,7 +97,9 @@ class Names:
         return self.stem.partition("/")[0]
 
 
-_ENTITY = re.compile(rf"_(?P<key>task|acq|ce|rec|dir|run|echo|part|chunk)-(?P<value>{LABEL})")
+#: Entities that an output keeps, in the order of BIDS.
+_KEPT = ("task", "acq", "ce", "rec", "dir", "run", "echo", "part", "chunk")
+_ENTITY = re.compile(rf"_(?P<key>[a-z]+)-(?P<value>{LABEL})")
 
 _OUTPUT = re.compile(
     rf"(?P<stem>sub-[^/]+/(?:ses-[^/]+/)?anat/[^/]+_){HARMONIZED}_(?P<suffix>[^/]+)\.nii\.gz$"
@@ -148,6 +151,8 @@ def _stem_of(output_uri: str) -> str | None:
     return name and name["stem"] + name["suffix"]
 
 
+#: The most that is kept of entities that an output does not keep, in `acq-`.
+_LONGEST = 60
 #: More addresses than this are looked for in one listing of the derivative.
 _FEW = 100
 
@@ -187,41 +192,73 @@ def stems(scans: pa.Table, given: Mapping[str, str] | None = None) -> pa.Table:
         given: Names of outputs that are there, by scan_id: they stay, whoever comes later.
 
     Returns:
-        `scan_id` and `stem`: folder, entities and suffix. Of several scans of one name (two data
-        sets with a subject 01) the one that can be used and was indexed first has it; the others
-        have `acq-` and the beginning of the scan_id besides.
+        `scan_id` and `stem`: folder, entities and suffix. Of several scans of one name the one
+        that can be used, was indexed first and has the shortest file name has it (so that all
+        people's are of the same kind); the others have `acq-` and the entities that an output
+        does not keep, or the beginning of the scan_id, besides. Of several people of one label
+        (two data sets with a subject 01) whoever was indexed first has it, the others a digest of
+        their data set besides.
     """
-    columns = ["scan_id", "indexed_at", "uri", "subject", "session", "sequence"]
-    failed = pc.not_equal(scans["status"], "ok")
-    in_order = scans.select(columns).append_column("failed", failed).sort_by(
-        [("failed", "ascending"), ("indexed_at", "ascending"), ("scan_id", "ascending")]
-    )  # fmt: skip
+    columns = ["scan_id", "indexed_at", "uri", "dataset", "subject", "session", "sequence"]
+    in_order = scans.select(columns).append_column(
+        "failed", pc.not_equal(scans["status"], "ok")
+    ).append_column(
+        "length", pc.utf8_length(pc.replace_substring_regex(scans["uri"], "^.*/", ""))
+    ).sort_by([
+        (name, "ascending") for name in ("failed", "indexed_at", "length", "scan_id")
+    ])  # fmt: skip
     known = given or {}
     ids, names = [], []
     taken = set(known.values())
+    people: dict[str, tuple[str, str]] = {}
+    for batch in in_order.filter(
+        pc.is_in(in_order["scan_id"], pa.array(known, pa.string()))
+    ).to_batches(max_chunksize=10_000):  # whose outputs are there
+        for scan in batch.to_pylist():
+            people.setdefault(known[scan["scan_id"]].partition("/")[0], _who(scan))
     for batch in in_order.to_batches(max_chunksize=10_000):
         for scan in batch.to_pylist():
-            entities = _ENTITY.findall(str(scan["uri"]).rpartition("/")[2])
             stem = known.get(scan["scan_id"])
             if stem is None:
-                stem = _stem(scan, entities)
-                if stem in taken:
-                    short = scan["scan_id"][:8]
-                    rest = [(k, v) for k, v in entities if k != "acq"]
-                    acq = "".join(v for k, v in entities if k == "acq")
-                    stem = _stem(scan, [("acq", acq + short), *rest])
+                found = _ENTITY.findall(str(scan["uri"]).rpartition("/")[2])
+                entities = {key: value for key, value in found if key in _KEPT}
+                dropped = "".join(
+                    key + value for key, value in found if key not in (*_KEPT, "sub", "ses")
+                )
+                label = participant(scan)
+                if people.setdefault(label, _who(scan)) != _who(scan):
+                    label += sha256_hex(str(scan["dataset"]).encode())[:6]
+                    people.setdefault(label, _who(scan))
+                acq, short = entities.get("acq", ""), scan["scan_id"][:8]
+                stem = _stem(label, scan, entities)
+                for more in (dropped[:_LONGEST], dropped[:_LONGEST] + short):
+                    if stem not in taken:
+                        break
+                    stem = _stem(label, scan, entities | {"acq": acq + more})
                 taken.add(stem)
             ids.append(scan["scan_id"])
             names.append(stem)
     return pa.table({"scan_id": pa.array(ids, pa.string()), "stem": pa.array(names, pa.string())})
 
 
-def _stem(scan: Mapping[str, Any], entities: Sequence[tuple[str, str]]) -> str:
-    folder = [participant(scan)]
+def _who(scan: Mapping[str, Any]) -> tuple[str, str]:
+    """Whose scan it is: a subject of one data set."""
+    return scan["dataset"] or "", scan["subject"] or scan["scan_id"]
+
+
+def _stem(label: str, scan: Mapping[str, Any], entities: Mapping[str, str]) -> str:
+    folder = [label]
     if scan["session"]:
         folder.append(f"ses-{bids_label(scan['session'])}")
-    name = "_".join([*folder, *(f"{k}-{v}" for k, v in entities), scan["sequence"] or "MRI"])
+    kept = [f"{key}-{entities[key]}" for key in _KEPT if entities.get(key)]
+    name = "_".join([*folder, *kept, scan["sequence"] or "MRI"])
     return "/".join([*folder, "anat", name])
+
+
+def participant_of(output_uri: str) -> str | None:
+    """`sub-01`, from the address of an output; None where it is no address of `Names`."""
+    stem = _stem_of(output_uri)
+    return stem and stem.partition("/")[0]
 
 
 def participant(scan: Mapping[str, Any]) -> str:

@@ -23,7 +23,7 @@ from pipelines.evaluate import MethodImages, usable_results
 from pipelines.features import features_of, load_features
 from pipelines.lake import Lake
 from pipelines.prepare import load_prepared
-from pipelines.record_figures import record_figures
+from pipelines.record_figures import lost_scans, record_figures
 from pipelines.verdict import person
 from sgcd_core.config import SgcdConfig
 from sgcd_core.errors import ConfigError, SgcdError
@@ -152,7 +152,7 @@ def evaluate_downstream(
     network = load_features(features)
     combat = COMBAT in methods
     if combat:
-        _combat_class()  # missing, it is said before the work and not after
+        combat_class()  # missing, it is said before the work and not after
     methods = [m for m in methods if m != COMBAT]
     catalog = Catalog(lake)
     scans = catalog.rows("scans").to_pylist()
@@ -198,7 +198,8 @@ def evaluate_downstream(
     base = {"model": model, "model_version": version, "target": target}
     rows = [base | row for row in _site_rows(lines, network.name)]
     mine = {f"{measure}.{network.name}" for measure in UNITS}.__contains__
-    written = record_figures(catalog, "site_metrics", base, rows, mine)
+    lost = lost_scans(scans, skipped)
+    written = record_figures(catalog, "site_metrics", base, rows, mine, lost)
     return DownstreamSummary(network.name, lines, notes, rows, skipped, written)
 
 
@@ -369,7 +370,7 @@ def combat_features(
         index = [f"{mark}-{n}" for n in range(len(of))]
         frames.append(pd.DataFrame(values, index=index))
         places.append(pd.Series(of, index=index))
-    combat = _combat_class()(batch=pd.concat(places), method="johnson")
+    combat = combat_class()(batch=pd.concat(places), method="johnson")
     out: list[Array] = []
     for frame, place in zip(frames, places, strict=True):
         mine = place.isin(known)
@@ -382,7 +383,7 @@ def combat_features(
     return out[0], out[1]
 
 
-def _combat_class() -> Any:
+def combat_class() -> Any:
     """The library's class.
 
     Raises:
@@ -426,16 +427,15 @@ def score_sites(x: Array, y: Words, x_test: Array, y_test: Words) -> Numbers:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)
             guess = model.fit(x, y).predict(x_test)
-    labels = sorted(set(y) | set(y_test))
-    precision, recall, f1, _ = precision_recall_fscore_support(
-        y_test, guess, labels=labels, average="macro", zero_division=0
+    # Over the sites that the test scans have or are taken for: one without any is no mistake.
+    precision, _, f1, _ = precision_recall_fscore_support(
+        y_test, guess, labels=sorted({*y_test, *guess}), average="macro", zero_division=0
     )
-    # Balanced accuracy is over the sites that the test scans have.
-    balanced = recall_score(
+    recall = recall_score(
         y_test, guess, labels=sorted(set(y_test)), average="macro", zero_division=0
-    )
+    )  # which is the balanced accuracy
     return {
-        "site_balanced_accuracy": float(balanced), "site_f1": float(f1),
+        "site_balanced_accuracy": float(recall), "site_f1": float(f1),
         "site_precision": float(precision), "site_recall": float(recall),
     }  # fmt: skip
 

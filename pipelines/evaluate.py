@@ -20,7 +20,7 @@ from pipelines.catalog import Catalog
 from pipelines.lake import Lake
 from pipelines.plan import replaced_scans
 from pipelines.prepare import PreparedFiles, load_prepared
-from pipelines.record_figures import record_figures
+from pipelines.record_figures import lost_scans, record_figures, unread
 from pipelines.truth import load_truth
 from pipelines.verdict import Summary, estimate, person, summarize
 from sgcd_core.config import SgcdConfig
@@ -69,6 +69,8 @@ class EvaluationSummary:
     @property
     def verdict(self) -> list[str]:
         """The result in sentences."""
+        if not self.pairs and (lost := unread(self.skipped)):
+            return [f"Nothing was compared: {len(lost)} scans could not be read."]
         return self.summary.verdict
 
 
@@ -108,8 +110,9 @@ def evaluate(
     metrics = [base | row for row in job.metrics]
     sites = [base | row for row in job.site_rows()]
     mine = {*MEASURES, SITE_DISTANCE}.__contains__
-    written = record_figures(catalog, "metrics", base, metrics, mine)
-    written |= record_figures(catalog, "site_metrics", base, sites, mine)
+    lost = lost_scans(job.scans, job.skipped)
+    written = record_figures(catalog, "metrics", base, metrics, mine, lost)
+    written |= record_figures(catalog, "site_metrics", base, sites, mine, lost)
     return EvaluationSummary(
         model, version, job.target, summarize(metrics, seed=config.seed), sites,
         pairs=job.pairs, skipped=job.skipped, written=written,

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import threading
 import uuid
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import takewhile
+from pathlib import Path
 from typing import Literal
 
 from sgcd_core.errors import SgcdError, StorageError
-from sgcd_core.io.store import Store, is_s3, join
+from sgcd_core.io.store import Store, is_s3, join, local_path
 
 #: Seconds a store has to answer all questions.
 DEADLINE_SECONDS = 3.0
@@ -119,6 +122,7 @@ def _credentials(uri: str) -> list[Finding]:
 def _access(uri: str) -> list[Finding]:
     """Write, read, refuse to overwrite, tell the time, delete."""
     where, store = join(uri, f"preflight-{uuid.uuid4().hex}.txt"), Store()
+    made = [] if is_s3(uri) else _missing(Path(local_path(uri)))
     try:
         before = datetime.now(UTC)
         store.write_bytes(where, b"sgcd", if_absent=True)
@@ -126,11 +130,19 @@ def _access(uri: str) -> list[Finding]:
             return _questions(store, where, before)
         finally:
             store.delete(where)
+            for folder in made:
+                with suppress(OSError):  # somebody else wrote something there
+                    folder.rmdir()
     except SgcdError as error:
         if "RequestTimeTooSkewed" in error.message:
             text = "this machine's clock is so far off that S3 refuses it. Set it (NTP)."
             return [Finding("clock", "fail", text, error.code)]
         return [Finding("store", "fail", error.sentence, error.code)]
+
+
+def _missing(folder: Path) -> list[Path]:
+    """Folders that writing there makes, the innermost first."""
+    return list(takewhile(lambda path: not path.exists(), (folder, *folder.parents)))
 
 
 def _questions(store: Store, where: str, before: datetime) -> list[Finding]:

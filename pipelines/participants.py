@@ -34,19 +34,20 @@ def participants_tables(
     not agree on is n/a.
 
     Args:
-        scans: Rows of `scans` with an output; read once, only what they say of people is kept.
+        scans: Rows of `scans` with an output, whose `participant` (`sub-01`) is who they are of in
+            this data set; read once, only what they say of people is kept.
         store: Where the sources lie.
         present: Root of the data set they are for; its rows of other participants are kept.
         gone: Other participants whose rows are not.
     """
     people: dict[str, list[dict[str, str]]] = {}
     described: dict[str, Any] = {}
-    roots: dict[str | None, set[str]] = {}
+    roots: dict[str | None, dict[str, str]] = {}  # root → label there → label here
     known: dict[str, dict[tuple[str | None, str | None], None]] = {}  # in the order they came
     for scan in scans:
-        label = participant(scan)
+        label = scan.get("participant") or participant(scan)
         people.setdefault(label, [])
-        roots.setdefault(dataset_root(scan), set()).add(label)
+        roots.setdefault(dataset_root(scan), {})[participant(scan)] = label
         age = None if scan["age"] is None else f"{scan['age']:g}"
         known.setdefault(label, {})[age, scan["sex"]] = None
     for root in sorted(name for name in roots if name is not None):
@@ -54,7 +55,9 @@ def participants_tables(
         for row in rows:
             label = f"sub-{bids_label(row.get(_ID, '').removeprefix('sub-'))}"
             if label in roots[root]:
-                people[label].append({k: v for k, v in row.items() if k and k != "session_id"})
+                people[roots[root][label]].append(
+                    {k: v for k, v in row.items() if k and k != "session_id"}
+                )
         described = _columns(store, root) | described if rows else described
     for label, mine in people.items():
         if not mine:  # no table knows them

@@ -10,6 +10,7 @@ In SQL each table's name is the latest row of each key; `results_all` and so on 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -35,6 +36,8 @@ __all__ = ["QueryLimits", "parse_as_of", "run_query"]
 
 #: Starting the child and parsing take half a second; this is for a very busy machine.
 _START_SECONDS = 120.0
+#: Where a Python of modules or conda may have the libraries that it needs.
+_LIBRARY_PATHS = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")
 
 
 def run_query(
@@ -229,6 +232,9 @@ class _Child:
 def _child(sql: str, limits: QueryLimits) -> Iterator[_Child]:
     """A child that has the statement; killed at the end, whatever happens."""
     root = str(Path(__file__).resolve().parents[1])
+    # Where this program's packages lie, wherever that is: user's own folders, PYTHONPATH, modules.
+    path = os.pathsep.join([root, *(str(Path(p).resolve()) for p in sys.path if p)])
+    libraries = {k: v for k, v in os.environ.items() if k in _LIBRARY_PATHS}
     with tempfile.TemporaryDirectory(prefix="sgcd-query-") as folder:
         process = subprocess.Popen(
             [sys.executable, "-m", "pipelines.query_child"],
@@ -236,7 +242,7 @@ def _child(sql: str, limits: QueryLimits) -> Iterator[_Child]:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             cwd=folder,
-            env={"PYTHONPATH": root, "HOME": folder, "LC_ALL": "C.UTF-8"},
+            env=libraries | {"PYTHONPATH": path, "HOME": folder, "LC_ALL": "C.UTF-8"},
         )
         try:
             child = _Child(process, limits)

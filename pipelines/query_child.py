@@ -58,7 +58,7 @@ def _confine(limits: QueryLimits) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     # Should the parent be gone, it ends by itself, busy or asleep.
     busy = math.ceil(limits.seconds * limits.threads) + 10
-    resource.setrlimit(resource.RLIMIT_CPU, (busy, busy))
+    _limit(resource.RLIMIT_CPU, busy)
     signal.alarm(_WAIT_SECONDS)
 
 
@@ -69,7 +69,14 @@ def _confine_memory(limits: QueryLimits, statm: IO[str] | None) -> None:
     statm.seek(0)
     used = int(statm.read().split()[0]) * resource.getpagesize()
     most = used + (limits.memory_mb + 3 * limits.result_mb + 256) * 2**20
-    resource.setrlimit(resource.RLIMIT_AS, (most, most))
+    _limit(resource.RLIMIT_AS, most)
+
+
+def _limit(what: int, most: int) -> None:
+    """At most so much, or what this machine's administrator allows where that is less."""
+    hard = resource.getrlimit(what)[1]
+    most = most if hard == resource.RLIM_INFINITY else min(most, hard)
+    resource.setrlimit(what, (most, most))
 
 
 def _open_statm() -> IO[str] | None:

@@ -36,8 +36,13 @@ def format_result(table: pa.Table, format: str = "table") -> bytes:
                 if pa.types.is_timestamp(column.type):
                     pc.min_max(column).as_py()
             for place, column in enumerate(table.columns):
+                as_text = None
                 if pa.types.is_nested(column.type):  # pandas shortens them
-                    texts = pa.array(map(_json_text, column.to_pylist()), pa.string())
+                    as_text = _json_text
+                elif pa.types.is_interval(column.type):  # pandas has a class of its own
+                    as_text = _span_text
+                if as_text is not None:
+                    texts = pa.array(map(as_text, column.to_pylist()), pa.string())
                     table = table.set_column(place, table.column_names[place], texts)
             # As objects: a column of whole numbers with one missing would get decimals.
             table.to_pandas(integer_object_nulls=True).to_csv(out, index=False)
@@ -65,9 +70,21 @@ def _holding(format: str) -> Iterator[None]:
 
 
 def format_of(path: str | None, default: str = "table") -> str:
-    """The format a file name stands for: its ending, where that is a format."""
-    ending = (path or "").rpartition(".")[2].lower()
-    return ending if ending in FORMATS else default
+    """The format a file name stands for: its ending, where that is a format.
+
+    Raises:
+        UsageError: Its ending is that of something else (`.tsv`, `.xlsx`).
+    """
+    name = (path or "").rpartition("/")[2]
+    _, dot, ending = name.rpartition(".")
+    if ending.lower() in FORMATS and dot:
+        return ending.lower()
+    if dot and ending.lower() != "txt":
+        raise UsageError(
+            f"no format goes with the ending .{ending}.", where=path,
+            hint=f"Name one with --format: {', '.join(FORMATS)}.",
+        )  # fmt: skip
+    return default
 
 
 def plain_rows(table: pa.Table) -> list[Any]:
@@ -77,14 +94,17 @@ def plain_rows(table: pa.Table) -> list[Any]:
         UsageError: QUERY-INVALID, JSON cannot hold a value of the result.
     """
     with _holding("json"):
-        return [_plain(row) for row in table.to_pylist()]
+        return [plain_value(row) for row in table.to_pylist()]
 
 
-def _plain(value: Any) -> Any:
+def plain_value(value: Any) -> Any:
+    """A value as JSON has it, and all that it holds; see `plain_rows`."""
+    if isinstance(value, pa.MonthDayNano):
+        return _span(value)
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain_value(item) for key, item in value.items()}
     if isinstance(value, list | tuple):  # a map is a list of pairs
-        return [_plain(item) for item in value]
+        return [plain_value(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, Decimal):
@@ -95,7 +115,25 @@ def _plain(value: Any) -> Any:
 def _json_text(value: Any) -> str | None:
     if value is None:
         return None
-    return json.dumps(_plain(value), default=str, ensure_ascii=False)
+    return json.dumps(plain_value(value), default=str, ensure_ascii=False)
+
+
+def _span(value: Any) -> str:
+    """A span of time as SQL shows it: `14 months 3 days 01:30:00.5`."""
+    whole, rest = divmod(abs(value.nanoseconds), 10**9)
+    clock = f"{whole // 3600:02d}:{whole // 60 % 60:02d}:{whole % 60:02d}"
+    clock += f".{rest:09d}".rstrip("0") if rest else ""
+    parts = [
+        f"{n} {name}{'' if abs(n) == 1 else 's'}"
+        for n, name in ((value.months, "month"), (value.days, "day")) if n
+    ]  # fmt: skip
+    if value.nanoseconds or not parts:
+        parts.append(("-" if value.nanoseconds < 0 else "") + clock)
+    return " ".join(parts)
+
+
+def _span_text(value: Any) -> str | None:
+    return None if value is None else _span(value)
 
 
 def _text(table: pa.Table) -> str:
@@ -122,5 +160,7 @@ def _cell(value: Any) -> str:
         return ""
     if isinstance(value, float):
         return f"{value:.6g}"
+    if isinstance(value, pa.MonthDayNano):
+        return _span(value)
     # A terminal must not be driven by what a cell holds.
     return "".join(c if c.isprintable() else "�" for c in str(value))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from pipelines.catalog import Catalog
@@ -12,13 +12,15 @@ Row = Mapping[str, Any]
 
 
 def record_figures(
-    catalog: Catalog, table: str, version: Row, rows: Sequence[Row], mine: Callable[[str], bool]
-) -> bool:
+    catalog: Catalog, table: str, version: Row, rows: Sequence[Row], mine: Callable[[str], bool],
+    lost: Iterable[Row] = (),
+) -> bool:  # fmt: skip
     """Make `rows` all that one kind of evaluation says of one version of a model.
 
     Rows of its measures that it no longer makes (a scan was replaced, a site renamed, a method left
     out) are taken back by a row without a number; those that say the same already stay. So the
-    tables show the newest evaluation of each kind, and `…_all` also those before.
+    tables show the newest evaluation of each kind, and `…_all` also those before. A scan that the
+    store did not give says nothing: its figures, and those of its site, stay as they were.
 
     Args:
         catalog: The lake's tables.
@@ -26,6 +28,7 @@ def record_figures(
         version: Holds `model` and `model_version`, those of every row.
         rows: Whole rows.
         mine: Whether a `metric` is one of this kind of evaluation.
+        lost: Rows of `scans`, see `lost_scans`.
 
     Returns:
         Whether anything was written.
@@ -38,14 +41,37 @@ def record_figures(
     now = to_arrow(schema, rows).select(told).to_pylist()
     where = {name: version[name] for name in ("model", "model_version")}
     old = [r for r in catalog.rows(table, where=where).to_pylist() if mine(r["metric"])]
+    by = ("scan_id",) if "scan_id" in schema.key else ("site", "sequence")
+    places = {tuple(scan[name] for name in by) for scan in lost}
 
     def key(row: Row) -> tuple[Any, ...]:
         return tuple(row[name] for name in schema.key)
 
+    def touched(row: Row) -> bool:  # a figure over all sites has none
+        return any(
+            all(row[name] in (None, value) for name, value in zip(by, place, strict=True))
+            for place in places
+        )
+
     # as text, in which a number that is none equals itself
     said = {key(row): str([row[name] for name in told]) for row in old}
-    changed = [row for row in now if said.get(key(row)) != str([row[name] for name in told])]
-    made = {key(row) for row in now}
+    stay = {key(row) for row in old if touched(row)}
+    made = {key(row) for row in now} | stay
+    changed = [
+        row for row in now
+        if key(row) not in stay and said.get(key(row)) != str([row[name] for name in told])
+    ]  # fmt: skip
     kept = {*schema.key, *schema.partition_by}
     gone = [{name: row[name] for name in kept} for row in old if key(row) not in made]
     return catalog.append(table, [*changed, *gone])
+
+
+def lost_scans(scans: Iterable[Row], skipped: Mapping[str, str]) -> list[Row]:
+    """Of scans that were left out, by code, those that the store did not give."""
+    lost = unread(skipped)
+    return [scan for scan in scans if scan["scan_id"] in lost]
+
+
+def unread(skipped: Mapping[str, str]) -> set[str]:
+    """Their scan_ids."""
+    return {s for s, code in skipped.items() if code.startswith("STORE-") or code == "SCAN-MISSING"}

@@ -69,7 +69,7 @@ def _participant(args: Any, bids: str, out: str, lake: Lake) -> Outcome:
     _find_model(args, lake)  # a wrong name is said before anything is read
     lines = [] if args.skip_bids_validation else validate(bids)
     indexed = commands.index(
-        _parse("index", bids, "--lake", lake.uri, "--site-from", args.site_from)
+        _parse("index", bids, "--lake", lake.uri, "--site-from", args.site_from, *_settings(args))
     )
     lines += [line for line in indexed.lines if line.startswith("note:")]
     name, version = bring_model(args, lake)

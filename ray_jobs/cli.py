@@ -6,6 +6,7 @@ Nothing heavy is imported here: `sgcd --help` must answer at once.
 from __future__ import annotations
 
 import importlib
+import io
 import json
 import logging
 import os
@@ -29,6 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     reach; 70 a fault of this program; 75 stopped, run again to resume; 78 bad configuration.
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names of files need not be text
+        sys.stdout.reconfigure(errors="backslashreplace")
     parser = build_bids_parser() if is_bids_app(words) else build_parser()
     try:
         args = parser.parse_args(words)
@@ -92,11 +95,14 @@ def _run(args: Any) -> Outcome:
 def print_outcome(args: Any, outcome: Outcome) -> None:
     """Tables, the summary line and the next command; or one JSON document."""
     if getattr(args, "json", False):
+        from pipelines.query_format import plain_value
+
         document = {
             "command": args.command, "exit_code": outcome.exit_code,
             "summary": outcome.summary, "next": outcome.next, **outcome.data,
         }  # fmt: skip
-        print(json.dumps(document, default=str, ensure_ascii=False), flush=True)
+        plain = plain_value(document)
+        print(json.dumps(plain, default=str, ensure_ascii=False, allow_nan=False), flush=True)
         return
     for line in outcome.lines:
         print(line)

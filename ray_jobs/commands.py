@@ -7,6 +7,8 @@ from typing import Any
 
 from ray_jobs.context import absolute, open_lake, quoted, recorded
 from ray_jobs.outcome import DONE, WITH_FAILURES, Outcome, failure_line, table
+from ray_jobs.settings import from_args
+from sgcd_core.config import load_config
 from sgcd_core.errors import REPLACED, InputError, ModelError, StorageError
 
 
@@ -15,8 +17,9 @@ def check(args: Any) -> Outcome:
     from pipelines.check import check_uris, render_lines
     from pipelines.progress import Progress
 
+    config = load_config(args.preset, args.config, args.settings).prepare
     with Progress("check", None) as progress:
-        rows = check_uris(args.scans, progress=progress.reach)
+        rows = check_uris(args.scans, config=config, progress=progress.reach)
     unfit = [row for row in rows if not row["usable"]]
     text = f"{len(rows) - len(unfit)} of {len(rows)} scans can be used"
     codes = Counter(row["code"] for row in unfit)
@@ -72,11 +75,12 @@ def index(args: Any) -> Outcome:
     # The lake is made only once the sources are known to hold something.
     lake = Lake(absolute(args.lake))
     exists = Store().exists(lake.marker)
+    config = from_args(args, lake).prepare
     known = Catalog(lake).rows("scans").to_pylist() if exists else []
     with Progress("index", None) as progress:
         found = index_sources(
             [source if "://" in source else absolute(source) for source in args.sources],
-            site_from=args.site_from, sequences=args.sequences, known=known,
+            site_from=args.site_from, sequences=args.sequences, known=known, config=config,
             progress=progress.reach,
         )  # fmt: skip
     # what a file held before it was repaired or replaced is no scan any more
@@ -125,7 +129,6 @@ def suggest(args: Any) -> Outcome:
     """`sgcd suggest-target`: the sites by how alike their own scans look."""
     from pipelines.catalog import Catalog
     from pipelines.target_site import best_target, suggest_target
-    from ray_jobs.settings import from_args
 
     lake = open_lake(args.lake)
     rows = suggest_target(Catalog(lake), lake, from_args(args, lake).prepare.digest())

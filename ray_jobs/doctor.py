@@ -12,12 +12,14 @@ from dataclasses import asdict
 from importlib.util import find_spec
 from typing import Any, Literal
 
+from pipelines.lake import Lake
 from pipelines.lake_check import Finding, check_lake
 from ray_jobs.context import absolute
 from ray_jobs.cpus import cpu_count
 from ray_jobs.outcome import DONE, Outcome, table
 from ray_jobs.session import cluster_address
 from sgcd_core.errors import StorageError
+from sgcd_core.io.store import Store
 
 Answer = Literal["ok", "warn", "fail"]
 
@@ -32,6 +34,8 @@ def run(args: Any) -> Outcome:
         asked = pool.submit(check_lake, absolute(args.lake)) if args.lake else None
         found = [Finding(name, *check()) for name, check in CHECKS.items()]
         found += asked.result() if asked else []
+    if args.lake and not any(finding.answer == "fail" for finding in found):
+        found += lake_is_there(Lake(absolute(args.lake)))
     if address:
         found += cluster(address, args.lake and absolute(args.lake))
     worst = [finding for finding in found if finding.answer == "fail"]
@@ -46,6 +50,13 @@ def run(args: Any) -> Outcome:
     return Outcome(
         text, next="sgcd demo" if not worst else "", exit_code=code, lines=lines, data=data
     )
+
+
+def lake_is_there(lake: Lake) -> list[Finding]:
+    """That there is no lake yet; nothing where there is one."""
+    if Store().exists(lake.marker):
+        return []
+    return [Finding("lake", "warn", f"none at {lake.uri} yet: `sgcd index` makes it")]
 
 
 def cluster(address: str, lake: str | None) -> list[Finding]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ray_jobs.context import code_version, open_lake, quoted, tracked
-from ray_jobs.outcome import Outcome, table
+from ray_jobs.outcome import DONE, WITH_FAILURES, Outcome, table
 from sgcd_core.errors import UsageError
 
 if TYPE_CHECKING:
@@ -57,6 +57,7 @@ class _Question:
 
 def run(args: Any) -> Outcome:
     """`sgcd evaluate`: figures per scan and per site into the catalog, the verdict in words."""
+    from pipelines.record_figures import unread
     from pipelines.run_figures import run_figures
     from ray_jobs.models import meta_of, pinned, resolve
     from ray_jobs.settings import over_model
@@ -70,8 +71,8 @@ def run(args: Any) -> Outcome:
     name, version = resolve(lake, args.model)
     config = over_model(args, load_modelpack(lake.model(name, version), Store()).config)
     sites = meta_of(lake, name, version).get("training_sites")
+    check_tools(args)  # before hours of another task
     if args.dry_run:
-        check_tools(args)
         return Outcome(f"would evaluate {name}@{version}")
     question = _Question(args, lake, name, version, config, sites)
     with tracked(lake, "evaluate", config, model=name, version=version) as (summary, tracker):
@@ -91,9 +92,11 @@ def run(args: Any) -> Outcome:
                     tracker.log_figure(figure, png)
         skipped = {scan: code for part in parts for scan, code in part.skipped.items()}
         pairs = next((part.data["pairs"] for part in parts if "pairs" in part.data), None)
+        lost = unread(skipped)
         summary.update(
-            model=name, version=version, tasks=list(args.tasks), pairs=pairs, skipped=len(skipped)
-        )
+            model=name, version=version, tasks=list(args.tasks), pairs=pairs, skipped=len(skipped),
+            failed=len(lost),
+        )  # fmt: skip
     text = f"evaluated {name}@{version}: {'; '.join(part.text for part in parts)}"
     if skipped:
         text += f", {len(skipped)} could not be compared"
@@ -104,11 +107,18 @@ def run(args: Any) -> Outcome:
     data |= {"skipped": skipped, "rows": rows}
     chosen = quoted(pinned(args.model, name, version))
     follow = f"sgcd report --lake {quoted(args.lake)} --model {chosen}"
-    return Outcome(text, next=follow, lines=[x for part in parts for x in part.lines], data=data)
+    if lost:
+        text += f"; {len(lost)} could not be read: figures of before stay"
+        if "SCAN-MISSING" in skipped.values():
+            follow = f"sgcd prepare --lake {quoted(args.lake)}"
+    return Outcome(
+        text, next=follow, exit_code=WITH_FAILURES if lost else DONE,
+        lines=[x for part in parts for x in part.lines], data=data,
+    )  # fmt: skip
 
 
 def check_tools(args: Any) -> None:
-    """Refuse a segmenter or features that are not there, as their tasks would.
+    """Refuse a segmenter, features or ComBat that are not there, as their tasks would.
 
     Raises:
         UsageError, ConfigError, ModelError, StorageError: What is wrong with them.
@@ -121,6 +131,10 @@ def check_tools(args: Any) -> None:
         from pipelines.features import load_features
 
         load_features(args.features)
+    if 3 in args.tasks and "combat" in args.methods:
+        from pipelines.downstream import combat_class
+
+        combat_class()
 
 
 def _voxels(q: _Question) -> _Part:

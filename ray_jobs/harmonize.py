@@ -232,20 +232,25 @@ def describe(lake: Lake, model: str, version: int) -> None:
     """
     from pipelines.cite import citation
     from pipelines.dataset_files import LOGS, write_changed, write_participants
-    from pipelines.derivative import misnamed_outputs
+    from pipelines.derivative import misnamed_outputs, participant_of
     from sgcd_core.io.store import Store, join
 
     catalog, where = Catalog(lake), {"model": model, "model_version": version}
     results = catalog.rows("results", where=where, columns=("scan_id", "output_uri"))
-    done = results.filter(pc.field("output_uri").is_valid())["scan_id"].combine_chunks()
+    results = results.filter(pc.field("output_uri").is_valid())
+    done = results["scan_id"].combine_chunks()
     if not len(done):
         return
+    whose = pa.array(map(participant_of, results["output_uri"].to_pylist()), pa.string())
     scans = catalog.rows("scans", columns=("scan_id", "uri", "age", "sex", *LABELS))
-    mine = scans.filter(pc.field("scan_id").isin(done)).to_batches(max_chunksize=10_000)
+    mine = scans.filter(pc.field("scan_id").isin(done))
+    at = pc.index_in(mine["scan_id"].combine_chunks(), done)
+    mine = mine.append_column("participant", whose.take(at))
     root = lake.derivatives(model_key(model, version))
     misnamed = misnamed_outputs(catalog, scans, root, model, version)
     write_participants(
-        root, (scan for batch in mine for scan in batch.to_pylist()),
+        root,
+        (scan for batch in mine.to_batches(max_chunksize=10_000) for scan in batch.to_pylist()),
         gone={names.participant for names in misnamed},
     )  # fmt: skip
     for names in misnamed:

@@ -133,8 +133,9 @@ class NewSite:
         """All steps in their order; `summary` is kept in the table `runs`."""
         args = self.args
         indexed = self._step(
-            "index", *args.sources, *self.words, "--site-from", args.site_from, *self.sequences
-        )
+            "index", *args.sources, *self.words, "--site-from", args.site_from, *self.sequences,
+            *self.of_model,
+        )  # fmt: skip
         sites = self._sites(indexed)
         tuned = self._tune_first()
         # A new target is a new look for every scan; without one only the source's sites are new.
@@ -276,7 +277,8 @@ def _dry_run(args: Any, lake: Lake, model: str, made: bool, known: tuple[str, ..
     words = ["--lake", args.lake, "--dry-run"]
     named = ["--sequences", *args.sequences] if args.sequences else []
     new = step(
-        args.json, "index", *args.sources, "--site-from", args.site_from, *words, *named
+        args.json, "index", *args.sources, "--site-from", args.site_from, *words, *named,
+        *shlex.split(settings_words(args)),
     )  # fmt: skip
     if not made:
         if args.target not in new.data["sites"]:  # else its new scans count, too

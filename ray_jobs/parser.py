@@ -117,12 +117,7 @@ def _command(
             "--lake", required=True, metavar="LAKE", help="a folder or an s3:// prefix"
         )
     if settings:
-        parser.add_argument("--config", metavar="FILE", help="settings in YAML")
-        parser.add_argument(
-            "--set", dest="settings", action="append", default=[], metavar="KEY=VALUE",
-            help="one setting, may be repeated",
-        )  # fmt: skip
-        parser.add_argument("--preset", choices=("tiny", "small", "paper"), help="default: tiny")
+        _settings(parser)
         parser.add_argument(
             "--dry-run", action="store_true", help="say what would be done, change nothing"
         )
@@ -136,6 +131,15 @@ def _command(
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
     parser.add_argument("--debug", action="store_true", help="logs and tracebacks")
     return parser
+
+
+def _settings(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", metavar="FILE", help="settings in YAML")
+    parser.add_argument(
+        "--set", dest="settings", action="append", default=[], metavar="KEY=VALUE",
+        help="one setting, may be repeated",
+    )  # fmt: skip
+    parser.add_argument("--preset", choices=("tiny", "small", "paper"), help="default: tiny")
 
 
 def _positive(text: str) -> int:
@@ -213,6 +217,7 @@ def _check(sub: Any) -> None:
         "sgcd check sub-01/anat/sub-01_T1w.nii.gz", lake=False,
     )  # fmt: skip
     p.add_argument("scans", nargs="+", metavar="SCAN", help="files or URIs")
+    _settings(p)
 
 
 def _demo(sub: Any) -> None:
@@ -255,6 +260,7 @@ def _index(sub: Any) -> None:
     p = _command(
         sub, "index", "List the scans of BIDS trees, prefixes or CSV manifests in the lake.",
         "sgcd index s3://bucket/bids --lake s3://bucket/lake --site-from participants",
+        settings=True,
     )  # fmt: skip
     p.add_argument("sources", nargs="+", metavar="SOURCE")
     p.add_argument(
@@ -265,7 +271,6 @@ def _index(sub: Any) -> None:
     p.add_argument(
         "--sequences", nargs="+", default=["T1w", "T2w"], metavar="T1w", help="default: T1w T2w"
     )
-    p.add_argument("--dry-run", action="store_true", help="count, change nothing")
 
 
 def _prepare(sub: Any) -> None:

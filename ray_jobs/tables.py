@@ -21,6 +21,8 @@ def query(args: Any) -> Outcome:
 
     catalog = Catalog(open_lake(args.lake))
     if args.tables or args.schema is not None:
+        if args.out or args.format:
+            raise UsageError("--out and --format are for the rows of a SELECT; see --json.")
         rows = catalog.tables() if args.tables else _columns(args.schema)
         lines = table(list(rows[0]), [list(row.values()) for row in rows])
         return Outcome("", lines=lines, data={"rows": rows})

@@ -32,7 +32,7 @@ CODES: dict[str, str] = {
     "SCAN-COVERAGE": "The field of view is too small to hold a brain.",
     "SCAN-NONFINITE": "More than a few voxels are NaN or infinite.",
     "SCAN-EMPTY": "The image is constant or has too few distinct values.",
-    "SCAN-SEQUENCE": "The sequence is not T1w or T2w, not one this model knows, or not what the scan shows.",
+    "SCAN-SEQUENCE": "The sequence is not T1w or T2w, unknown to the model, or not what is seen.",
     "SCAN-NO-BRAIN": "Brain extraction found no plausible brain (volume out of range).",
     "SCAN-STRIP-ENDED": "Brain extraction was ended before its end: time or memory ran out.",
     "SCAN-NEEDS-STRIPPING": "A whole head, and no brain extraction tool is installed.",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -18,6 +20,7 @@ from pipelines.catalog import Catalog
 from pipelines.lake import Lake
 from pipelines.lease import lease
 from ray_jobs import cli
+from ray_jobs.outcome import Outcome
 from ray_jobs.parser import COMMANDS, build_parser
 
 Run = Callable[..., tuple[int, str, str]]
@@ -317,3 +320,25 @@ def test_serve_answers_until_it_is_stopped(tmp_lake: Lake) -> None:
         assert b"There is none yet" in opener.open(address, timeout=60).read()
         process.send_signal(signal.SIGINT)
         assert process.wait(60) == 0
+
+
+def test_a_name_that_is_no_text_does_not_end_check(tmp_path: Path) -> None:
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/scan_\xe4\xff.nii.gz")).write_bytes(b"no scan")
+    done = subprocess.run(
+        [sys.executable, "-m", "ray_jobs.cli", "check", str(tmp_path)], capture_output=True,
+        env=os.environ | {"PYTHONIOENCODING": "utf-8:strict"}, check=False,
+    )  # fmt: skip
+    assert done.returncode == 65 and b"0 of 1 scans can be used" in done.stdout, done.stderr
+
+
+def test_doctor_says_that_there_is_no_lake_and_makes_none(sgcd: Run, tmp_path: Path) -> None:
+    code, out, _ = sgcd("doctor", "--lake", str(tmp_path / "typo" / "lake"))
+    assert code == 0 and "none at" in out
+    assert not (tmp_path / "typo").exists()
+
+
+def test_json_holds_no_nan(capsys: pytest.CaptureFixture[str]) -> None:
+    outcome = Outcome("done", data={"psnr": [float("inf"), float("nan"), 1.5]})
+    cli.print_outcome(argparse.Namespace(json=True, command="evaluate"), outcome)
+    found = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert found["psnr"] == [None, None, 1.5]

@@ -50,7 +50,7 @@ def cohort_content(source: Source, pages: Mapping[str, ScanPage]) -> Row:
         "made_at": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "problems": source.problems, "runs": _runs(source.runs),
         "headline": summary.headline,
-        "verdict": summary.verdict if source.results else [_nothing(source)],
+        "verdict": [found] if (found := _nothing(source)) else summary.verdict,
         "counts": [(name, counts.get(name, 0)) for name in (*STATUSES, UNUSABLE, WAITING)],
         "groups": [_cells(line) for line in summary.groups],
         "lines": [_cells(line) for line in lines],
@@ -68,9 +68,16 @@ def cohort_content(source: Source, pages: Mapping[str, ScanPage]) -> Row:
 
 
 def _nothing(source: Source) -> str:
-    if not source.scans:
+    """Why nothing was compared; empty where an evaluation says what it found."""
+    if not source.results and not source.scans:
         return "Nothing was harmonized: no scan was indexed yet."
-    return "Nothing was harmonized by this version yet."
+    if not source.results:
+        return "Nothing was harmonized by this version yet."
+    if not any(row["status"] in ("ok", "flagged") for row in source.results.values()):
+        return "No scan was harmonized: all failed, see flags and failures below."
+    if not source.metrics and not source.site_metrics:
+        return "Nothing was compared yet: run `sgcd evaluate`, then this report again."
+    return ""
 
 
 def _runs(runs: Sequence[Row]) -> list[Row]:

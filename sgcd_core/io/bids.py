@@ -29,6 +29,10 @@ _FOLDERS = re.compile(rf"(?:.*/)?sub-(?P<subject>{LABEL})/(?:ses-(?P<session>{LA
 _MAX_TEXT = 16_000_000
 
 
+#: Entities of images whose voxels are no magnitude.
+NO_MAGNITUDE = frozenset({("part", "phase"), ("part", "real"), ("part", "imag")})
+
+
 @dataclass(frozen=True)
 class BidsName:
     """A file name taken apart.
@@ -153,6 +157,7 @@ def list_tree(
     """
     base = source.rstrip("/")
     tree, wanted, odd, capitals, unsayable = BidsTree(listed=join(base)), set(suffixes), 0, 0, 0
+    parts = 0
     in_lower_case = {suffix.lower() for suffix in wanted}
     for item in store.list(source):
         relative = item.uri[len(join(base)) :].lstrip("/") or item.uri.rpartition("/")[2]
@@ -169,6 +174,9 @@ def list_tree(
         if name is not None and name.extension == ".json":
             tree.sidecars.setdefault(folder, []).append((item.uri, name))
         elif name is not None and name.suffix in wanted:
+            if NO_MAGNITUDE & name.all_entities:
+                parts += 1
+                continue
             root = _root_of(item.uri, name, join(base))
             if root is None:
                 tree.notes.append(f"{item.uri}: its folders and its name disagree; left out")
@@ -181,6 +189,10 @@ def list_tree(
             odd += name is None and not meant
     if unsayable:
         tree.notes.append(f"{source}: {unsayable} files lie at addresses not in UTF-8; left out")
+    if parts:
+        tree.notes.append(
+            f"{source}: {parts} images hold a phase, or a real or imaginary part; left out"
+        )
     if odd:
         tree.notes.append(f"{source}: {odd} images are not named as BIDS asks; left out")
     if capitals:

@@ -131,13 +131,14 @@ def read_table(
     names = [name.strip().strip('"') for name in lines[0]]
     if not keep_case:
         names = [name.lower() for name in names]
-    if len(set(names)) < len(names):
-        raise InputError("two columns have the same name.", code="BIDS-INVALID", where=uri)
+    named = [name for name in names if name]  # spreadsheets leave columns without one
+    if twice := sorted({name for name in named if named.count(name) > 1}):
+        raise InputError(f"two columns have the name {twice[0]!r}.", code="BIDS-INVALID", where=uri)
     rows = []
     for line in lines[1:]:
         values = [value.strip().strip('"') for value in line]
         values += [""] * (len(names) - len(values))
-        rows.append(dict(zip(names, values, strict=False)))
+        rows.append({n: v for n, v in zip(names, values, strict=False) if n})
     return rows
 
 

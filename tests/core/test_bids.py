@@ -233,3 +233,10 @@ def test_sidecars_are_inherited_and_the_deeper_wins(tmp_path: Path) -> None:
     assert by_name["sub-1_T1w.nii.gz"][0]["MagneticFieldStrength"] == 3
     assert by_name["sub-2_T1w.nii.gz"][0]["Manufacturer"] == "root"
     assert len(sidecars.notes) == 1
+
+
+def test_images_that_are_no_magnitude_are_left_out_and_said(tmp_path: Path) -> None:
+    parts = ("mag", "phase", "real", "imag")
+    put(tmp_path, {f"sub-1/anat/sub-1_part-{part}_T1w.nii.gz": "" for part in parts})
+    assert names(tmp_path) == ["sub-1/anat/sub-1_part-mag_T1w.nii.gz"]
+    assert any("3 images hold a phase" in note for note in tree_of(tmp_path).notes)

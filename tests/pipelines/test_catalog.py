@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -173,6 +174,31 @@ def test_a_table_from_before_a_column_was_added_is_read_and_appended_to(catalog:
     row = {"scan_id": "s1", "model": "m", "model_version": 1, "batch_id": "b", "attempt": 2}
     catalog.append("attempts", [row | {"worker": "w"}])
     assert catalog.rows("attempts")["worker"].to_pylist() == [None, "w"]
+
+
+def test_other_words_about_a_column_do_not_close_a_table(
+    catalog: Catalog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    catalog.append("scans", [scan("s1")])
+    columns = tuple(replace(c, description="reworded") for c in SCHEMAS["scans"].columns)
+    reworded = replace(SCHEMAS["scans"], columns=columns)
+    monkeypatch.setitem(SCHEMAS, "scans", reworded)
+    assert catalog.append("scans", [scan("s2")])
+    assert catalog.rows("scans")["scan_id"].to_pylist() == ["s1", "s2"]
+
+
+def test_a_filter_on_a_column_that_the_stored_table_lacks(catalog: Catalog) -> None:
+    from deltalake import write_deltalake
+
+    at = pa.array([datetime.now(UTC)], pa.timestamp("us", "UTC"))
+    names = [c.name for c in SCHEMAS["results"].columns if c.name in (
+        "scan_id", "model", "site", "target", "status"
+    )]  # fmt: skip
+    old = pa.table({name: ["a"] for name in names} | {"model_version": [1], "recorded_at": at})
+    write_deltalake(catalog.lake.table("results"), old)
+    assert catalog.rows("results", where={"lesion_ml": None}).num_rows == 1
+    assert catalog.rows("results", where={"code": ["X", None]}).num_rows == 1
+    assert catalog.rows("results", where={"code": "X"}).num_rows == 0
 
 
 def test_as_of_reads_an_old_version_and_names_a_missing_one(catalog: Catalog) -> None:

@@ -18,6 +18,7 @@ from pipelines.downstream import (
     enough_subjects,
     evaluate_downstream,
     score_sample,
+    score_sites,
     splits,
 )
 from pipelines.features import features_of, load_features
@@ -318,3 +319,13 @@ def test_wrong_weights_and_names_are_said(resnet, tmp_path):
 def test_without_weights_the_statistics_serve(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert load_features("auto").name == "statistics"
+
+
+def test_a_site_without_a_test_scan_is_no_mistake():
+    x = np.repeat(np.eye(3), 4, axis=0) * 10
+    y = np.repeat(np.array(["A", "B", "C"]), 4)
+    found = score_sites(x, y, x[:8], y[:8])
+    assert set(found.values()) == {1.0}
+    wrong = score_sites(x, y, x[:8], np.repeat(np.array(["A", "C"]), 4))  # B is guessed for C
+    assert wrong["site_recall"] == wrong["site_balanced_accuracy"] == 0.5
+    assert wrong["site_precision"] == pytest.approx(1 / 3)

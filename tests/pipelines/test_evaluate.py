@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -221,7 +222,7 @@ def test_an_evaluation_that_skipped_a_scan_is_completed_by_the_next(tmp_path):
     assert not evaluate(lake, "target-T", 1, config).written
 
 
-def test_figures_of_an_evaluation_that_missed_a_scan_do_not_stay(tmp_path):
+def test_a_scan_that_the_store_did_not_give_takes_no_figure_back(tmp_path):
     lake, config = fake_lake(str(tmp_path), perfect)
     catalog = Catalog(lake)
 
@@ -235,13 +236,14 @@ def test_figures_of_an_evaluation_that_missed_a_scan_do_not_stay(tmp_path):
     result = catalog.rows("results", where={"scan_id": scan}).to_pylist()[0]
     output = Path(result["model_grid_uri"])
     output.rename(output.with_suffix(".away"))
-    evaluate(lake, "target-T", 1, config)
-    assert subjects() == [1, 2]
-    assert scan not in catalog.rows("metrics")["scan_id"].to_pylist()
-    output.with_suffix(".away").rename(output)
-    assert evaluate(lake, "target-T", 1, config).written
+    before = catalog.version("metrics"), catalog.version("site_metrics")
+    missed = evaluate(lake, "target-T", 1, config)
+    assert missed.skipped == {scan: "SCAN-MISSING"} and not missed.written
     assert subjects() == [2, 2]
-    assert scan in catalog.rows("metrics")["scan_id"].to_pylist()
+    shutil.rmtree(Path(lake.uri) / "prepared")
+    nothing = evaluate(lake, "target-T", 1, config)
+    assert nothing.pairs == 0 and "could not be read" in nothing.verdict[0]
+    assert (catalog.version("metrics"), catalog.version("site_metrics")) == before
 
 
 def test_figures_that_no_longer_count_leave_the_tables_and_stay_in_their_history(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -107,3 +108,24 @@ def test_a_dry_run_with_tools_that_are_there_measures_nothing(sgcd, lake):
     code, out, _, _ = sgcd(*words)
     assert code == 0 and out.startswith("would evaluate target-T@1")
     assert Catalog(lake).version("metrics") == before
+
+
+def test_a_tool_that_is_missing_is_said_before_another_task(sgcd, lake):
+    before = Catalog(lake).version("runs"), Catalog(lake).version("metrics")
+    missing = ("--tasks", "1,2", "--segmenter", "no-such-tool {input} {output}")
+    code, out, err, _ = sgcd(*missing)
+    assert code == 78 and "[SEGMENTER-FAILED]" in err and "evaluate:" not in out
+    assert (Catalog(lake).version("runs"), Catalog(lake).version("metrics")) == before
+
+
+def test_scans_that_cannot_be_read_make_it_1_and_prepare_comes_next(sgcd, lake):
+    assert sgcd()[0] == 0
+    (recipe,) = (p for p in (Path(lake.uri) / "prepared").iterdir() if p.is_dir())
+    recipe.rename(recipe.with_suffix(".away"))
+    try:
+        code, out, _, _ = sgcd()
+    finally:
+        recipe.with_suffix(".away").rename(recipe)
+    assert code == 1 and "could not be read: figures of before stay" in out
+    assert f"next: sgcd prepare --lake {lake.uri}" in out
+    assert sgcd()[0] == 0

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shlex
+import subprocess
+import sys
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -155,3 +159,32 @@ def test_the_python_door_on_s3(s3_server: Any) -> None:
     found = door.query("SELECT scan_id FROM results WHERE target = 'T' AND site = 'B'")
     assert found["scan_id"].to_pylist() == ["B"]
     assert door.tables()[1]["rows"] == 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits of Linux")
+@pytest.mark.parametrize("limit", ["-v 6000000", "-t 100"])
+def test_a_query_works_under_an_administrators_limits(lake: Lake, limit: str) -> None:
+    code = (
+        "from pipelines.lake import Lake; from pipelines.query import run_query;"
+        f"print(run_query(Lake({lake.uri!r}), 'SELECT count(*) AS n FROM results')['n'][0])"
+    )
+    command = f"ulimit {limit}; exec {shlex.quote(sys.executable)} -c {shlex.quote(code)}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and int(done.stdout) > 0, done.stderr[-2000:]
+
+
+def test_packages_may_lie_where_only_this_program_knows(
+    lake: Lake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A user's own site-packages, PYTHONPATH, a module system: all are in sys.path."""
+    monkeypatch.syspath_prepend(str(tmp_path / "packages"))
+    seen: list[str] = []
+    real = subprocess.Popen
+
+    def popen(*words: Any, env: dict[str, str], **options: Any) -> Any:
+        seen.append(env["PYTHONPATH"])
+        return real(*words, env=env, **options)
+
+    monkeypatch.setattr(subprocess, "Popen", popen)
+    assert run_query(lake, "SELECT 1 AS one").num_rows == 1
+    assert str(tmp_path / "packages") in seen[0].split(os.pathsep)

@@ -74,6 +74,26 @@ def test_a_span_of_time_is_no_column_of_a_parquet_file() -> None:
         format_result(pa.table({"span": spans}), "parquet")
 
 
+def test_a_span_of_time_is_written_as_sql_has_it() -> None:
+    spans = pa.array(
+        [(1, -2, 5_400_500_000_000), (0, 0, -90_000_000_000), None, (0, 0, 0)],
+        pa.month_day_nano_interval(),
+    )
+    found = pa.table({"span": spans})
+    words = ["1 month -2 days 01:30:00.5", "-00:01:30", None, "00:00:00"]
+    assert [row["span"] for row in plain_rows(found)] == words
+    lines = format_result(found, "csv").decode().splitlines()
+    assert [line.strip('"') or None for line in lines[1:]] == words
+    assert "1 month -2 days 01:30:00.5" in format_result(found, "table").decode()
+
+
+def test_another_programs_ending_is_not_given_the_terminals_table() -> None:
+    for name in ("a.tsv", "s3://b/a.xlsx"):
+        with pytest.raises(UsageError, match="--format"):
+            format_of(name)
+    assert format_of("s3://b.c/a") == "table"
+
+
 def test_the_file_name_says_the_format() -> None:
     assert [format_of(name) for name in ("a.CSV", "s3://b/a.parquet", "a.txt", None)] == [
         "csv", "parquet", "table", "table",

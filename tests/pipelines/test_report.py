@@ -290,7 +290,11 @@ def test_a_run_in_which_every_scan_failed_gets_a_page(tmp_path: Path) -> None:
     assert written.uri == f"{out}/index.html"
     page = read(written.uri)
     assert "SCAN-NO-BRAIN" in page.text and "212 ml" in page.text
-    assert "No scan has a truth to compare with" in page.text
+    assert "No scan was harmonized: all failed" in page.text
+    catalog.append("results", [row | {"scan_id": "s2", "status": "ok", "code": None}])
+    assert "Nothing was compared yet: run sgcd evaluate" in read(
+        write_report(lake, "m", 2, out=out).uri
+    ).text.replace("`", "")
     assert "The last sgcd harmonize (–) ended failed: STORE-WRITE Writing to the store" in page.text
     assert "212 ml" in beside(written, "s1").text
 

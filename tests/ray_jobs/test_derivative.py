@@ -31,7 +31,8 @@ from sgcd_core.io.store import Store
 def scan(scan_id: str, **more: str | None) -> dict[str, str | None]:
     base: dict[str, str | None] = {
         "scan_id": scan_id, "subject": "01", "session": None, "sequence": "T1w",
-        "indexed_at": "2026-01-01", "status": "ok", "uri": "/d/sub-01/anat/sub-01_T1w.nii.gz",
+        "dataset": "d", "indexed_at": "2026-01-01", "status": "ok",
+        "uri": "/d/sub-01/anat/sub-01_T1w.nii.gz",
     }  # fmt: skip
     return base | more
 
@@ -66,6 +67,41 @@ def test_two_data_sets_with_the_same_subject_do_not_overwrite_each_other() -> No
     found = named(scan(second, uri="/e/sub-01/anat/sub-01_T1w.nii.gz"), scan(first))
     assert len(set(found.values())) == 2
     assert found[first] == "sub-01/anat/sub-01_T1w"
+
+
+def test_people_of_one_label_are_told_apart_and_one_person_is_not() -> None:
+    first = scan("a" * 32, indexed_at="2025-01-01")
+    other = scan("b" * 32, dataset="e", sequence="T2w", uri="/e/sub-01/anat/sub-01_T2w.nii")
+    later = scan("c" * 32, dataset="e", session="2", uri="/e/sub-01/ses-2/anat/sub-01_T1w.nii")
+    found = named(first, other, later)
+    who = [found[key * 32].partition("/")[0] for key in "abc"]
+    assert who[0] == "sub-01" != who[1] == who[2]
+    kept = named(first, other, given={"b" * 32: "sub-01/anat/sub-01_T2w"})
+    assert kept["b" * 32] == "sub-01/anat/sub-01_T2w" and not kept["a" * 32].startswith("sub-01/")
+
+
+def test_of_several_images_of_each_person_the_same_kind_has_the_plain_name() -> None:
+    scans = []
+    for number in range(12):
+        who, ids = f"{number:02d}", (f"{n:032x}" for n in (number * 7919 % 23, 100 - number))
+        for scan_id, kind in zip(ids, ("desc-preproc", "space-MNI_desc-preproc"), strict=True):
+            uri = f"/d/sub-{who}/anat/sub-{who}_{kind}_T1w.nii.gz"
+            scans.append(scan(scan_id, subject=who, uri=uri))
+    found = named(*scans)
+    for row in scans:
+        standard = "space-MNI" in str(row["uri"])
+        assert ("_acq-spaceMNIdescpreproc_" in found[str(row["scan_id"])]) == standard
+
+
+def test_entities_are_in_the_order_of_bids() -> None:
+    uri = "/d/sub-01/anat/sub-01_task-rest_run-1_chunk-2_T1w.nii.gz"
+    plain, second = named(scan("a" * 32, uri=uri), scan("b" * 32, uri=uri)).values()
+    assert Names("", second).native.endswith(
+        "sub-01_task-rest_acq-bbbbbbbb_run-1_chunk-2_desc-harmonized_T1w.nii.gz"
+    )
+    assert Names("", plain).model_grid.endswith(
+        "sub-01_task-rest_run-1_space-MNI152rigid_chunk-2_desc-harmonized_T1w.nii.gz"
+    )
 
 
 def test_a_name_that_was_given_stays_and_others_go_to_scans_that_can_be_used() -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from pipelines.catalog import Catalog
 from pipelines.lake import Lake
 from pipelines.training_data import COMPLETE, prepared_ids
 from ray_jobs import cli
+from sgcd_core.io.nifti import encode_nifti
 from sgcd_core.io.store import Store, join
 
 
@@ -41,3 +43,21 @@ def test_a_scan_whose_sequence_was_corrected_is_prepared_anew(
         capsys.readouterr().out
     )
     assert prepared_ids(lake, "r1") == prepared_ids(lake, "r2") == {two}
+
+
+def test_a_limit_of_voxel_size_can_be_raised(
+    tmp_path: Path, head_voxels: np.ndarray, capsys: pytest.CaptureFixture[str]
+) -> None:
+    thick = head_voxels[:, :, ::2].astype(np.float32)
+    path, lake = tmp_path / "sub-1_T1w.nii.gz", str(tmp_path / "lake")
+    path.write_bytes(encode_nifti(thick, np.diag([4.0, 4.0, 8.0, 1.0])))
+    raised = ("--set", "prepare.max_voxel_mm=9")
+    assert cli.main(["check", str(path)]) == 65
+    assert cli.main(["check", str(path), *raised]) == 0
+    source = tmp_path / "scans.csv"
+    source.write_text(f"uri,subject,site,sequence,,\n{path},1,A,T1w,,\n")
+    index = ["index", str(source), "--lake", lake]
+    assert cli.main(index) == 1
+    assert "SCAN-COARSE" in capsys.readouterr().out
+    assert cli.main([*index, *raised]) == 0
+    assert Catalog(Lake(lake)).rows("scans")["status"].to_pylist() == ["ok"]

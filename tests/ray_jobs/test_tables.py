@@ -40,6 +40,7 @@ def test_what_tables_and_columns_there_are(lake: str, capsys: pytest.CaptureFixt
         2, 2, 2,
     )  # fmt: skip
     assert tables["runs"]["version"] is None
+    assert run(capsys, "query", "--tables", "--lake", lake, "--out", "t.csv")[0] == 2
     code, out, _ = run(capsys, "query", "--schema", "scans", "--lake", lake)
     assert code == 0
     line = next(line for line in out.splitlines() if " age " in line)

@@ -4,6 +4,7 @@
   const source = document.getElementById("rows");
   if (!source) return;
   const PAGE = 50;
+  let size = PAGE;
   // Title, place in a row, whether it is a number.
   const COLUMNS = [
     ["Subject", 1], ["Session", 2], ["Site", 3], ["Sequence", 4], ["Status", 5], ["Code", 6],
@@ -56,7 +57,7 @@
   function update() {
     const words = search.value.toLowerCase().split(/\s+/).filter(Boolean);
     shown = rows.filter((row) =>
-      words.every((word) => row.text.includes(word) || (word.length > 8 && row.id.startsWith(word))) &&
+      words.every((word) => row.text.includes(word) || (word.length > 8 && (row.id ? row.id.startsWith(word) : word.startsWith(row.cells[11])))) &&
       selects.every(([select, at]) => !select.value || row.cells[at] === select.value) &&
       (code === null || row.cells[6] === code));
     if (sort !== null) shown = [...shown].sort(compare);
@@ -65,9 +66,9 @@
   }
 
   function draw() {
-    const pages = Math.max(1, Math.ceil(shown.length / PAGE));
+    const pages = Math.max(1, Math.ceil(shown.length / size));
     const body = document.createDocumentFragment();
-    for (const { cells } of shown.slice(page * PAGE, (page + 1) * PAGE)) {
+    for (const { cells } of shown.slice(page * size, (page + 1) * size)) {
       const line = document.createElement("tr");
       used.forEach(([, at, number], index) => {
         const cell = document.createElement(index ? "td" : "th");
@@ -105,6 +106,10 @@
     get("forth").disabled = page >= pages - 1;
   }
 
+  // On paper all rows that are shown, since nobody can turn its pages.
+  for (const [event, rows] of [["beforeprint", Infinity], ["afterprint", PAGE]]) {
+    addEventListener(event, () => { size = rows; page = 0; draw(); });
+  }
   search.addEventListener("input", update);
   for (const [select] of selects) select.addEventListener("change", update);
   search.form.addEventListener("submit", (event) => event.preventDefault());
