@@ -69,7 +69,7 @@ def _participant(args: Any, bids: str, out: str, lake: Lake) -> Outcome:
     _find_model(args, lake)  # a wrong name is said before anything is read
     lines = [] if args.skip_bids_validation else validate(bids)
     indexed = commands.index(
-        _parse("index", bids, "--lake", lake.uri, "--site-from", args.site_from, *_settings(args))
+        _parse("index", bids, "--lake", lake.uri, "--site-from", args.site_from, *_words(args))
     )
     lines += [line for line in indexed.lines if line.startswith("note:")]
     name, version = bring_model(args, lake)
@@ -275,8 +275,12 @@ def _gone(catalog: Any, name: str, version: int, only: set[str]) -> set[str]:
     }  # fmt: skip
 
 
+def _words(args: Any) -> list[str]:
+    return [word for item in args.settings for word in ("--set", item)]
+
+
 def _settings(args: Any) -> list[str]:
-    words = [word for item in args.settings for word in ("--set", item)]
+    words = _words(args)
     if args.random_seed is not None:
         words += ["--set", f"seed={args.random_seed}"]
     return words + (["--dry-run"] if args.dry_run else [])

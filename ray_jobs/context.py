@@ -82,10 +82,14 @@ def recorded(
 def tracked(
     lake: Lake, command: str, config: SgcdConfig, **tags: Any
 ) -> Iterator[tuple[dict[str, Any], Tracker]]:
-    """`recorded`, and a run in MLflow beside it; trouble in MLflow is a warning."""
+    """`recorded`, and a run in MLflow beside it; trouble in MLflow is a warning.
+
+    The run's tags hold `tags`, and the versions of the tables that the work begins from.
+    """
     from pipelines.cite import software_versions
     from pipelines.tracking import Tracker
 
+    tags |= {f"{table}_version": Catalog(lake).version(table) for table in ("scans", "results")}
     named = {name: str(value) for name, value in tags.items() if value is not None}
     with (
         recorded(lake, command, config.digest()) as summary,

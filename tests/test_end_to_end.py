@@ -106,6 +106,8 @@ def test_losses_and_model_are_tracked(place: Place) -> None:
     client = MlflowClient(f"sqlite:///{place.lake / 'mlflow.db'}")
     runs = client.search_runs([e.experiment_id for e in client.search_experiments()])
     by_command = {run.data.tags["command"]: run for run in runs}
+    assert by_command["train"].data.tags["scans_version"].isdecimal()
+    assert by_command["evaluate"].data.tags["results_version"].isdecimal()
     assert set(by_command) >= {"train", "tune", "harmonize", "evaluate"}
     losses = client.get_metric_history(by_command["train"].info.run_id, "loss")
     assert [m.step for m in losses] == list(range(6))

@@ -14,7 +14,7 @@ from fake_lake import add_scan, brain, make_config
 from pipelines.catalog import Catalog
 from pipelines.lake import Lake
 from pipelines.target_site import best_target, mean_pairwise, suggest_target
-from ray_jobs import commands, settings
+from ray_jobs import commands
 from sgcd_core.errors import InputError
 
 
@@ -69,7 +69,7 @@ def test_the_command_that_is_suggested_can_be_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lake, config = Lake.open(str(tmp_path), create=True), make_config()
-    monkeypatch.setattr(settings, "from_args", lambda *_: config)
+    monkeypatch.setattr(commands, "from_args", lambda *_: config)
     args = Namespace(lake=str(tmp_path))
 
     def add(number: int, site: str, sequence: str) -> None:
