@@ -7,7 +7,7 @@ no output is scaled, matched or chosen by it (method.md, Evaluation).
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -139,37 +139,51 @@ def usable_results(catalog: Catalog, model: str, version: int) -> list[Row]:
     return found
 
 
-def find_truth(scan: Row, scans: Sequence[Row], target: str | None) -> Row | None:
-    """The same subject's scan of the same sequence at the target site, if the scan is a test scan.
+class Truths:
+    """Which scans have a truth: the same subject's scan of the same sequence at the target site.
 
-    There is none for a subject of whom training may have seen any scan.
+    Only test scans have one, and none of a subject of whom training may have seen any scan.
+
+    Args:
+        scans: All rows of `scans`, read once.
+        target: The target site; without one nothing has a truth.
     """
-    truth = _at_target(scan, scans, target)
-    return None if truth is None or _may_be_trained_on(scan, scans) else truth
+
+    def __init__(self, scans: Iterable[Row], target: str | None) -> None:
+        self.target = target
+        self._at_target: dict[tuple[str, str | None], Row] = {}
+        self._trained_on: set[str] = set()  # people; what is gone is in no split
+        for scan in scans:
+            if scan["status"] != "ok":
+                continue
+            if scan["split"] != "test":
+                self._trained_on.add(person(scan))
+            elif scan["site"] == target and scan["subject"] is not None:
+                key = person(scan), scan["sequence"]
+                before = self._at_target.setdefault(key, scan)
+                self._at_target[key] = min(before, scan, key=_first)
+
+    def of(self, scan: Row) -> Row | None:
+        """The truth of a scan, if there is one."""
+        return None if person(scan) in self._trained_on else self._there(scan)
+
+    def split_apart(self, scan: Row) -> bool:
+        """Whether a scan has none only because its subject's scans are of several splits."""
+        return person(scan) in self._trained_on and self._there(scan) is not None
+
+    def _there(self, scan: Row) -> Row | None:
+        if self.target is None or scan["split"] != "test" or scan["site"] == self.target:
+            return None
+        return self._at_target.get((person(scan), scan["sequence"]))
 
 
-def split_apart(scan: Row, scans: Sequence[Row], target: str | None) -> bool:
-    """Whether a scan has no truth only because its subject's scans are of several splits."""
-    return _at_target(scan, scans, target) is not None and _may_be_trained_on(scan, scans)
+def _first(scan: Row) -> tuple[str, str]:
+    return scan["session"] or "", scan["scan_id"]
 
 
-def _may_be_trained_on(scan: Row, scans: Sequence[Row]) -> bool:
-    """Whether a usable scan of the same person is in another split; what is gone is in none."""
-    who = person(scan)
-    return any(s["split"] != "test" and s["status"] == "ok" and person(s) == who for s in scans)
-
-
-def _at_target(scan: Row, scans: Sequence[Row], target: str | None) -> Row | None:
-    """The subject's test scan of the sequence at the target; None if this one is no test scan."""
-    if target is None or scan["split"] != "test" or scan["site"] == target:
-        return None
-    same = ("dataset", "subject", "sequence")
-    found = [
-        s for s in scans
-        if s["site"] == target and s["status"] == "ok" and s["split"] == "test"
-        and s["subject"] is not None and all(s[k] == scan[k] for k in same)
-    ]  # fmt: skip
-    return min(found, key=lambda s: (s["session"] or "", s["scan_id"])) if found else None
+def find_truth(scan: Row, scans: Iterable[Row], target: str | None) -> Row | None:
+    """The truth of a single scan, see `Truths`."""
+    return Truths(scans, target).of(scan)
 
 
 def load_output(result: Row, shape: tuple[int, ...]) -> NDArray[np.float32]:
@@ -269,6 +283,7 @@ class _Job:
         self.results = results
         self.target: str | None = next((r["target"] for r in results if r["target"]), None)
         self.training_sites = None if training_sites is None else frozenset(training_sites)
+        self.truths = Truths(scans, self.target)
         self.methods = MethodImages(lake, self.recipe, scans, self.target, methods)
         self.metrics: list[Row] = []
         self.skipped: dict[str, str] = {}
@@ -285,7 +300,7 @@ class _Job:
         try:
             prepared = load_prepared(self.lake, self.recipe, scan["scan_id"])
             images = self.methods.of(scan, result, prepared)
-            truth = find_truth(scan, self.scans, self.target)
+            truth = self.truths.of(scan)
             other = None if truth is None else load_truth(
                 self.lake, self.config.prepare, truth, prepared
             )  # fmt: skip
@@ -299,7 +314,7 @@ class _Job:
             place = self._histograms.setdefault((scan["site"], scan["sequence"], method), {})
             place.setdefault(subject, []).append(masked_histogram(image, prepared.mask))
         if truth is None or other is None:
-            if split_apart(scan, self.scans, self.target):
+            if self.truths.split_apart(scan):
                 self.skipped[scan["scan_id"]] = SPLIT
             return
         goal, mask = other[0], prepared.mask & other[1]

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.catalog import Catalog
-from pipelines.evaluate import SPLIT, MethodImages, find_truth, split_apart, usable_results
+from pipelines.evaluate import SPLIT, MethodImages, Truths, usable_results
 from pipelines.lake import Lake
 from pipelines.prepare import PreparedFiles, load_prepared
 from pipelines.record_figures import lost_scans, record_figures
@@ -188,6 +188,7 @@ class _Job:
         self.by_id = {s["scan_id"]: s for s in scans}
         self.target: str | None = next((r["target"] for r in results if r["target"]), None)
         self.training_sites = None if training_sites is None else frozenset(training_sites)
+        self.pairing = Truths(scans, self.target)
         self.methods = MethodImages(lake, self.recipe, scans, self.target, methods)
         self.metrics: list[Row] = []
         self.skipped: dict[str, str] = {}
@@ -201,9 +202,9 @@ class _Job:
         scan = self.by_id.get(result["scan_id"])
         if scan is None or scan["site"] is None:
             return
-        other = find_truth(scan, self.scans, self.target)
+        other = self.pairing.of(scan)
         if other is None:
-            if split_apart(scan, self.scans, self.target):
+            if self.pairing.split_apart(scan):
                 self.skipped[scan["scan_id"]] = SPLIT
             return
         try:

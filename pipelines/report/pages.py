@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any, Literal
 
-from pipelines.evaluate import find_truth
 from pipelines.report.render import digest_of
 from pipelines.report.scan import write_scan_page
 from pipelines.report.source import WAITING, Source
@@ -94,7 +93,7 @@ def _inputs(source: Source, row: Row, before: Row | None, after: Row | None) -> 
     """All that a page shows, but for the voxels, which their digests stand for."""
     truth = None
     if row["scan"] is not None and row["result"] is not None:
-        truth = find_truth(row["scan"], source.scans, source.target)
+        truth = source.truths.of(row["scan"])
     mine = [
         [m["method"], m["metric"], m["region"], m["value"]]
         for m in source.metrics_of(row["scan_id"])
@@ -115,9 +114,7 @@ def _preview_ids(source: Source, rows: Sequence[Row]) -> set[str]:
         if row["result"] is not None and row["result"]["output_uri"] and row["scan"] is not None
         and row["site"] is not None and row["site"] != source.target
     ]  # fmt: skip
-    truths = {
-        r["scan_id"] for r in shown if find_truth(r["scan"], source.scans, source.target)
-    }  # fmt: skip
+    truths = {r["scan_id"] for r in shown if source.truths.of(r["scan"])}
     taken: Counter[tuple[str, str]] = Counter()
     out = set()
     for row in sorted(shown, key=lambda r: r["scan_id"] not in truths):

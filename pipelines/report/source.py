@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from pipelines.catalog import Catalog
+from pipelines.evaluate import Truths
 from pipelines.lake import Lake
 from pipelines.verdict import Summary, summarize
 from sgcd_core.config import SgcdConfig, parse_config
@@ -70,6 +71,11 @@ class Source:
     def summary(self) -> Summary:
         """Tables and sentences of the measures against the truth."""
         return summarize(self.metrics)
+
+    @cached_property
+    def truths(self) -> Truths:
+        """Which scans have a truth."""
+        return Truths(self.scans, self.target)
 
     @cached_property
     def _metrics_by_scan(self) -> dict[str, list[Row]]:

@@ -122,9 +122,7 @@ def _pick(rows: list[Row], scan_id: str) -> Row:
 
 
 def _has_truth(source: Source, row: Row) -> bool:
-    from pipelines.evaluate import find_truth
-
-    return find_truth(row["scan"], source.scans, source.target) is not None
+    return source.truths.of(row["scan"]) is not None
 
 
 def _volume(source: Source, row: Row, pair: Pair, kind: str) -> Volume | None:
