@@ -211,11 +211,14 @@ def stems(scans: pa.Table, given: Mapping[str, str] | None = None) -> pa.Table:
     ids, names = [], []
     taken = set(known.values())
     people: dict[str, tuple[str, str]] = {}
+    labels: dict[tuple[str, ...], str] = {}  # who a person is in outputs that are there, first
     for batch in in_order.filter(
         pc.is_in(in_order["scan_id"], pa.array(known, pa.string()))
     ).to_batches(max_chunksize=10_000):  # whose outputs are there
         for scan in batch.to_pylist():
-            people.setdefault(known[scan["scan_id"]].partition("/")[0], _who(scan))
+            label = known[scan["scan_id"]].partition("/")[0]
+            people.setdefault(label, _who(scan))
+            labels.setdefault((*_who(scan), participant(scan)), label)
     for batch in in_order.to_batches(max_chunksize=10_000):
         for scan in batch.to_pylist():
             stem = known.get(scan["scan_id"])
@@ -225,10 +228,12 @@ def stems(scans: pa.Table, given: Mapping[str, str] | None = None) -> pa.Table:
                 dropped = "".join(
                     key + value for key, value in found if key not in (*_KEPT, "sub", "ses")
                 )
-                label = participant(scan)
-                if people.setdefault(label, _who(scan)) != _who(scan):
-                    label += sha256_hex(str(scan["dataset"]).encode())[:6]
-                    people.setdefault(label, _who(scan))
+                own, who = participant(scan), _who(scan)
+                if (*who, own) not in labels:
+                    alone = people.setdefault(own, who) == who
+                    more = "" if alone else sha256_hex(str(scan["dataset"]).encode())[:6]
+                    labels[*who, own] = own + more
+                label = labels[*who, own]
                 acq, short = entities.get("acq", ""), scan["scan_id"][:8]
                 stem = _stem(label, scan, entities)
                 for more in (dropped[:_LONGEST], dropped[:_LONGEST] + short):

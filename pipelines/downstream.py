@@ -23,7 +23,7 @@ from pipelines.evaluate import MethodImages, usable_results
 from pipelines.features import features_of, load_features
 from pipelines.lake import Lake
 from pipelines.prepare import load_prepared
-from pipelines.record_figures import lost_scans, record_figures
+from pipelines.record_figures import record_figures
 from pipelines.verdict import person
 from sgcd_core.config import SgcdConfig
 from sgcd_core.errors import ConfigError, SgcdError
@@ -198,7 +198,7 @@ def evaluate_downstream(
     base = {"model": model, "model_version": version, "target": target}
     rows = [base | row for row in _site_rows(lines, network.name)]
     mine = {f"{measure}.{network.name}" for measure in UNITS}.__contains__
-    lost = lost_scans(scans, skipped)
+    lost = images.lost(skipped)
     written = record_figures(catalog, "site_metrics", base, rows, mine, lost)
     return DownstreamSummary(network.name, lines, notes, rows, skipped, written)
 

@@ -20,7 +20,7 @@ from pipelines.catalog import Catalog
 from pipelines.lake import Lake
 from pipelines.plan import replaced_scans
 from pipelines.prepare import PreparedFiles, load_prepared
-from pipelines.record_figures import lost_scans, record_figures, unread
+from pipelines.record_figures import record_figures, unread
 from pipelines.truth import load_truth
 from pipelines.verdict import Summary, estimate, person, summarize
 from sgcd_core.config import SgcdConfig
@@ -110,7 +110,7 @@ def evaluate(
     metrics = [base | row for row in job.metrics]
     sites = [base | row for row in job.site_rows()]
     mine = {*MEASURES, SITE_DISTANCE}.__contains__
-    lost = lost_scans(job.scans, job.skipped)
+    lost = job.methods.lost(job.skipped)
     written = record_figures(catalog, "metrics", base, metrics, mine, lost)
     written |= record_figures(catalog, "site_metrics", base, sites, mine, lost)
     return EvaluationSummary(
@@ -226,6 +226,7 @@ class MethodImages:
         self.lake, self.recipe, self.scans, self.target = lake, recipe, scans, target
         self.names = tuple(dict.fromkeys(("raw", *methods)))
         self._baselines: dict[tuple[str, str], Baseline | None] = {}
+        self._unread: dict[str, str] = {}  # training scans of the target, by code
 
     def of(self, scan: Row, result: Row, prepared: PreparedFiles) -> dict[str, NDArray[np.float32]]:
         """The scan by every method, on the model grid; errors as for `load_output`."""
@@ -261,6 +262,19 @@ class MethodImages:
                 yield load_prepared(self.lake, self.recipe, row["scan_id"])
             except SgcdError as error:
                 log.warning("evaluate=not-fit-on scan=%s code=%s", row["scan_id"], error.code)
+                if error.code != "SCAN-MISSING":  # it may never have been prepared
+                    self._unread[row["scan_id"]] = error.code
+
+    def lost(self, skipped: dict[str, str]) -> list[Row]:
+        """Rows of scans that the store did not give, for `record_figures`, and notes in `skipped`.
+
+        Where a training scan of the target is among them, all scans of its sequence are: what they
+        are compared with is not what it was.
+        """
+        skipped |= self._unread
+        mine, theirs = unread(skipped), unread(self._unread)
+        sequences = {scan["sequence"] for scan in self.scans if scan["scan_id"] in theirs}
+        return [s for s in self.scans if s["scan_id"] in mine or s["sequence"] in sequences]
 
 
 class _Job:

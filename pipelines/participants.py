@@ -42,27 +42,27 @@ def participants_tables(
     """
     people: dict[str, list[dict[str, str]]] = {}
     described: dict[str, Any] = {}
-    roots: dict[str | None, dict[str, str]] = {}  # root → label there → label here
+    roots: dict[str | None, dict[str, set[str]]] = {}  # root → label there → labels here
     known: dict[str, dict[tuple[str | None, str | None], None]] = {}  # in the order they came
     for scan in scans:
         label = scan.get("participant") or participant(scan)
         people.setdefault(label, [])
-        roots.setdefault(dataset_root(scan), {})[participant(scan)] = label
+        here = roots.setdefault(dataset_root(scan), {})
+        here.setdefault(participant(scan), set()).add(label)
         age = None if scan["age"] is None else f"{scan['age']:g}"
         known.setdefault(label, {})[age, scan["sex"]] = None
     for root in sorted(name for name in roots if name is not None):
         rows = _rows(store, root)
         for row in rows:
             label = f"sub-{bids_label(row.get(_ID, '').removeprefix('sub-'))}"
-            if label in roots[root]:
-                people[roots[root][label]].append(
-                    {k: v for k, v in row.items() if k and k != "session_id"}
-                )
+            told = {k: v for k, v in row.items() if k and k != "session_id"}
+            for mine in roots[root].get(label, ()):
+                people[mine].append(told)
         described = _columns(store, root) | described if rows else described
-    for label, mine in people.items():
-        if not mine:  # no table knows them
+    for label, table in people.items():
+        if not table:  # no table knows them
             for age, sex in known[label]:
-                mine.append({k: v for k, v in (("age", age), ("sex", sex)) if v})
+                table.append({k: v for k, v in (("age", age), ("sex", sex)) if v})
     if present is not None:
         described |= {k: v for k, v in _columns(store, present).items() if k not in described}
         for row in _rows(store, present):

@@ -79,7 +79,7 @@ def format_of(path: str | None, default: str = "table") -> str:
     _, dot, ending = name.rpartition(".")
     if ending.lower() in FORMATS and dot:
         return ending.lower()
-    if dot and ending.lower() != "txt":
+    if ending.isalnum() and dot and not ending[0].isdigit() and ending.lower() != "txt":
         raise UsageError(
             f"no format goes with the ending .{ending}.", where=path,
             hint=f"Name one with --format: {', '.join(FORMATS)}.",

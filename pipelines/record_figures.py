@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import product
 from typing import Any
 
 from pipelines.catalog import Catalog
@@ -42,20 +43,15 @@ def record_figures(
     where = {name: version[name] for name in ("model", "model_version")}
     old = [r for r in catalog.rows(table, where=where).to_pylist() if mine(r["metric"])]
     by = ("scan_id",) if "scan_id" in schema.key else ("site", "sequence")
-    places = {tuple(scan[name] for name in by) for scan in lost}
+    # a figure over all sites has none
+    places = {place for scan in lost for place in product(*((scan[name], None) for name in by))}
 
     def key(row: Row) -> tuple[Any, ...]:
         return tuple(row[name] for name in schema.key)
 
-    def touched(row: Row) -> bool:  # a figure over all sites has none
-        return any(
-            all(row[name] in (None, value) for name, value in zip(by, place, strict=True))
-            for place in places
-        )
-
     # as text, in which a number that is none equals itself
     said = {key(row): str([row[name] for name in told]) for row in old}
-    stay = {key(row) for row in old if touched(row)}
+    stay = {key(row) for row in old if tuple(row[name] for name in by) in places}
     made = {key(row) for row in now} | stay
     changed = [
         row for row in now
@@ -66,12 +62,9 @@ def record_figures(
     return catalog.append(table, [*changed, *gone])
 
 
-def lost_scans(scans: Iterable[Row], skipped: Mapping[str, str]) -> list[Row]:
-    """Of scans that were left out, by code, those that the store did not give."""
-    lost = unread(skipped)
-    return [scan for scan in scans if scan["scan_id"] in lost]
-
-
 def unread(skipped: Mapping[str, str]) -> set[str]:
-    """Their scan_ids."""
-    return {s for s, code in skipped.items() if code.startswith("STORE-") or code == "SCAN-MISSING"}
+    """Of scans that were left out, by code, those that the store did not give."""
+    return {
+        scan_id for scan_id, code in skipped.items()
+        if code == "SCAN-MISSING" or (code.startswith("STORE-") and code != "STORE-DIGEST")
+    }  # fmt: skip

@@ -20,7 +20,7 @@ from pipelines.catalog import Catalog
 from pipelines.evaluate import SPLIT, MethodImages, Truths, usable_results
 from pipelines.lake import Lake
 from pipelines.prepare import PreparedFiles, load_prepared
-from pipelines.record_figures import lost_scans, record_figures
+from pipelines.record_figures import record_figures
 from pipelines.segment import (
     GREY,
     STEM,
@@ -153,7 +153,7 @@ def evaluate_tissue(
     def mine(metric: str) -> bool:
         return metric.startswith(("dice.", "ap.")) and metric.endswith(f".{name}")
 
-    lost = lost_scans(job.scans, job.skipped)
+    lost = job.methods.lost(job.skipped)
     written = record_figures(catalog, "metrics", base, rows, mine, lost)
     written |= record_figures(catalog, "site_metrics", base, sites, mine, lost)
     return TissueSummary(name, lines, sites, job.pairs, job.truths, job.skipped, written)

@@ -59,6 +59,7 @@ def run(args: Any) -> Outcome:
     """`sgcd evaluate`: figures per scan and per site into the catalog, the verdict in words."""
     from pipelines.record_figures import unread
     from pipelines.run_figures import run_figures
+    from pipelines.training_data import prepared_ids
     from ray_jobs.models import meta_of, pinned, resolve
     from ray_jobs.settings import over_model
     from sgcd_core.io.store import Store
@@ -109,8 +110,11 @@ def run(args: Any) -> Outcome:
     follow = f"sgcd report --lake {quoted(args.lake)} --model {chosen}"
     if lost:
         text += f"; {len(lost)} could not be read: figures of before stay"
-        if "SCAN-MISSING" in skipped.values():
+        if "SCAN-MISSING" in skipped.values():  # in `prepared`, or an output
+            redo = lost <= prepared_ids(lake, config.prepare.digest())
             follow = f"sgcd prepare --lake {quoted(args.lake)}"
+            if redo:
+                follow = f"sgcd harmonize --lake {quoted(args.lake)} --model {chosen} --force"
     return Outcome(
         text, next=follow, exit_code=WITH_FAILURES if lost else DONE,
         lines=[x for part in parts for x in part.lines], data=data,

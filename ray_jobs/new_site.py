@@ -236,10 +236,12 @@ class NewSite:
             return report
         model = ["--model", f"{name}@{version}"]
         results = self.catalog.rows("results", where={"model": name, "model_version": version})
+        whole = True
         if any(status in ("ok", "flagged") for status in results["status"].to_pylist()):
-            self._step("evaluate", *self.words, *model, *self.of_model)
+            whole = self._step("evaluate", *self.words, *model, *self.of_model).exit_code == 0
         report = str(self._step("report", *self.words, *model).data["report"])
-        summary.update(tables=now, report=report)
+        # what could not be read is evaluated by the next run
+        summary.update(tables=now if whole else None, report=report)
         return report
 
     def _last_run(self, name: str, version: int) -> Row:

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from fake_lake import add_scan, brain, fake_lake, make_config
 
+import pipelines.evaluate as evaluation
 from pipelines.catalog import Catalog
 from pipelines.evaluate import SITE_DISTANCE, SPLIT, evaluate, find_truth
 from pipelines.lake import Lake
 from pipelines.tissue import evaluate_tissue
 from pipelines.verdict import summarize
-from sgcd_core.errors import ModelError
+from sgcd_core.errors import ModelError, StorageError
 
 
 def perfect(scan, truth):
@@ -305,3 +306,23 @@ def test_the_scan_of_a_replaced_file_is_not_evaluated_any_more(tmp_path):
     found = evaluate(lake, "target-T", 1, config)
     assert found.pairs == 3
     assert scan["scan_id"] not in set(catalog.frame("metrics").scan_id)
+
+
+def test_a_store_that_hides_the_targets_scans_changes_no_figure(tmp_path, monkeypatch):
+    lake, config = fake_lake(str(tmp_path), perfect)
+    catalog = Catalog(lake)
+    evaluate(lake, "target-T", 1, config)
+    before = catalog.version("metrics"), catalog.version("site_metrics")
+    rows = catalog.rows("scans").to_pylist()
+    hidden = {s["scan_id"] for s in rows if s["site"] == "T" and s["split"] != "test"}
+    real = evaluation.load_prepared
+
+    def load(lake, recipe, scan_id):
+        if scan_id in hidden:
+            raise StorageError("no answer.", code="STORE-UNREACHABLE")
+        return real(lake, recipe, scan_id)
+
+    monkeypatch.setattr(evaluation, "load_prepared", load)
+    found = evaluate(lake, "target-T", 1, config)
+    assert set(found.skipped) == hidden and not found.written
+    assert (catalog.version("metrics"), catalog.version("site_metrics")) == before

@@ -118,7 +118,7 @@ def test_a_tool_that_is_missing_is_said_before_another_task(sgcd, lake):
     assert (Catalog(lake).version("runs"), Catalog(lake).version("metrics")) == before
 
 
-def test_scans_that_cannot_be_read_make_it_1_and_prepare_comes_next(sgcd, lake):
+def test_scans_that_cannot_be_read_make_it_1_and_are_made_again_next(sgcd, lake):
     assert sgcd()[0] == 0
     (recipe,) = (p for p in (Path(lake.uri) / "prepared").iterdir() if p.is_dir())
     recipe.rename(recipe.with_suffix(".away"))
@@ -129,3 +129,15 @@ def test_scans_that_cannot_be_read_make_it_1_and_prepare_comes_next(sgcd, lake):
     assert code == 1 and "could not be read: figures of before stay" in out
     assert f"next: sgcd prepare --lake {lake.uri}" in out
     assert sgcd()[0] == 0
+
+
+def test_an_output_that_is_gone_is_made_again_by_force(sgcd, lake):
+    assert sgcd()[0] == 0
+    rows = Catalog(lake).rows("results").to_pylist()
+    output = next(Path(row["model_grid_uri"]) for row in rows if row["site"] == "A")
+    output.rename(output.with_suffix(".away"))
+    try:
+        code, out, _, _ = sgcd()
+    finally:
+        output.with_suffix(".away").rename(output)
+    assert code == 1 and f"next: sgcd harmonize --lake {lake.uri} --model target-T --force" in out

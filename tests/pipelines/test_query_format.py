@@ -91,7 +91,7 @@ def test_another_programs_ending_is_not_given_the_terminals_table() -> None:
     for name in ("a.tsv", "s3://b/a.xlsx"):
         with pytest.raises(UsageError, match="--format"):
             format_of(name)
-    assert format_of("s3://b.c/a") == "table"
+    assert [format_of(name) for name in ("s3://b.c/a", "a.2024-05", "a.")] == ["table"] * 3
 
 
 def test_the_file_name_says_the_format() -> None:

@@ -76,6 +76,10 @@ def test_people_of_one_label_are_told_apart_and_one_person_is_not() -> None:
     found = named(first, other, later)
     who = [found[key * 32].partition("/")[0] for key in "abc"]
     assert who[0] == "sub-01" != who[1] == who[2]
+    again = scan("d" * 32, dataset="e", session="3", uri=later["uri"], indexed_at="2026-02-01")
+    old = {"a" * 32: found["a" * 32], "b" * 32: "sub-01/anat/sub-01_acq-bbbbbbbb_T2w"}
+    more = named(first, other, again, given=old)
+    assert more["d" * 32].startswith("sub-01/"), "who has an output keeps the label"
     kept = named(first, other, given={"b" * 32: "sub-01/anat/sub-01_T2w"})
     assert kept["b" * 32] == "sub-01/anat/sub-01_T2w" and not kept["a" * 32].startswith("sub-01/")
 
