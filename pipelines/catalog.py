@@ -172,7 +172,7 @@ class Catalog:
     ) -> pa.Table:
         """Every row that was ever appended, oldest first. Arguments as `rows`."""
         schema = find_schema(table)
-        check_columns(schema, [*(columns or ()), *(where or ())])
+        check_columns(schema, columns or ())
         # Always with the time: the engine promises no order.
         read = None if columns is None else sorted({*columns, "recorded_at"})
         version = as_of if isinstance(as_of, int) else None
@@ -200,9 +200,6 @@ class Catalog:
             load_version(delta, schema.name, version, uri)
         check_stored(schema, delta, uri)
         stored = {field.name for field in delta.schema().fields}
-        where, none = _of_stored(where, stored)
-        if none:
-            return pa.Table.from_batches([], schema=schema.arrow)
         from deltalake.exceptions import DeltaError
 
         try:
@@ -211,7 +208,7 @@ class Catalog:
             return pa.table(
                 delta.scan(
                     columns=None if columns is None else [c for c in columns if c in stored],
-                    predicate=predicate(schema, where),
+                    predicate=predicate(schema, where, stored),
                 )
             )
         except (OSError, DeltaError, pa.ArrowException) as error:
@@ -267,14 +264,3 @@ def _like_stored(data: pa.Table, delta: DeltaTable) -> pa.Table:
     stored = {field.name for field in delta.schema().fields}
     fields = [f.remove_metadata() if f.name in stored else f for f in data.schema]
     return data.cast(pa.schema(fields))
-
-
-def _of_stored(where: Mapping[str, Any], stored: set[str]) -> tuple[dict[str, Any], bool]:
-    """The terms on columns that are stored; whether no row fits the others, which are missing."""
-    kept = {name: value for name, value in where.items() if name in stored}
-    several = (list, tuple, set, frozenset)
-    others = [value for name, value in where.items() if name not in stored]
-    none = any(
-        None not in value if isinstance(value, several) else value is not None for value in others
-    )
-    return kept, none

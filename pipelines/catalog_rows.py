@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
@@ -101,8 +101,10 @@ def until(table: pa.Table, moment: datetime) -> pa.Table:
     return table.slice(0, end)
 
 
-def predicate(schema: Table, where: Mapping[str, Any]) -> str | None:
+def predicate(schema: Table, where: Mapping[str, Any], stored: Container[str]) -> str | None:
     """`where` as SQL for the engine: every value a literal, strings quoted; a list means any of it.
+
+    Columns that are not `stored` are missing in every row.
 
     Raises:
         UsageError: QUERY-INVALID for an unknown column.
@@ -112,14 +114,16 @@ def predicate(schema: Table, where: Mapping[str, Any]) -> str | None:
     for name, value in where.items():
         check_columns(schema, [name])
         if isinstance(value, list | tuple | set | frozenset):
-            options = [_equals(name, item) for item in value] or ["FALSE"]
+            options = [_equals(name, item, stored) for item in value] or ["FALSE"]
             terms.append(f"({' OR '.join(options)})")
         else:
-            terms.append(_equals(name, value))
+            terms.append(_equals(name, value, stored))
     return " AND ".join(terms) or None
 
 
-def _equals(name: str, value: Any) -> str:
+def _equals(name: str, value: Any, stored: Container[str]) -> str:
+    if name not in stored:
+        return "TRUE" if value is None else "FALSE"
     if value is None:
         return f"{name} IS NULL"
     if isinstance(value, str):

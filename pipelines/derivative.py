@@ -16,6 +16,7 @@ from pipelines.bids_links import Links
 from pipelines.catalog import Catalog
 from pipelines.plan import LABELS, labels_differ
 from pipelines.schemas import RESULTS
+from pipelines.verdict import person
 from sgcd_core.io.bids import LABEL
 from sgcd_core.io.store import Store, join, sha256_hex
 
@@ -210,15 +211,15 @@ def stems(scans: pa.Table, given: Mapping[str, str] | None = None) -> pa.Table:
     known = given or {}
     ids, names = [], []
     taken = set(known.values())
-    people: dict[str, tuple[str, str]] = {}
-    labels: dict[tuple[str, ...], str] = {}  # who a person is in outputs that are there, first
+    people: dict[str, str] = {}  # label → whose it is
+    labels: dict[tuple[str, str], str] = {}  # person and own label → label in outputs
     for batch in in_order.filter(
         pc.is_in(in_order["scan_id"], pa.array(known, pa.string()))
     ).to_batches(max_chunksize=10_000):  # whose outputs are there
         for scan in batch.to_pylist():
             label = known[scan["scan_id"]].partition("/")[0]
-            people.setdefault(label, _who(scan))
-            labels.setdefault((*_who(scan), participant(scan)), label)
+            people.setdefault(label, person(scan))
+            labels.setdefault((person(scan), participant(scan)), label)
     for batch in in_order.to_batches(max_chunksize=10_000):
         for scan in batch.to_pylist():
             stem = known.get(scan["scan_id"])
@@ -228,12 +229,12 @@ def stems(scans: pa.Table, given: Mapping[str, str] | None = None) -> pa.Table:
                 dropped = "".join(
                     key + value for key, value in found if key not in (*_KEPT, "sub", "ses")
                 )
-                own, who = participant(scan), _who(scan)
-                if (*who, own) not in labels:
+                who, own = person(scan), participant(scan)
+                if (who, own) not in labels:
                     alone = people.setdefault(own, who) == who
                     more = "" if alone else sha256_hex(str(scan["dataset"]).encode())[:6]
-                    labels[*who, own] = own + more
-                label = labels[*who, own]
+                    labels[who, own] = own + more
+                label = labels[who, own]
                 acq, short = entities.get("acq", ""), scan["scan_id"][:8]
                 stem = _stem(label, scan, entities)
                 for more in (dropped[:_LONGEST], dropped[:_LONGEST] + short):
@@ -244,11 +245,6 @@ def stems(scans: pa.Table, given: Mapping[str, str] | None = None) -> pa.Table:
             ids.append(scan["scan_id"])
             names.append(stem)
     return pa.table({"scan_id": pa.array(ids, pa.string()), "stem": pa.array(names, pa.string())})
-
-
-def _who(scan: Mapping[str, Any]) -> tuple[str, str]:
-    """Whose scan it is: a subject of one data set."""
-    return scan["dataset"] or "", scan["subject"] or scan["scan_id"]
 
 
 def _stem(label: str, scan: Mapping[str, Any], entities: Mapping[str, str]) -> str:

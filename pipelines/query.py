@@ -20,7 +20,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import IO, Any
 
 import pyarrow as pa
@@ -30,6 +29,7 @@ from pipelines.catalog_rows import latest
 from pipelines.lake import Lake
 from pipelines.query_wire import QueryLimits, pack, receive, send, unpack, view_names
 from pipelines.schemas import SCHEMAS
+from sgcd_core.child import python_path
 from sgcd_core.errors import CODES, UsageError
 
 __all__ = ["QueryLimits", "parse_as_of", "run_query"]
@@ -231,9 +231,6 @@ class _Child:
 @contextmanager
 def _child(sql: str, limits: QueryLimits) -> Iterator[_Child]:
     """A child that has the statement; killed at the end, whatever happens."""
-    root = str(Path(__file__).resolve().parents[1])
-    # Where this program's packages lie, wherever that is: user's own folders, PYTHONPATH, modules.
-    path = os.pathsep.join([root, *(str(Path(p).resolve()) for p in sys.path if p)])
     libraries = {k: v for k, v in os.environ.items() if k in _LIBRARY_PATHS}
     with tempfile.TemporaryDirectory(prefix="sgcd-query-") as folder:
         process = subprocess.Popen(
@@ -242,7 +239,7 @@ def _child(sql: str, limits: QueryLimits) -> Iterator[_Child]:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             cwd=folder,
-            env=libraries | {"PYTHONPATH": path, "HOME": folder, "LC_ALL": "C.UTF-8"},
+            env=libraries | {"PYTHONPATH": python_path(), "HOME": folder, "LC_ALL": "C.UTF-8"},
         )
         try:
             child = _Child(process, limits)

@@ -36,12 +36,9 @@ def format_result(table: pa.Table, format: str = "table") -> bytes:
                 if pa.types.is_timestamp(column.type):
                     pc.min_max(column).as_py()
             for place, column in enumerate(table.columns):
-                as_text = None
-                if pa.types.is_nested(column.type):  # pandas shortens them
-                    as_text = _json_text
-                elif pa.types.is_interval(column.type):  # pandas has a class of its own
-                    as_text = _span_text
-                if as_text is not None:
+                nested = pa.types.is_nested(column.type)  # pandas shortens them
+                if nested or pa.types.is_interval(column.type):  # and has a class for spans
+                    as_text = _json_text if nested else plain_value
                     texts = pa.array(map(as_text, column.to_pylist()), pa.string())
                     table = table.set_column(place, table.column_names[place], texts)
             # As objects: a column of whole numbers with one missing would get decimals.
@@ -130,10 +127,6 @@ def _span(value: Any) -> str:
     if value.nanoseconds or not parts:
         parts.append(("-" if value.nanoseconds < 0 else "") + clock)
     return " ".join(parts)
-
-
-def _span_text(value: Any) -> str | None:
-    return None if value is None else _span(value)
 
 
 def _text(table: pa.Table) -> str:

@@ -29,7 +29,7 @@ def record_figures(
         version: Holds `model` and `model_version`, those of every row.
         rows: Whole rows.
         mine: Whether a `metric` is one of this kind of evaluation.
-        lost: Rows of `scans`, see `lost_scans`.
+        lost: Rows of `scans` that could not be read, see `MethodImages.lost`.
 
     Returns:
         Whether anything was written.

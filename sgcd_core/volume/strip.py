@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from sgcd_core.child import python_path
 from sgcd_core.config import PrepareConfig
 from sgcd_core.errors import InputError
 from sgcd_core.volume.resample import bounding_box, voxel_ml, voxel_sides
@@ -147,13 +148,11 @@ def run_deepbet(data: Array, *, where: str | None = None, timeout_s: float = TIM
     with tempfile.TemporaryDirectory(prefix="sgcd-strip-") as folder:
         source, target = Path(folder) / "in.npy", Path(folder) / "out.npy"
         np.save(source, np.asarray(data, np.float32))
-        path = os.pathsep.join(str(Path(p).resolve()) for p in sys.path if p)
-        root = str(Path(__file__).resolve().parents[2])
         command = [sys.executable, "-m", "sgcd_core.volume.strip", str(source), str(target)]
         try:
             done = subprocess.run(
                 command, cwd=folder, capture_output=True, timeout=timeout_s, check=False,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join([root, path])},
+                env={**os.environ, "PYTHONPATH": python_path()},
             )  # fmt: skip
         except subprocess.TimeoutExpired as error:
             raise InputError(

@@ -54,10 +54,14 @@
     return falling ? -order : order;
   };
 
+  // A word beyond the digits that are shown: with a page the whole scan_id is known, else its beginning.
+  const isOf = ({ id, cells }, word) =>
+    word.length > 8 && (id ? id.startsWith(word) : word.startsWith(cells[11]));
+
   function update() {
     const words = search.value.toLowerCase().split(/\s+/).filter(Boolean);
     shown = rows.filter((row) =>
-      words.every((word) => row.text.includes(word) || (word.length > 8 && (row.id ? row.id.startsWith(word) : word.startsWith(row.cells[11])))) &&
+      words.every((word) => row.text.includes(word) || isOf(row, word)) &&
       selects.every(([select, at]) => !select.value || row.cells[at] === select.value) &&
       (code === null || row.cells[6] === code));
     if (sort !== null) shown = [...shown].sort(compare);
@@ -107,8 +111,8 @@
   }
 
   // On paper all rows that are shown, since nobody can turn its pages.
-  for (const [event, rows] of [["beforeprint", Infinity], ["afterprint", PAGE]]) {
-    addEventListener(event, () => { size = rows; page = 0; draw(); });
+  for (const [event, most] of [["beforeprint", Infinity], ["afterprint", PAGE]]) {
+    addEventListener(event, () => { size = most; page = 0; draw(); });
   }
   search.addEventListener("input", update);
   for (const [select] of selects) select.addEventListener("change", update);
