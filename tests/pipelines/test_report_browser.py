@@ -83,7 +83,7 @@ def address(lake: Lake, page: str = "index.html") -> str:
     return Path(lake.report(f"target-T-v1/{page}")).as_uri()
 
 
-def many_scans(count: int) -> bytes:
+def many_scans(count: int, with_pages: bool = True) -> bytes:
     """The cohort's page of so many scans, from rows alone."""
     rng = np.random.default_rng(0)
     scans, results = [], {}
@@ -98,7 +98,8 @@ def many_scans(count: int) -> bytes:
         scores = {"gradient_correlation": float(rng.uniform(0.7, 1)), "outlier_score": 1.0}
         results[known["scan_id"]] = result | known | scores | {"status": status, "code": code}
     source = Source(Lake("s3://bucket/lake"), "target-T", 1, "T", scans, results)
-    pages = {s["scan_id"]: ScanPage(f"scan-{s['scan_id']}.html", "") for s in scans}
+    paged = scans if with_pages else []
+    pages = {s["scan_id"]: ScanPage(f"scan-{s['scan_id']}.html", "") for s in paged}
     return render("cohort.html", "cohort.js", **cohort_content(source, pages))
 
 
@@ -222,6 +223,23 @@ def test_a_page_prints(browser: Browser, lake: Lake, scan_id: str) -> None:
         paper = page.evaluate("getComputedStyle(document.body).backgroundColor")
         assert paper == "rgb(255, 255, 255)"
         assert page.pdf(format="A4")[:4] == b"%PDF"
+
+
+def test_all_scans_are_printed_and_found_by_their_whole_id(
+    browser: Browser, tmp_path: Path
+) -> None:
+    (tmp_path / "index.html").write_bytes(many_scans(120, with_pages=False))
+    with opened(browser, (tmp_path / "index.html").as_uri()) as page:
+        shown = page.locator("#table tbody tr")
+        assert shown.count() == 50
+        page.evaluate("dispatchEvent(new Event('beforeprint'))")
+        assert shown.count() == 120
+        page.evaluate("dispatchEvent(new Event('afterprint'))")
+        assert shown.count() == 50
+        page.locator("#search").fill("f" * 32)
+        assert page.locator("#count").inner_text() == "0 of 120 scans"
+        page.locator("#search").fill(f"{7:032x}")  # the first digits are known of a scan
+        assert page.locator("#count").inner_text() == "120 of 120 scans"
 
 
 def test_two_thousand_scans_are_there_in_two_seconds(browser: Browser, tmp_path: Path) -> None:
