@@ -43,6 +43,7 @@ from pipelines.delta import (
     storage_error,
 )
 from pipelines.lake import Lake
+from pipelines.output_addresses import outputs_here
 from pipelines.schemas import SCHEMAS, Table
 from sgcd_core.io.store import is_s3, local_path
 
@@ -170,7 +171,10 @@ class Catalog:
         as_of: AsOf = None,
         columns: Sequence[str] | None = None,
     ) -> pa.Table:
-        """Every row that was ever appended, oldest first. Arguments as `rows`."""
+        """Every row that was ever appended, oldest first. Arguments as `rows`.
+
+        Addresses of outputs are those in this lake, also where it was copied or moved since.
+        """
         schema = find_schema(table)
         check_columns(schema, columns or ())
         # Always with the time: the engine promises no order.
@@ -180,6 +184,8 @@ class Catalog:
             self.lake.table(table), lambda: self._read(schema, where or {}, read, version)
         )
         rows = oldest_first(conform(schema, found, read))
+        if table == "results":
+            rows = outputs_here(rows, self.lake)
         if isinstance(as_of, datetime):
             rows = until(rows, as_of)
         return rows if columns is None else rows.select(list(columns))

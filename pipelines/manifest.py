@@ -107,6 +107,7 @@ def index_sources(
             if progress is not None:
                 progress(len(rows), len(listed))
     _mark_duplicates(rows, by_uri, listed, store)
+    _keep_names_of_moved(rows, [one.root for one in listed.values()], known)
     for row in rows:
         old = by_uri.get(row["uri"])
         if old is not None and all(old.get(name) == row[name] for name in row):
@@ -277,6 +278,30 @@ def _mark_duplicates(
             row | {"scan_id": sha256_hex(f"{scan_id}\n{uri}".encode())[:32]},
             "SCAN-DUPLICATE", message,
         )  # fmt: skip
+
+
+def _keep_names_of_moved(
+    rows: Sequence[dict[str, Any]], roots: Sequence[str], known: Sequence[Mapping[str, Any]]
+) -> None:
+    """Give a data set that holds all usable scans known by its plain name that name: it moved.
+
+    Args:
+        rows: What is indexed now, changed in place.
+        roots: Of each of them, as in `Listed`.
+        known: The catalog's rows.
+    """
+    by_root: dict[str, list[dict[str, Any]]] = {}
+    for row, root in zip(rows, roots, strict=True):
+        if root and row["dataset"] != dataset_name(root):
+            by_root.setdefault(root, []).append(row)
+    for root, mine in by_root.items():
+        name = dataset_name(root)
+        before = {
+            old["scan_id"] for old in known if old["dataset"] == name and old["status"] == "ok"
+        }
+        if before and before <= {row["scan_id"] for row in mine}:
+            for row in mine:
+                row["dataset"] = name
 
 
 def _one_file(one: str, other: str) -> bool:

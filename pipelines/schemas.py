@@ -270,6 +270,9 @@ ATTEMPTS = Table(
     ),
 )  # fmt: skip
 
+#: Columns of `results` that hold addresses in a derivative of the lake.
+OUTPUT_ADDRESSES = ("output_uri", "model_grid_uri", "sidecar_uri", "uncertainty_uri")
+
 #: Every table of the catalog by name.
 SCHEMAS: dict[str, Table] = {
     t.name: t for t in (SCANS, RESULTS, METRICS, SITE_METRICS, RUNS, ATTEMPTS)

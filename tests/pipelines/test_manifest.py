@@ -172,6 +172,25 @@ def test_a_moved_file_keeps_its_scan_id(tree: Path) -> None:
     assert second["1"]["uri"].startswith(str(moved))
 
 
+def test_a_moved_data_set_keeps_its_name(
+    tree: Path, tmp_path: Path, make_scan: MakeScan
+) -> None:
+    first = index_sources([str(tree)])
+    there = tmp_path / "elsewhere" / tree.name
+    shutil.copytree(tree, there)
+    known = remembered(first)
+    copied = index_sources([str(there)], known=known)  # the first is still there
+    assert all(row["dataset"].startswith("bids-") for row in copied.rows)
+    shutil.rmtree(tree)
+    (there / NAME.format("4")).parent.mkdir(parents=True)
+    (there / NAME.format("4")).write_bytes(make_scan(9))
+    moved = index_sources([str(there)], known=known)
+    assert {row["dataset"] for row in moved.rows} == {"bids"} and len(moved.rows) == 4
+    (there / NAME.format("1")).unlink()  # another data set, as far as can be told
+    other = index_sources([str(there)], known=known)
+    assert all(row["dataset"].startswith("bids-") for row in other.rows)
+
+
 def test_two_data_sets_in_folders_of_one_name_are_told_apart(
     tree: Path, tmp_path: Path, make_scan: MakeScan
 ) -> None:
