@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from sgcd_core.config import PrepareConfig
-from sgcd_core.errors import SgcdError, StorageError
+from sgcd_core.errors import InputError, SgcdError
 from sgcd_core.io.bids import is_image, is_skipped
 from sgcd_core.io.store import Store, join
 from sgcd_core.volume.checks import examine
@@ -71,7 +71,7 @@ def expand(uris: Iterable[str], store: Store) -> list[tuple[str, SgcdError | Non
         for one in images:
             found.setdefault(one, None)
         if not images:
-            found[uri] = StorageError(
+            found[uri] = InputError(
                 "no .nii or .nii.gz lies here.", code="STORE-EMPTY", where=uri,
                 hint="Check the spelling of the path.",
             )  # fmt: skip

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipelines.bids_links import folder_name
-from sgcd_core.errors import InputError, StorageError, UsageError
+from sgcd_core.errors import InputError, UsageError
 from sgcd_core.io.bids import BidsScan, BidsTree, Sidecars, list_tree
 from sgcd_core.io.bids_tables import (
     People,
@@ -76,8 +76,9 @@ def list_source(
 
     Raises:
         UsageError: `site_from` is not known.
-        InputError: MANIFEST-COLUMN, BIDS-INVALID, or SCAN-MISSING for an absent manifest.
-        StorageError: STORE-EMPTY when nothing lies there, else as for `Store.list`.
+        InputError: STORE-EMPTY when nothing lies there, MANIFEST-COLUMN, BIDS-INVALID,
+            or SCAN-MISSING for an absent manifest.
+        StorageError: As for `Store.list`.
     """
     if site_from not in SITE_SOURCES and not site_from.removeprefix(ONE_SITE).strip():
         raise UsageError("--site-from name: names no site.")
@@ -93,7 +94,7 @@ def list_source(
         raise UsageError("--site-from column needs a CSV manifest as the source.")
     tree = list_tree(address, store, sequences)
     if not tree.scans:
-        raise StorageError(
+        raise InputError(
             f"no {' or '.join(sequences)} scan with a BIDS name lies here.",
             code="STORE-EMPTY", where=source,
             hint="Check the spelling; names look like sub-01/anat/sub-01_T1w.nii.gz. Other names "
@@ -186,7 +187,7 @@ def _from_table(address: str, store: Store) -> tuple[list[Listed], list[str]]:
     if delimiter == "," and rows and len(rows[0]) == 1 and ";" in next(iter(rows[0])):
         rows = read_table(address, store, delimiter=";")  # as spreadsheets write it in Europe
     if not rows:
-        raise StorageError("the manifest lists no scan.", code="STORE-EMPTY", where=address)
+        raise InputError("the manifest lists no scan.", code="STORE-EMPTY", where=address)
     missing = [name for name in _REQUIRED if name not in rows[0]]
     if missing:
         raise InputError(

@@ -30,8 +30,8 @@ def check(args: Any) -> Outcome:
     elif len(unfit) < len(rows):
         code, follow = WITH_FAILURES, "sgcd index SOURCE --lake LAKE"
     else:  # nothing here can be used: the data, or the store they should lie in
-        out_of_reach = all(str(name).startswith("STORE-") for name in codes)
-        code = StorageError.exit_code if out_of_reach else InputError.exit_code
+        away = [str(name).startswith("STORE-") and name != "STORE-EMPTY" for name in codes]
+        code = StorageError.exit_code if all(away) else InputError.exit_code
         follow = ""
     lines = render_lines(rows)
     return Outcome(text, next=follow, exit_code=code, lines=lines, data={"scans": rows})

@@ -138,7 +138,7 @@ def test_json_errors_are_one_document(sgcd: Run, tmp_path: Path) -> None:
 def test_an_empty_prefix_is_said_and_makes_no_lake(sgcd: Run, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     code, _, err = sgcd("index", str(tmp_path / "empty"), "--lake", str(tmp_path / "lake"))
-    assert code == 69 and "[STORE-EMPTY]" in err
+    assert code == 65 and "[STORE-EMPTY]" in err
     assert not (tmp_path / "lake").exists()
 
 

@@ -15,7 +15,7 @@ from pipelines.lake import Lake
 from pipelines.ledger import model_key
 from pipelines.manifest import IndexResult, index_sources
 from ray_jobs.models import target_model
-from sgcd_core.errors import InputError, StorageError, UsageError
+from sgcd_core.errors import InputError, UsageError
 from sgcd_core.io.store import Store
 
 if TYPE_CHECKING:
@@ -172,9 +172,7 @@ def test_a_moved_file_keeps_its_scan_id(tree: Path) -> None:
     assert second["1"]["uri"].startswith(str(moved))
 
 
-def test_a_moved_data_set_keeps_its_name(
-    tree: Path, tmp_path: Path, make_scan: MakeScan
-) -> None:
+def test_a_moved_data_set_keeps_its_name(tree: Path, tmp_path: Path, make_scan: MakeScan) -> None:
     first = index_sources([str(tree)])
     there = tmp_path / "elsewhere" / tree.name
     shutil.copytree(tree, there)
@@ -407,7 +405,7 @@ def test_a_manifest_without_its_columns_says_which(tmp_path: Path) -> None:
 def test_a_source_with_nothing_in_it_says_so(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for source in (tmp_path / "empty", tmp_path / "nowhere"):
-        with pytest.raises(StorageError) as error:
+        with pytest.raises(InputError) as error:
             index_sources([str(source)])
         assert error.value.code == "STORE-EMPTY"
         assert str(source) in str(error.value)
