@@ -21,6 +21,7 @@ from pipelines.lake import Lake
 from ray_jobs.context import absolute, open_lake, quoted
 from ray_jobs.models import models, resolve
 from ray_jobs.outcome import WITH_FAILURES, Outcome
+from ray_jobs.settings import settings_words
 from sgcd_core.errors import REPLACED, InputError, ModelError, UsageError
 from sgcd_core.io.bids import is_skipped
 from sgcd_core.io.store import Store, is_below, is_s3, join, sha256_hex
@@ -69,7 +70,9 @@ def _participant(args: Any, bids: str, out: str, lake: Lake) -> Outcome:
     _find_model(args, lake)  # a wrong name is said before anything is read
     lines = [] if args.skip_bids_validation else validate(bids)
     indexed = commands.index(
-        _parse("index", bids, "--lake", lake.uri, "--site-from", args.site_from, *_words(args))
+        _parse(
+            "index", bids, "--lake", lake.uri, "--site-from", args.site_from, *settings_words(args)
+        )
     )
     lines += [line for line in indexed.lines if line.startswith("note:")]
     name, version = bring_model(args, lake)
@@ -275,12 +278,8 @@ def _gone(catalog: Any, name: str, version: int, only: set[str]) -> set[str]:
     }  # fmt: skip
 
 
-def _words(args: Any) -> list[str]:
-    return [word for item in args.settings for word in ("--set", item)]
-
-
 def _settings(args: Any) -> list[str]:
-    words = _words(args)
+    words = settings_words(args)
     if args.random_seed is not None:
         words += ["--set", f"seed={args.random_seed}"]
     return words + (["--dry-run"] if args.dry_run else [])

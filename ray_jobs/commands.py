@@ -53,10 +53,12 @@ def cohort(args: Any) -> Outcome:
             traveling=args.traveling, unseen_sites=args.unseen_sites,
             anatomy=args.anatomy and absolute(args.anatomy), mm=args.mm, seed=args.seed,
             head=args.head, progress=tell, workers=args.workers or cpu_count(),
+            dry_run=args.dry_run,
         )  # fmt: skip
+    new = f"{made.written} {'to be made' if args.dry_run else 'new'}"
     text = (
         f"{made.scans} scans of {made.subjects} + {made.traveling} subjects at "
-        f"{len(made.sites)} + {len(made.unseen_sites)} sites in {args.out} ({made.written} new)"
+        f"{len(made.sites)} + {len(made.unseen_sites)} sites in {args.out} ({new})"
     )
     follow = f"sgcd index {quoted(args.out)} --lake LAKE"
     return Outcome(text, next=follow, data=made.row())

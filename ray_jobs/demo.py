@@ -11,39 +11,64 @@ from typing import Any
 from ray_jobs.context import quoted
 from ray_jobs.outcome import Outcome
 from ray_jobs.session import session
+from ray_jobs.settings import settings_words
 from ray_jobs.steps import step
+from sgcd_core.config import load_config, merge, parse_pairs, read_settings
 from sgcd_core.errors import SgcdError
+
+#: In words of steps, what an earlier one tells.
+TARGET, MODEL = "SITE", "target-SITE"
+
+
+def commands(args: Any) -> list[list[str]]:
+    """Words of each step. `TARGET` and `MODEL` stand for what only `suggest-target` tells."""
+    cohort, lake = os.path.join(args.out, "cohort"), ["--lake", os.path.join(args.out, "lake")]
+    users = merge(read_settings(args.config) if args.config else {}, parse_pairs(args.settings))
+    settings = settings_words(args)
+
+    def own(part: str, **values: object) -> list[str]:
+        """The demo's own settings of a stage, but those that the user gives."""
+        left = {name: value for name, value in values.items() if name not in users.get(part, {})}
+        return [w for name, value in left.items() for w in ("--set", f"{part}.{name}={value}")]
+
+    box = [] if settings else ["--init", "box"]
+    return [
+        ["cohort", cohort, "--subjects", str(args.subjects), "--sites", str(args.sites),
+         "--traveling", str(args.traveling), "--mm", str(args.mm), "--seed", str(args.seed)],
+        ["index", cohort, *lake, *settings],
+        ["prepare", *lake, *settings],
+        ["train", *lake, *box, *settings, *own("global_stage", steps=args.train_steps)],
+        ["suggest-target", *lake],
+        ["tune", *lake, "--target", TARGET, *settings,
+         *own("target_stage", steps=args.tune_steps, encoder=args.encoder)],
+        ["harmonize", *lake, "--model", MODEL],
+        ["evaluate", *lake, "--model", MODEL, "--methods", "all"],
+        ["report", *lake, "--model", MODEL],
+    ]  # fmt: skip
 
 
 def run(args: Any) -> Outcome:
     """Cohort, index, prepare, train, suggest-target, tune, harmonize, evaluate, report."""
+    load_config(args.preset, args.config, args.settings)  # a wrong setting is said before any work
+    steps = commands(args)
+    if args.dry_run:
+        lines = [" ".join(map(quoted, ["sgcd", *words])) for words in steps]
+        return Outcome(f"would run these {len(steps)} commands", lines=lines, data={"steps": steps})
     started = time.monotonic()
-    cohort, lake = os.path.join(args.out, "cohort"), os.path.join(args.out, "lake")
-    words = ["--lake", lake]
+    lake = os.path.join(args.out, "lake")
+    ends: dict[str, Outcome] = {}
+    known: dict[str, str] = {}
     with session():  # one Ray for all steps; each would start its own otherwise
-        step(
-            args.json, "cohort", cohort, "--subjects", str(args.subjects),
-            "--sites", str(args.sites), "--traveling", str(args.traveling),
-            "--mm", str(args.mm), "--seed", str(args.seed),
-        )  # fmt: skip
-        step(args.json, "index", cohort, *words)
-        with _reported_if_it_fails(args.json, words):
-            step(args.json, "prepare", *words)
-            step(
-                args.json, "train", *words, "--init", "box",
-                "--set", f"global_stage.steps={args.train_steps}",
-            )  # fmt: skip
-            suggested = step(args.json, "suggest-target", *words)
-            target = str(suggested.data["target"])
-            tuned = step(
-                args.json, "tune", *words, "--target", target,
-                "--set", f"target_stage.steps={args.tune_steps}",
-                "--set", f"target_stage.encoder={args.encoder}",
-            )  # fmt: skip
-            model = ["--model", str(tuned.data["model"])]
-            harmonized = step(args.json, "harmonize", *words, *model)
-            evaluated = step(args.json, "evaluate", *words, *model, "--methods", "all")
-            reported = step(args.json, "report", *words, *model)
+        for words in steps:
+            words = [known.get(word, word) for word in words]
+            with _reported_if_it_fails(args.json, lake, words[0]):
+                ends[words[0]] = ended = step(args.json, *words)
+            if words[0] == "suggest-target":
+                known[TARGET] = str(ended.data["target"])
+            if words[0] == "tune":
+                known[MODEL] = str(ended.data["model"])
+    harmonized, evaluated, target = ends["harmonize"], ends["evaluate"], known[TARGET]
+    reported = ends["report"]
     seconds = time.monotonic() - started
     lines = ["", f"Traveling subjects, against their own scan at {target}:", ""]
     lines += [*evaluated.data.get("table", []), "", *evaluated.data.get("verdict", [])]
@@ -60,11 +85,12 @@ def run(args: Any) -> Outcome:
 
 
 @contextmanager
-def _reported_if_it_fails(json: bool, words: list[str]) -> Iterator[None]:
+def _reported_if_it_fails(json: bool, lake: str, command: str) -> Iterator[None]:
     """A report of what there is, and of what went wrong, when a step cannot go on."""
     try:
         yield
     except SgcdError:
-        with suppress(SgcdError):  # what stopped the step is what the user must hear of
-            step(json, "report", *words)
+        if command not in ("cohort", "index", "report"):
+            with suppress(SgcdError):  # what stopped the step is what the user must hear of
+                step(json, "report", "--lake", lake)
         raise

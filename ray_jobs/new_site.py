@@ -8,7 +8,6 @@ repeat, so the job is, too. Two of them on one lake and model take turns (`pipel
 from __future__ import annotations
 
 import json
-import shlex
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,9 +21,8 @@ from pipelines.training_data import check_sequences
 from ray_jobs.context import open_lake, quoted, recorded
 from ray_jobs.models import models, resolve, target_model
 from ray_jobs.outcome import Outcome
-from ray_jobs.prepare import settings_words
 from ray_jobs.session import session
-from ray_jobs.settings import over_model
+from ray_jobs.settings import over_model, settings_words
 from ray_jobs.steps import step
 from sgcd_core.errors import InputError, ModelError, UsageError
 from sgcd_core.io.store import Store
@@ -123,7 +121,7 @@ class NewSite:
         self.lines: list[str] = []
         self.exit_code = 0
         self.words = ["--lake", args.lake]
-        self.of_model = shlex.split(settings_words(args))
+        self.of_model = settings_words(args)
         self.ray = ["--ray-address", args.ray_address] if args.ray_address else []
         self.ray += ["--workers", str(args.workers)] if args.workers else []
         self.gpus = ["--gpus"] if args.gpus else []
@@ -280,7 +278,7 @@ def _dry_run(args: Any, lake: Lake, model: str, made: bool, known: tuple[str, ..
     named = ["--sequences", *args.sequences] if args.sequences else []
     new = step(
         args.json, "index", *args.sources, "--site-from", args.site_from, *words, *named,
-        *shlex.split(settings_words(args)),
+        *settings_words(args),
     )  # fmt: skip
     if not made:
         if args.target not in new.data["sites"]:  # else its new scans count, too

@@ -118,9 +118,7 @@ def _command(
         )
     if settings:
         _settings(parser)
-        parser.add_argument(
-            "--dry-run", action="store_true", help="say what would be done, change nothing"
-        )
+        _dry_run(parser)
     if ray:
         parser.add_argument(
             "--workers", type=_positive, metavar="N", help="worker processes (default: by machine)"
@@ -131,6 +129,12 @@ def _command(
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
     parser.add_argument("--debug", action="store_true", help="logs and tracebacks")
     return parser
+
+
+def _dry_run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--dry-run", action="store_true", help="say what would be done, change nothing"
+    )
 
 
 def _settings(parser: argparse.ArgumentParser) -> None:
@@ -223,7 +227,7 @@ def _check(sub: Any) -> None:
 def _demo(sub: Any) -> None:
     p = _command(
         sub, "demo", "The whole path on a small digital cohort that it makes, on this machine.",
-        "sgcd demo --out work/demo", lake=False,
+        "sgcd demo --out work/demo", lake=False, settings=True,
     )  # fmt: skip
     p.add_argument("--out", default="sgcd-demo", metavar="DIR", help="default: %(default)s")
     p.add_argument("--subjects", type=_positive, default=12, help="default: %(default)s")
@@ -241,6 +245,7 @@ def _cohort(sub: Any) -> None:
         sub, "cohort", "Make digital traveling subjects as BIDS, the truth beside.",
         "sgcd cohort work/cohort --subjects 12 --sites 4 --traveling 2", lake=False,
     )  # fmt: skip
+    _dry_run(p)
     p.add_argument("out", metavar="OUT", help="a new folder, or one that an earlier run made")
     p.add_argument("--subjects", type=_positive, default=20, help="to train on (20)")
     p.add_argument("--sites", type=_positive, default=4, help="that these visit, in turn (4)")

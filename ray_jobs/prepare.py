@@ -24,7 +24,7 @@ from ray_jobs.context import open_lake, quoted, recorded
 from ray_jobs.outcome import DONE, WITH_FAILURES, Outcome, failure_line
 from ray_jobs.preflight import need_of
 from ray_jobs.session import NO_PROGRESS_SECONDS, session
-from ray_jobs.settings import from_args, preparation_line, remember
+from ray_jobs.settings import from_args, preparation_line, remember, settings_words
 from ray_jobs.volume_stream import Row, packed, unpacked
 from ray_jobs.windows import dataset_of, each_once, end_late, room, rows_of, window_size
 from sgcd_core.config import PrepareConfig, SgcdConfig
@@ -77,7 +77,8 @@ def run(args: Any) -> Outcome:
         follow = f"sgcd harmonize --lake {quoted(args.lake)} --model {quoted(args.model)}"
     else:
         config = from_args(args, lake)
-        follow = f"sgcd train --lake {quoted(args.lake)}{settings_words(args)}"
+        words = ["sgcd", "train", "--lake", args.lake, *settings_words(args)]
+        follow = " ".join(map(quoted, words))
     recipe = config.prepare.digest()
     usable = [
         scan
@@ -143,13 +144,6 @@ def _for_model(args: Any, lake: Lake, catalog: Catalog) -> tuple[SgcdConfig, lis
     name, version = resolve(lake, args.model)
     config = over_model(args, load_modelpack(lake.model(name, version), Store()).config)
     return config, plan(catalog, name, version).todo.to_pylist()
-
-
-def settings_words(args: Any) -> str:
-    """The user's own settings again, for the next command that is suggested."""
-    words = f" --preset {args.preset}" if args.preset else ""
-    words += f" --config {quoted(args.config)}" if args.config else ""
-    return words + "".join(f" --set {quoted(item)}" for item in args.settings)
 
 
 def prepare_stream(

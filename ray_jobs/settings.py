@@ -58,6 +58,13 @@ def remember(lake: Lake, config: SgcdConfig) -> None:
         store.write_bytes(where, body)
 
 
+def settings_words(args: Any) -> list[str]:
+    """The user's own settings again, as words of a further command."""
+    words = ["--preset", args.preset] if args.preset else []
+    words += ["--config", args.config] if args.config else []
+    return words + [word for item in args.settings for word in ("--set", item)]
+
+
 def preparation_line(config: SgcdConfig) -> list[str]:
     """One line that names what differs from the preset's preparation; none when nothing does."""
     usual, now = load_config(config.preset), config.model_dump(mode="json")

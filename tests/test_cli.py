@@ -73,6 +73,38 @@ def test_every_command_has_help_with_an_example(command: str, sgcd: Run) -> None
     assert f"sgcd {command}" in out.split("example:")[1]
 
 
+def test_the_demo_says_which_commands_it_would_run(sgcd: Run, tmp_path: Path) -> None:
+    config = tmp_path / "my settings.yaml"
+    config.write_text("target_stage: {steps: 5}\n")
+    words = ["demo", "--out", str(tmp_path / "a demo"), "--dry-run", "--json"]
+    own = ["--config", str(config), "--set", "global_stage.steps=7", "--tune-steps", "9"]
+    for given, box, train, tune in ((own, False, "7", None), ([], True, "40", "16")):
+        code, out, _ = sgcd(*words, *given)
+        steps = {step[0]: step for step in json.loads(out)["steps"]}
+        parsed = {name: build_parser().parse_args(step) for name, step in steps.items()}
+        assert code == 0 and not (tmp_path / "a demo").exists()
+        assert (parsed["train"].init == "box") == box
+        assert [s for s in parsed["train"].settings if "steps" in s] == [
+            f"global_stage.steps={train}"
+        ]
+        named = [s for s in parsed["tune"].settings if s.startswith("target_stage.steps=")]
+        assert named == ([f"target_stage.steps={tune}"] if tune else [])
+        assert parsed["prepare"].config == (str(config) if given else None)
+    assert sgcd("demo", "--out", str(tmp_path / "d"), "--set", "no.such=1")[0] == 78
+
+
+def test_a_cohort_is_counted_before_it_is_made(sgcd: Run, tmp_path: Path) -> None:
+    out = str(tmp_path / "cohort")
+    words = ["cohort", out, "--subjects", "1", "--sites", "1", "--traveling", "0",
+             "--unseen-sites", "0", "--mm", "4", "--workers", "1"]  # fmt: skip
+    counts = []
+    for more in (["--dry-run"], [], ["--dry-run"]):
+        code, text, _ = sgcd(*words, *more, "--json")
+        counts.append((code, json.loads(text)["written"], Path(out).exists()))
+    assert counts == [(0, 2, False), (0, 2, True), (0, 0, True)]
+    assert sgcd(*words[:3], "5", *words[4:], "--dry-run")[0] == 78
+
+
 @pytest.mark.parametrize("command", sorted(COMMANDS))
 def test_every_command_leads_somewhere(command: str) -> None:
     import importlib

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 from typing import Any
 
@@ -84,6 +84,7 @@ def make_cohort(
     shift: float = 0.0,
     progress: Progress | None = None,
     workers: int = 1,
+    dry_run: bool = False,
 ) -> CohortSummary:
     """Make a BIDS tree of training subjects at one site each and test subjects at all.
 
@@ -106,6 +107,7 @@ def make_cohort(
         shift: Standard deviation of repositioning between scans, mm and degrees.
         progress: Called after each subject.
         workers: Processes.
+        dry_run: Check and count only; `written` is how many scans would be.
 
     Raises:
         ConfigError: A value that is not allowed, or another cohort lies in `out`.
@@ -123,17 +125,21 @@ def make_cohort(
     members, scanners = plan_members(request)
     store = Store()
     used = {m.anatomy: found[m.anatomy] for m in members}
-    claim(out, request, store, lambda: _check_maps(used, head, store))
-    write_tables(out, members, scanners, store)
+    claim(out, request, store, lambda: _check_maps(used, head, store), dry_run=dry_run)
     total = sum(len(m.sites) for m in members) * len(request.sequences)
+    names = tuple(s.site for s in scanners)
+    made = CohortSummary(out, subjects, traveling, names[:sites], names[sites:], total, 0)
+    if dry_run:
+        missing = sum(len(missing_scans(out, request, m, scanners, store)) for m in members)
+        return replace(made, written=missing)
+    write_tables(out, members, scanners, store)
     done = written = 0
     for member, count in _run(out, request, members, scanners, found, workers):
         done += len(member.sites) * len(request.sequences)
         written += count
         if progress is not None:
             progress(done, total, f"sub-{member.label}")
-    names = tuple(s.site for s in scanners)
-    return CohortSummary(out, subjects, traveling, names[:sites], names[sites:], total, written)
+    return replace(made, written=written)
 
 
 def _check_maps(found: dict[str, str], head: bool, store: Store) -> dict[str, str]:
@@ -181,18 +187,25 @@ def _run(
             pool.shutdown(cancel_futures=True)
 
 
-def make_subject(
-    out: str, request: CohortRequest, member: Member, scanners: list[Scanner], anatomy: str
-) -> int:
-    """Write what is missing of one subject's scans and truth; the number of scans written."""
-    store = Store()
-    missing = [
+def missing_scans(
+    out: str, request: CohortRequest, member: Member, scanners: list[Scanner], store: Store
+) -> list[tuple[Scanner, str]]:
+    """Scanner and sequence of a subject's scans that are not there, or not complete."""
+    return [
         (scanner, sequence)
         for scanner in scanners
         if scanner.site in member.sites
         for sequence in request.sequences
         if not store.exists(sidecar_uri(scan_uri(out, member, scanner.site, sequence)))
     ]
+
+
+def make_subject(
+    out: str, request: CohortRequest, member: Member, scanners: list[Scanner], anatomy: str
+) -> int:
+    """Write what is missing of one subject's scans and truth; the number of scans written."""
+    store = Store()
+    missing = missing_scans(out, request, member, scanners, store)
     last_truth = truth_uri(out, member, "desc-tissue_dseg.json")
     if not missing and store.exists(last_truth):
         return 0

@@ -60,7 +60,12 @@ def truth_uri(out: str, member: Member, name: str) -> str:
 
 
 def claim(
-    out: str, request: CohortRequest, store: Store, check_maps: Callable[[], dict[str, str]]
+    out: str,
+    request: CohortRequest,
+    store: Store,
+    check_maps: Callable[[], dict[str, str]],
+    *,
+    dry_run: bool = False,
 ) -> None:
     """Record what this folder holds, or check that it holds just that.
 
@@ -71,6 +76,7 @@ def claim(
         check_maps: Gives the SHA-256 of the label maps by name, or raises; called once it is known
             that no other cohort lies here, and before anything is written. Cohorts of earlier
             versions have no digests: their maps are taken to be the same.
+        dry_run: Check only.
 
     Raises:
         ConfigError: The folder holds another cohort, or anything else.
@@ -86,7 +92,8 @@ def claim(
                 hint="Choose a new folder.",
             ) from None  # fmt: skip
         maps = check_maps()
-        store.write_bytes(uri, json_bytes({**now, "maps": maps} if maps else now))
+        if not dry_run:
+            store.write_bytes(uri, json_bytes({**now, "maps": maps} if maps else now))
         return
     known = before.pop("maps", None)
     keys = sorted(k for k in before | now if before.get(k) != now.get(k))
