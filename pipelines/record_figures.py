@@ -19,7 +19,8 @@ def record_figures(
     """Make `rows` all that one kind of evaluation says of one version of a model.
 
     Rows of its measures that it no longer makes (a scan was replaced, a site renamed, a method left
-    out) are taken back by a row without a number; those that say the same already stay. So the
+    out) are taken back by a row without a number; those that say the same already stay. What is no
+    number (the AP of a tissue that the reference lacks) is no figure, and missing in a mean. So the
     tables show the newest evaluation of each kind, and `…_all` also those before. A scan that the
     store did not give says nothing: its figures, and those of its site, stay as they were.
 
@@ -39,7 +40,11 @@ def record_figures(
     """
     schema = find_schema(table)
     told = [c.name for c in schema.columns if not c.now]
-    now = to_arrow(schema, rows).select(told).to_pylist()
+    whole = [
+        {name: None if value != value else value for name, value in row.items()} for row in rows
+    ]  # fmt: skip
+    now = to_arrow(schema, whole).select(told).to_pylist()
+    now = [row for row in now if row[schema.counts_by] is not None]
     where = {name: version[name] for name in ("model", "model_version")}
     old = [r for r in catalog.rows(table, where=where).to_pylist() if mine(r["metric"])]
     by = ("scan_id",) if "scan_id" in schema.key else ("site", "sequence")

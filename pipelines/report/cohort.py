@@ -146,7 +146,8 @@ def _measure_charts(lines: Sequence[Line]) -> list[Row]:
 def _distance(row: Row) -> Row:
     keys = ("before", "after", "low", "high")
     texts = {k: "–" if row[k] is None else f"{row[k]:.4f}" for k in keys}
-    return row | {"texts": texts, "closer": row["after"] < row["before"]}
+    known = row["after"] is not None and row["before"] is not None
+    return row | {"texts": texts, "closer": known and row["after"] < row["before"]}
 
 
 @dataclass(frozen=True)

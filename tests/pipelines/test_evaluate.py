@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pipelines.evaluate as evaluation
 from pipelines.catalog import Catalog
 from pipelines.evaluate import SITE_DISTANCE, SPLIT, evaluate, find_truth
 from pipelines.lake import Lake
+from pipelines.record_figures import record_figures
 from pipelines.tissue import evaluate_tissue
 from pipelines.verdict import summarize
 from sgcd_core.errors import ModelError, StorageError
@@ -326,3 +328,29 @@ def test_a_store_that_hides_the_targets_scans_changes_no_figure(tmp_path, monkey
     found = evaluate(lake, "target-T", 1, config)
     assert set(found.skipped) == hidden and not found.written
     assert (catalog.version("metrics"), catalog.version("site_metrics")) == before
+
+
+def test_what_is_no_number_is_no_figure(tmp_lake: Lake) -> None:
+    catalog, version = Catalog(tmp_lake), {"model": "m", "model_version": 1}
+    row = version | {
+        "scan_id": "s", "site": "A", "sequence": "T1w", "method": "sgcd", "metric": "ap.gmm",
+        "reference": "truth",
+    }  # fmt: skip
+    rows = [row | {"region": "grey matter", "value": 0.5}, row | {"region": "csf", "value": 0.7}]
+    site = version | {"site": "A", "sequence": "T1w", "method": "sgcd", "metric": "ap.csf"}
+    sites = [site | {"before": math.nan, "after": 0.5, "low": math.nan, "high": 0.6, "n": 2}]
+
+    def record() -> tuple[bool, bool]:
+        return (
+            record_figures(catalog, "metrics", version, rows, lambda _: True),
+            record_figures(catalog, "site_metrics", version, sites, lambda _: True),
+        )
+
+    assert record() == (True, True)
+    rows[1]["value"] = math.nan  # the reference lacks that tissue now
+    assert record() == (True, False)
+    assert record() == (False, False)
+    found = catalog.query("SELECT avg(value) AS mean, count(*) AS n FROM metrics")
+    assert found.to_pylist() == [{"mean": 0.5, "n": 1}]
+    (found,) = catalog.rows("site_metrics").to_pylist()
+    assert (found["before"], found["after"], found["low"]) == (None, 0.5, None)
