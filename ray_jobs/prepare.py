@@ -99,6 +99,8 @@ def run(args: Any) -> Outcome:
         kept = preparation_line(config)
     if not todo:
         text = f"all {skipped} scans are prepared; nothing to do"
+        if not usable:
+            text, follow = "no scan can be used; nothing to do", _look(args)
         return Outcome(text, next=follow, lines=kept, data=data)
     job = PrepareJob(lake, config.prepare, uuid.uuid4().hex[:16], args.scan_deadline)
     if args.force:  # also what was set aside
@@ -130,7 +132,13 @@ def run(args: Any) -> Outcome:
         "failed": [{key: row[key] for key in keep} for row in failed],
     }
     code = WITH_FAILURES if failed else DONE
+    if len(failed) == len(usable):  # nothing to go on with
+        follow = _look(args)
     return Outcome(text, next=follow, exit_code=code, lines=lines, data=data)
+
+
+def _look(args: Any) -> str:
+    return f"sgcd report --lake {quoted(args.lake)}"
 
 
 def _for_model(args: Any, lake: Lake, catalog: Catalog) -> tuple[SgcdConfig, list[Row]]:

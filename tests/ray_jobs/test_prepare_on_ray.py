@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,25 @@ def test_what_was_set_aside_is_prepared_with_force(lake: Lake, capsys: Any) -> N
     assert _ready(lake) == 2
     assert _prepare(lake, "--force") == 0
     assert _ready(lake) == 3
+
+
+def test_where_nothing_is_prepared_no_training_is_suggested(
+    lake: Lake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    def failing(ray: Any, todo: list[dict[str, Any]], *_: Any) -> Iterator[dict[str, Any]]:
+        yield from (scan | {"status": "failed", "code": "SCAN-NO-BRAIN"} for scan in todo)
+
+    monkeypatch.setattr(module, "prepare_stream", failing)
+    monkeypatch.setattr(module, "session", lambda *_: nullcontext())
+    assert _prepare(lake) == 1
+    out = capsys.readouterr().out
+    assert "3 SCAN-NO-BRAIN" in out and out.strip().endswith(f"next: sgcd report --lake {lake.uri}")
+    empty = Lake.open(str(tmp_path / "empty"), create=True)
+    row = {"scan_id": "f" * 32, "uri": "/x", "status": "failed", "code": "SCAN-CORRUPT"}
+    Catalog(empty).append("scans", [row])
+    assert _prepare(empty) == 0
+    out = capsys.readouterr().out
+    assert "no scan can be used" in out and "sgcd train" not in out
 
 
 @pytest.mark.ray
