@@ -34,6 +34,8 @@ EXTRACTED_SIDE_MM = 210.0
 #: Of an extracted brain so little is darker than a tenth of its bright tissue (measured: brains
 #: ≤ 0.02, z-scored ≤ 0.05, heads ≥ 0.20, where skull and air are dark).
 EXTRACTED_DARK = 0.30
+#: A region of the brain has at least this part of the largest one's voxels.
+SPECK = 1e-3
 TIMEOUT_S = 600.0
 _NO_DEEPBET = 3
 
@@ -46,26 +48,34 @@ def background(data: Array) -> float:
 
 
 def nonzero_brain(data: Array, value: float = 0.0) -> Array:
-    """The largest connected region that differs from `value`, its holes filled; (X, Y, Z) bool."""
-    foreground = data != value
-    labels, count = ndimage.label(foreground)
-    if count == 0:
-        return np.zeros(data.shape, bool)
-    if count > 1:
-        sizes = np.bincount(labels.ravel())
-        sizes[0] = 0
-        foreground = labels == sizes.argmax()
-    box = bounding_box(foreground)
-    out = np.zeros(data.shape, bool)
-    out[box] = ndimage.binary_fill_holes(foreground[box])
+    """What differs from `value`, without specks, its holes filled; (X, Y, Z) bool."""
+    return _whole(*_regions(data != value))
+
+
+def _regions(foreground: Array) -> tuple[Array, Array]:
+    """Number of the connected region at each voxel, 0 outside, and voxels of each; `[0]` is 0."""
+    labels, _ = ndimage.label(foreground)
+    sizes = np.bincount(labels.ravel())
+    sizes[0] = 0
+    return labels, sizes
+
+
+def _whole(labels: Array, sizes: Array) -> Array:
+    """The regions that are no specks, their holes filled: a cerebellum may be apart."""
+    foreground = (sizes >= max(1, SPECK * sizes.max()))[labels]
+    out = np.zeros(labels.shape, bool)
+    if sizes.any():
+        box = bounding_box(foreground)
+        out[box] = ndimage.binary_fill_holes(foreground[box])
     return out
 
 
 def extracted_mask(data: Array, affine: Array) -> Array | None:
     """The brain mask of a scan that is already brain-extracted, None for a head.
 
-    A scan is taken as extracted when all that differs from one constant background is a single
-    compact region with the volume and size of a brain and without the dark skull and air of a head.
+    A scan is taken as extracted when all that differs from one constant background is, but for a
+    twentieth, a single compact region with the volume and size of a brain and without the dark
+    skull and air of a head.
 
     Args:
         data: (X, Y, Z) float32.
@@ -79,8 +89,9 @@ def extracted_mask(data: Array, affine: Array) -> Array | None:
     foreground = data != value
     if not EXTRACTED_ML[0] * 0.8 <= foreground.sum() * ml <= EXTRACTED_ML[1]:
         return None
-    mask = nonzero_brain(data, value)
-    compact = (foreground & mask).sum() >= 0.95 * foreground.sum()
+    labels, sizes = _regions(foreground)
+    mask = _whole(labels, sizes)
+    compact = sizes.max() >= 0.95 * sizes.sum()
     extent = np.array([side.stop - side.start for side in bounding_box(mask)]) * sides
     plausible = EXTRACTED_ML[0] <= mask.sum() * ml <= EXTRACTED_ML[1]
     small = plausible and extent.max() <= EXTRACTED_SIDE_MM

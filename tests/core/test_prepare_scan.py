@@ -200,6 +200,25 @@ def test_an_extracted_brain_keeps_its_mask_with_any_background() -> None:
         assert mask is not None and (mask == (scan.data != 0)).all()
 
 
+def test_a_part_of_the_brain_that_is_apart_stays_and_specks_do_not() -> None:
+    scan = brain()
+    data = scan.data.copy()
+    low = np.flatnonzero((data != 0).any((0, 1)))[0]
+    data[:, :, low + 7] = 0  # cuts the lowest part off
+    apart = np.zeros(data.shape, bool)
+    apart[:, :, : low + 7] = data[:, :, : low + 7] != 0
+    assert 0.001 < apart.sum() / (data != 0).sum() < 0.05
+    whole = data != 0
+    speck = (0, data.shape[1] // 2, -2)
+    data[speck] = 500
+    mask = extracted_mask(data, scan.affine)
+    assert mask is not None and mask[apart].all() and not mask[speck]
+    assert (mask == whole).all()
+    cut = np.where(whole, data, 0)
+    cut[:, :, (low + data.shape[2]) // 2] = 0  # two halves are no brain
+    assert extracted_mask(cut.astype(np.float32), scan.affine) is None
+
+
 def head() -> NiftiScan:
     """A brain in a dark skull in a bright scalp, air exactly 0 as after defacing."""
     scan = brain(shape=(96, 104, 96))
