@@ -166,7 +166,10 @@ def report(args: Any) -> Outcome:
     lines, code = [], DONE
     try:
         found = resolve(lake, args.model) if args.model else newest_model(lake)
-    except ModelError as error:  # training failed, say: the page then tells what there is
+    except ModelError as error:
+        if newest_model(lake):  # a wrong name: the page would say that nothing was harmonized
+            raise
+        # training failed, say: the page then tells what there is
         found, lines, code = None, [str(error)], error.exit_code
     name, version = found or (None, None)
     with Progress("report", None, unit="page") as progress:

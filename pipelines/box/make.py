@@ -100,11 +100,17 @@ def main(words: Sequence[str] | None = None) -> None:
     args = parser.parse_args(words)
     if args.sites < 2 * HELD_OUT:
         parser.error(f"--sites must be at least {2 * HELD_OUT}: one in {HELD_OUT} is held out")
+    if args.start is not None and not args.start.is_file():
+        parser.error(f"--start: there is no file {args.start}")
+    if not args.anatomy:
+        parser.error("--anatomy names no folder")
+    settings = [*SETTINGS, *SETTINGS_OF.get(args.preset, ()), *args.settings]
+    config = load_config(args.preset, settings=settings)
     torch.set_num_threads(args.threads)
-    pool = Pool(args.work / "pool")
     # by full addresses: a pool says which maps it is made of
     found = [uri if is_s3(uri) else os.path.abspath(uri) for uri in list_anatomies(args.anatomy)]
     anatomies = [*found[: args.anatomies], *list_anatomies(None)]
+    pool = Pool(args.work / "pool")
     pool.claim(anatomies)
     pool.ended.unlink(missing_ok=True)
     context = multiprocessing.get_context("spawn")
@@ -120,16 +126,17 @@ def main(words: Sequence[str] | None = None) -> None:
         producer.start()
         threading.Thread(target=_watch, args=(pool, n, producer), daemon=True).start()
     try:
-        settings = [*SETTINGS, *SETTINGS_OF.get(args.preset, ()), *args.settings]
-        config = load_config(args.preset, settings=settings)
         composition = _composition(args.work, pool, args.sites, args.refit, args.keep_fits)
-        wait_for(lambda: len(pool.files()) >= FIRST, f"{FIRST} files", ended=pool.ended)
+        wait_for(
+            lambda: len(pool.files()) >= FIRST, f"{FIRST} files", ended=pool.ended,
+            count=lambda: len(pool.files()), tell=lambda n: _say({"files": n, "first": FIRST}),
+        )  # fmt: skip
         held = _held_out(args.work, found[args.anatomies :])
         weights = train_network(
             pool, config, composition, args.work / args.preset, minutes=args.minutes,
             total_steps=args.steps, start_from=args.start, held=held,
             filter_samples=args.filter_samples,
-            report=lambda line: print(json.dumps(line), flush=True),
+            report=_say,
         )  # fmt: skip
     finally:
         for producer in producers:
@@ -146,6 +153,10 @@ def main(words: Sequence[str] | None = None) -> None:
         if args.refit:
             shutil.copy(args.work / REFITTED, goal / REFITTED)
     print(f"weights: {weights} ({weights.stat().st_size / 2**20:.1f} MiB)")
+
+
+def _say(line: dict[str, Any]) -> None:
+    print(json.dumps(line), flush=True)
 
 
 def _produce(work: Path, anatomies: list[str], worker: int, workers: int, at_least: int) -> None:

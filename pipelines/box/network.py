@@ -308,7 +308,7 @@ def train_network(
         try:
             batch, condition = next(source)
             rows.append(stage.step(batch, condition))
-        except (SgcdError, TimeoutError):
+        except SgcdError:
             save()
             raise
         if stage.done % every == 0:

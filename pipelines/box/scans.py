@@ -305,27 +305,35 @@ def produce(
 
 
 def wait_for(
-    there: Callable[[], bool], what: str, seconds: float = 600.0, ended: Path | None = None
-) -> None:
+    there: Callable[[], bool], what: str, seconds: float = 600.0, ended: Path | None = None,
+    count: Callable[[], int] = int, tell: Callable[[int], None] | None = None,
+) -> None:  # fmt: skip
     """Until something is in the pool.
 
     Args:
         there: Whether it is.
         what: It.
-        seconds: How long at most.
+        seconds: How long at most without anything new.
         ended: See `Pool.ended`.
+        count: How many of it are there.
+        tell: Called with that, at most twice a minute.
 
     Raises:
-        SgcdError: A producer has ended.
-        TimeoutError: It took too long.
+        SgcdError: A producer has ended, or has made nothing for too long.
     """
-    end = time.monotonic() + seconds
+    last, since, told = count(), time.monotonic(), time.monotonic()
     while not there():
         if ended is not None and ended.exists():
             raise SgcdError(
                 f"the pool has no {what}, and {ended.read_text()}.", where=str(ended.parent),
                 hint="Its own error stands above; the same command goes on.",
             )  # fmt: skip
-        if time.monotonic() > end:
-            raise TimeoutError(f"after {seconds:.0f} s the pool has no {what}; is it produced?")
+        now = time.monotonic()
+        if (found := count()) != last:
+            last, since = found, now
+        if now - since > seconds:
+            raise SgcdError(f"for {seconds:.0f} s nothing new came, and the pool has no {what}.")
+        if tell is not None and now - told > 30:
+            told = now
+            tell(found)
         time.sleep(0.2)

@@ -54,7 +54,7 @@ def cohort_content(source: Source, pages: Mapping[str, ScanPage]) -> Row:
         "counts": [(name, counts.get(name, 0)) for name in (*STATUSES, UNUSABLE, WAITING)],
         "groups": [_cells(line) for line in summary.groups],
         "lines": [_cells(line) for line in lines],
-        "methods": methods, "method_titles": METHOD_TITLES,
+        "methods": methods, "method_titles": METHOD_TITLES, "shortened": charts.shortened,
         "marks": [(METHOD_TITLES[m], charts.method_mark(m)) for m in methods],
         "charts": [(s, _measure_charts([x for x in lines if x.sequence == s])) for s in sequences],
         "distances": [_distance(r) for r in source.site_metrics if r["metric"] == SITE_DISTANCE],

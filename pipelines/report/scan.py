@@ -129,6 +129,7 @@ def scan_content(
     return {
         "title": _name(row), "row": row, "model": source.title, "target": source.target,
         "meaning": CODES.get(row["code"] or "", ""), "histogram": svg,
+        "after_drawn": histograms[1] is not None,
         "guards": _guards(result, source.config.guard if source.config else GuardConfig()),
         "measures": _measures(source, row["scan_id"]),
         "facts": [(name, value) for name, value in _provenance(row) if value not in (None, "")],
@@ -160,7 +161,7 @@ def _guards(result: Row, limits: GuardConfig) -> list[Row]:
             continue
         side = "flagged below" if at_least else "flagged above"
         label = f"{title}: {value:.3f}, {side} {limit:g}"
-        svg = charts.gauge(label, value, limit, top, at_least=at_least)
+        svg = charts.gauge(label, value, limit, top or 1.0, at_least=at_least)
         out.append({"title": title, "value": f"{value:.3f}", "limit": f"{side} {limit:g}",
                     "meaning": meaning, "svg": svg})  # fmt: skip
     if result.get("uncertainty_mean") is not None:

@@ -6,9 +6,12 @@ visit needs the token that `sgcd serve` prints, which then lives in a cookie.
 
 from __future__ import annotations
 
+import errno
 import hmac
 import logging
 import secrets
+import socket
+import sys
 from http.cookies import CookieError, SimpleCookie
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -38,20 +41,26 @@ class Server(ThreadingHTTPServer):
     daemon_threads = True
 
     def __init__(self, lake: Lake, host: str = "127.0.0.1", port: int = 0) -> None:
+        if not host:
+            raise UsageError("--host names no address.", hint="127.0.0.1 is this machine alone.")
         self.site, self.token = Site(lake), secrets.token_urlsafe(24)
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
             super().__init__((host, port), _Handler)
         except OSError as error:
+            of_port = error.errno in (errno.EADDRINUSE, errno.EACCES)
             raise UsageError(
                 f"cannot listen on {host} port {port}: {error.strerror or type(error).__name__}.",
-                hint="Choose another one with --port, or 0 for any that is free.",
+                hint="Choose another one with --port, or 0 for any that is free." if of_port
+                else "--host takes a name or an address of this machine.",
             ) from error  # fmt: skip
         self.host = host
 
     @property
     def address(self) -> str:
         """What to open in a browser; holds the token."""
-        return f"http://{self.host}:{self.server_port}/?token={self.token}"
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"http://{host}:{self.server_port}/?token={self.token}"
 
     @property
     def cookie(self) -> str:
@@ -62,8 +71,15 @@ class Server(ThreadingHTTPServer):
         """Whether a Host header means this server: a foreign name may be a rebound one."""
         if self.host not in LOOPBACK:
             return True
-        name = urlsplit(f"//{host or ''}").hostname
-        return name in LOOPBACK
+        try:
+            return urlsplit(f"//{host or ''}").hostname in LOOPBACK
+        except ValueError:  # no host at all
+            return False
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Nothing, where a browser went away in the middle of an answer."""
+        if not isinstance(sys.exception(), ConnectionError | TimeoutError):
+            log.exception("event=request_failed")
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -299,8 +299,34 @@ def test_a_producer_ends_with_who_started_it_even_killed():
 
 
 def test_who_waits_in_vain_is_told_for_what(tmp_path):
-    with pytest.raises(TimeoutError, match=r"no T1w-0000003\.npz"):
+    with pytest.raises(SgcdError, match=r"no T1w-0000003\.npz"):
         scans.wait_for(lambda: False, "T1w-0000003.npz", seconds=0.1)
+    made = iter(range(8))  # as long as something comes, there is time
+    scans.wait_for(lambda: next(made) == 7, "7 files", seconds=0.5, count=lambda: next(made))
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "says"),
+    [
+        (["--anatomy", "/nowhere"], SgcdError, "STORE-EMPTY"),
+        (["--anatomy", ""], SystemExit, "--anatomy"),
+        (["--anatomy", ".", "--start", "/nowhere.safetensors"], SystemExit, "/nowhere.safetensors"),
+    ],
+)
+def test_a_wrong_word_makes_nothing(words, code, says, tmp_path, capsys):
+    with pytest.raises(code) as error:
+        make.main([str(tmp_path / "work"), *words])
+    assert says in f"{error.value} {capsys.readouterr().err}"
+    assert not (tmp_path / "work").exists()
+
+
+def test_a_wrong_setting_is_said_in_a_line(tmp_path):
+    words = [str(tmp_path / "work"), "--anatomy", str(tmp_path), "--set", "nosuch=1"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pipelines.box", *words], capture_output=True, text=True
+    )
+    assert done.returncode == 78 and done.stderr.startswith("make box: [CONFIG-KEY]"), done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_the_box_is_trained_on_from_where_it_was_left(tmp_path, monkeypatch):

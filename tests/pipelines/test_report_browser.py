@@ -180,10 +180,17 @@ def test_slider_and_flicker_lay_after_over_before(
         for _ in range(10):
             page.keyboard.press("ArrowLeft")
         assert over.evaluate(clip) == "inset(0px 0px 0px 40%)"
-        page.keyboard.press("Home")
-        assert over.evaluate(clip) == "inset(0px 0px 0px 0%)"  # after, whole
+        tags = [page.locator(".compare .tag").nth(n) for n in (0, 1)]
+        for key, part, seen in (("End", "100%", [True, False]), ("Home", "0%", [False, True])):
+            page.keyboard.press(key)
+            assert over.evaluate(clip) == f"inset(0px 0px 0px {part})"  # one of the two, whole
+            assert [tag.is_visible() for tag in tags] == seen
         page.get_by_role("button", name="Flicker").press("Enter")
         assert over.evaluate("e => getComputedStyle(e).animationName") == "flicker"
+        shown = "() => [...document.querySelectorAll('.compare .tag')].map(e => getComputedStyle(e)"
+        for _ in range(10):  # what is on the screen has its name there, the other has not
+            assert sorted(page.evaluate(shown + ".visibility)")) == ["hidden", "visible"]
+            page.wait_for_timeout(150)
         page.get_by_role("button", name="Flicker").press("Enter")
         assert over.evaluate("e => getComputedStyle(e).animationName") == "none"
         page.locator(".compare .planes").hover()
@@ -192,9 +199,41 @@ def test_slider_and_flicker_lay_after_over_before(
         assert page.evaluate("[...document.images].every(i => i.naturalWidth > 0)")
 
 
+def test_without_motion_nothing_flickers(browser: Browser, lake: Lake, scan_id: str) -> None:
+    place = address(lake, f"scan-{scan_id}.html")
+    with opened(browser, place, reduced_motion="reduce") as page:
+        page.locator(".compare .planes").hover()
+        over = page.locator(".compare .after").first
+        assert over.evaluate("e => getComputedStyle(e).animationName") == "none"
+        assert not page.get_by_role("button", name="Flicker").is_visible()
+        assert "flicker" not in page.locator("main").inner_text()
+
+
+def test_back_leads_to_the_rows_that_the_filters_say(browser: Browser, tmp_path: Path) -> None:
+    (tmp_path / "index.html").write_bytes(many_scans(120))
+    (tmp_path / "other.html").write_text("<title>other</title>")
+    with opened(browser, (tmp_path / "index.html").as_uri()) as page:
+        page.locator("#sequence").select_option("T2w")
+        assert page.locator("#count").inner_text() == "60 of 120 scans"
+        page.get_by_role("button", name="Next").press("Enter")
+        assert page.locator("#where").inner_text() == "page 2 of 2"
+        # the end of the pages costs nobody the place
+        assert page.evaluate("document.activeElement.id") == "forth"
+        page.keyboard.press("Enter")
+        assert page.locator("#where").inner_text() == "page 2 of 2"
+        page.goto((tmp_path / "other.html").as_uri())
+        page.go_back()
+        chosen = page.locator("#sequence").input_value()
+        expect(page.locator("#count")).to_have_text(f"{60 if chosen else 120} of 120 scans")
+
+
 def test_scans_are_turned_over_by_keyboard(browser: Browser, lake: Lake, scan_id: str) -> None:
     with opened(browser, address(lake, f"scan-{scan_id}.html")) as page:
         to = page.locator("a[rel=prev]").get_attribute("href")
+        page.evaluate("getSelection().selectAllChildren(document.querySelector('dd'))")
+        page.keyboard.press("Shift+ArrowLeft")  # a selection is changed by it
+        assert page.url.endswith(f"scan-{scan_id}.html")
+        page.evaluate("getSelection().empty()")
         page.keyboard.press("Shift+ArrowLeft")
         page.wait_for_url(f"**/{to}")
         page.keyboard.press("Shift+ArrowRight")
@@ -302,8 +341,33 @@ def test_before_and_after_move_together_in_three_dimensions(
             page.get_by_role("button", name="Show the change").click()
             page.locator("#viewer[data-overlay=change]").wait_for()
             page.get_by_role("button", name="Axial").click()
+            page.locator("[data-axis='2']").fill("500")
+            after = page.evaluate("document.getElementById('at-right').textContent")
             page.get_by_label("Volume on the right").select_option("truth")
+            expect(page.locator("#at-right")).not_to_have_text(after)  # nobody moved
+            assert "Same person" in str(page.locator("#right").get_attribute("aria-label"))
+            page.locator("#left").press("v")  # a key of the library's, for one side alone
             page.get_by_role("button", name="3D").click()
             assert page.get_by_role("button", name="3D").get_attribute("aria-pressed") == "true"
             assert not page.locator("#trouble").is_visible()
+        server.shutdown()
+
+
+def test_a_volume_that_cannot_be_had_is_not_shown_as_another(
+    browser: Browser, lake: Lake, scan_id: str
+) -> None:
+    if not (STATIC / LIBRARY).is_file():
+        pytest.skip("built without the 3D viewer: npm was not there")
+    with Server(lake) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        page = browser.new_page()
+        page.goto(server.address)
+        page.goto(page.url.replace("/index.html", f"/scan-{scan_id}.html"))
+        page.get_by_role("link", name="Open in 3D").click()
+        page.locator("#viewer[data-ready=yes]").wait_for()
+        page.route("**/truth.nii.gz", lambda route: route.abort())
+        page.get_by_label("Volume on the right").select_option("truth")
+        expect(page.locator("#trouble")).to_contain_text("could not be loaded")
+        assert not page.locator("#viewer").is_visible()
+        page.close()
         server.shutdown()

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import http.client
 import shutil
+import socket
+import struct
 import threading
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,8 +31,8 @@ Answer = tuple[int, dict[str, str], bytes]
 
 
 @contextmanager
-def serving(lake: Lake) -> Iterator[Server]:
-    with Server(lake) as server:
+def serving(lake: Lake, host: str = "127.0.0.1") -> Iterator[Server]:
+    with Server(lake, host) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
         thread.start()
         try:
@@ -209,6 +213,44 @@ def test_several_reports_are_listed(lake: Lake, tmp_path: Path) -> None:
 def test_a_port_that_is_taken_is_a_usage_error(server: Server, lake: Lake) -> None:
     with pytest.raises(UsageError, match="--port"):
         Server(lake, port=server.server_port)
+
+
+def test_an_address_that_is_none_of_this_machine_says_so(lake: Lake) -> None:
+    for host, says in (("", "--host"), ("no-such-host.invalid", "--host")):
+        with pytest.raises(UsageError, match=says) as error:
+            Server(lake, host)
+        assert "--port" not in str(error.value)
+
+
+def test_the_other_protocol_is_served(lake: Lake) -> None:
+    if not socket.has_ipv6:
+        pytest.skip("no IPv6 here")
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        pytest.skip("no IPv6 loopback here")
+    with serving(lake, "::1") as server:
+        assert server.address.startswith(f"http://[::1]:{server.server_port}/?token=")
+        with pytest.raises(urllib.error.HTTPError) as refused:  # urllib keeps no cookie
+            urllib.request.urlopen(server.address)
+        assert refused.value.code == 403 and b"sgcd serve" in refused.value.read()
+
+
+def test_a_visitor_that_goes_away_leaves_no_traceback(
+    server: Server, lake: Lake, capfd: pytest.CaptureFixture[str]
+) -> None:
+    scan_id = scan_of(lake, "A0")["scan_id"]
+    path = f"/volume/target-T-v1/{scan_id}/after.nii.gz"
+    key = f"Cookie: {server.cookie}={server.token}"
+    head = f"GET {path} HTTP/1.1\r\nHost: localhost\r\n{key}\r\n\r\n"
+    for _ in range(4):
+        visitor = socket.create_connection(("127.0.0.1", server.server_port))
+        visitor.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        visitor.sendall(head.encode())
+        visitor.close()  # with a reset
+    assert ask(server, path)[0] == 200
+    assert ask(server, "/", Host="[::1")[0] == 421
+    assert "Traceback" not in capfd.readouterr().err
 
 
 @pytest.mark.s3

@@ -106,8 +106,9 @@
     get("count").textContent = `${shown.length} of ${rows.length} scans${only}`;
     get("where").textContent = pages > 1 ? `page ${page + 1} of ${pages}` : "";
     get("back").hidden = get("forth").hidden = pages === 1;
-    get("back").disabled = page === 0;
-    get("forth").disabled = page >= pages - 1;
+    // Not disabled: who turns pages by keyboard would lose the place.
+    get("back").setAttribute("aria-disabled", String(page === 0));
+    get("forth").setAttribute("aria-disabled", String(page >= pages - 1));
   }
 
   // On paper all rows that are shown, since nobody can turn its pages.
@@ -118,8 +119,11 @@
   for (const [select] of selects) select.addEventListener("change", update);
   search.form.addEventListener("submit", (event) => event.preventDefault());
   search.form.addEventListener("reset", () => { code = null; setTimeout(update); });
-  get("back").addEventListener("click", () => { page -= 1; draw(); });
-  get("forth").addEventListener("click", () => { page += 1; draw(); });
+  for (const [id, step] of [["back", -1], ["forth", 1]]) {
+    get(id).addEventListener("click", () => {
+      if (get(id).getAttribute("aria-disabled") === "false") { page += step; draw(); }
+    });
+  }
   for (const button of document.querySelectorAll("button[data-code]")) {
     button.addEventListener("click", () => {
       search.form.reset();
@@ -134,5 +138,6 @@
       });
     });
   }
+  addEventListener("pageshow", update); // after Back the browser fills the filters in by itself
   update();
 })();

@@ -4,7 +4,10 @@
   const compare = document.getElementById("compare");
   if (compare) {
     const slider = document.getElementById("slider"), flicker = document.getElementById("flicker");
-    const move = () => compare.style.setProperty("--at", slider.value + "%");
+    const move = () => {
+      compare.style.setProperty("--at", slider.value + "%");
+      compare.dataset.only = { 0: "after", 100: "before" }[slider.value] ?? "";
+    };
     slider.addEventListener("input", () => { press(false); move(); });
     const press = (on) => {
       flicker.setAttribute("aria-pressed", String(on));
@@ -18,6 +21,7 @@
     if (!event.shiftKey || event.ctrlKey || event.altKey || event.metaKey) return;
     const rel = { ArrowLeft: "prev", ArrowRight: "next" }[event.key];
     const link = rel && document.querySelector(`a[rel=${rel}]`);
+    if (!getSelection().isCollapsed) return; // it lengthens a selection
     if (link && !/^(input|select|textarea)$/i.test(event.target.tagName)) location.href = link.href;
   });
 })();

@@ -32,18 +32,27 @@ async function start() {
     const nv = new Niivue({
       backColor: [0, 0, 0, 1], crosshairColor: [0.35, 0.65, 1, 0.8], crosshairWidth: 0.5,
       show3Dcrosshair: true,
-      isRadiologicalConvention: false, isOrientationTextVisible: true, dragAndDropEnabled: false,
-      loadingText: "loading", multiplanarForceRender: false,
+      isRadiologicalConvention: false, isOrientationTextVisible: true,
+      showAllOrientationMarkers: true, isOrientCube: true, fontColor: [1, 1, 1, 1],
+      dragAndDropEnabled: false, loadingText: "loading", multiplanarForceRender: false,
+      viewModeHotKey: "", clipPlaneHotKey: "", cycleClipPlaneHotKey: "", // the buttons are for both sides
     });
     await nv.attachToCanvas(get(side));
     views.push(nv);
   }
   const kinds = () => ["before", get("which")?.value ?? "after"];
-  const load = (index) => {
+  const load = async (index) => {
     const list = [volume(kinds()[index])];
     if (shown) list.push(volume(shown, { ...OVERLAYS[shown], opacity: get("opacity").value / 100 }));
-    return views[index].loadVolumes(list);
+    // Between voxels a small decrease would be mixed with the colour of what did not change: warm.
+    views[index].setInterpolation(shown === "change");
+    await views[index].loadVolumes(list);
+    const which = get("which");
+    if (index && which) get("right").setAttribute("aria-label", which.selectedOptions[0].text);
+    views[index].createOnLocationChange(); // the value beside the picture is of what is shown now
   };
+  const again = (...sides) => Promise.all(sides.map(load)).catch(
+    () => trouble("A volume could not be loaded, so nothing is shown. Load this page again."));
 
   // One crosshair: whichever side moves, the other follows.
   let following = false;
@@ -70,7 +79,6 @@ async function start() {
     nv.broadcastTo(views.filter((other) => other !== nv), { "2d": true, "3d": true });
   });
   await Promise.all(views.map((_, index) => load(index)));
-  views[0].createOnLocationChange();
 
   for (const slider of document.querySelectorAll("[data-axis]")) {
     slider.addEventListener("input", () => {
@@ -96,14 +104,14 @@ async function start() {
       for (const other of overlays) {
         other.setAttribute("aria-pressed", String(other.dataset.overlay === shown));
       }
-      await Promise.all(views.map((_, index) => load(index)));
+      await again(...views.keys());
       root.dataset.overlay = shown ?? "";
     });
   }
   get("opacity")?.addEventListener("input", (event) => {
     for (const nv of views) if (nv.volumes.length > 1) nv.setOpacity(1, event.target.value / 100);
   });
-  get("which")?.addEventListener("change", () => load(1));
+  get("which")?.addEventListener("change", () => again(1));
   root.dataset.ready = "yes";
 }
 
