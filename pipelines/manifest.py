@@ -239,6 +239,11 @@ def _judge_facts(
             f"the name of the site is too long: it may have {LONGEST_SITE} letters, 41 where they "
             "are Cyrillic and 27 where they are Chinese. Give the site a shorter one.",
         )  # fmt: skip
+    if row["site"] is not None and row["site"].startswith("-"):
+        return _failed(
+            row, "SCAN-NO-SITE",
+            "a site's name may not begin with -, which commands take for an option. Write another.",
+        )  # fmt: skip
     if row["site"] is None:
         return _failed(
             row, "SCAN-NO-SITE",

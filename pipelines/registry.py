@@ -44,6 +44,8 @@ def connect(uri: str) -> Any:
     """
     # A scan's name must not leave the machine, and a dead server must not hold up the work.
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    # Stdout is the command's own: with --json it is one document.
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
     # MLflow's own name for what the store reads from the usual variables.

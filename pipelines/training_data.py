@@ -82,7 +82,7 @@ def training_rows(
             f"no prepared scan is of the sites ({named}) and sequences ({', '.join(sequences)}) "
             "asked for.",
             code="LAKE-EMPTY", where=catalog.lake.uri,
-            hint="Ask for more with --sites, --exclude-sites or --sequences, or prepare them.",
+            hint="Ask for other sites or sequences, or prepare them.",
         )  # fmt: skip
     return sorted(rows, key=lambda row: row["scan_id"])
 

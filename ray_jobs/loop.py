@@ -207,13 +207,14 @@ def _fit_beside(trainer: Any, watch: Watch) -> Exception | None:
         finally:
             ended.set()
 
-    threading.Thread(target=run, name="ray-train", daemon=True).start()
     try:
+        threading.Thread(target=run, name="ray-train", daemon=True).start()
         while not ended.wait(0.2):
             pass
     except KeyboardInterrupt:
+        if not watch.stop():  # a node is waited for, and that may take for ever
+            raise
         print("stopping at the end of this step; again to stop at once", file=sys.stderr)
-        watch.stop()
         ended.wait()
         for error in errors:  # the state of the last step is not kept then
             log.warning("event=stop_failed error=%s", type(error).__name__, exc_info=error)
@@ -226,7 +227,7 @@ def _guarded(worker: Callable[[dict[str, Any]], None], setup: dict[str, Any]) ->
     import ray
 
     board = setup["board"]
-    known = ray.get(board.error.remote())
+    known = ray.get(board.begin.remote())
     if known is not None and not _passing(known):
         raise known
     try:

@@ -122,8 +122,8 @@ class NewSite:
         self.exit_code = 0
         self.words = ["--lake", args.lake]
         self.of_model = settings_words(args)
-        self.ray = ["--ray-address", args.ray_address] if args.ray_address else []
-        self.ray += ["--workers", str(args.workers)] if args.workers else []
+        self.cluster = ["--ray-address", args.ray_address] if args.ray_address else []
+        self.ray = [*self.cluster, *(["--workers", str(args.workers)] if args.workers else [])]
         self.gpus = ["--gpus"] if args.gpus else []
         self.sequences = ["--sequences", *args.sequences] if args.sequences else []
 
@@ -169,8 +169,10 @@ class NewSite:
         sites: list[str] = indexed.data["source_sites"]
         if not sites:
             raise InputError(
-                "no scan of the source can be used; the lines above say why.", code="LAKE-EMPTY",
-                where=", ".join(self.args.sources), hint="`sgcd check SCAN…` says more.",
+                "no scan of the source can be used.", code="LAKE-EMPTY",
+                where=", ".join(self.args.sources),
+                hint="The lines above say why where they are new; of all of them: `sgcd query "
+                "\"SELECT uri, code, message FROM scans WHERE status = 'failed'\" --lake LAKE`.",
             )  # fmt: skip
         count = Counter(
             (scan["site"], scan["sequence"])
@@ -204,9 +206,17 @@ class NewSite:
             self._step("prepare", *self.words, *here, *self.ray)
             self._step(
                 "tune", *self.words, "--target", args.target, *self.sequences, *self.of_model,
-                *self.ray, *self.gpus, "--wait", str(args.wait),
+                *self.cluster, *self._trainers(), *self.gpus, "--wait", str(args.wait),
             )  # fmt: skip
         return True
+
+    def _trainers(self) -> list[str]:
+        """Workers for Stage 2, whose batch they share alike: at most as many as asked for."""
+        if not self.args.workers:
+            return []
+        batch = over_model(self.args, _config(self.lake, "global")).target_stage.batch_size
+        most = min(self.args.workers, batch)
+        return ["--workers", str(max(n for n in range(1, most + 1) if batch % n == 0))]
 
     def _harmonize(self, where: list[str]) -> tuple[Outcome, dict[str, int]]:
         """Prepare and harmonize what has no result yet."""

@@ -14,6 +14,7 @@ import shlex
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from ray_jobs.context import quoted
@@ -26,8 +27,12 @@ log = logging.getLogger(__name__)
 
 #: Tries to go on reading a job's log when the connection breaks, and the pause between them.
 TRIES, PAUSE_SECONDS = 10, 2.0
+#: Lines of Ray's message that are shown of a job that could not begin.
+_MESSAGE_LINES = 12
 #: How long a stopped job may take to commit what is finished.
 STOP_SECONDS = "60"
+#: What a job may be called: Ray takes any name and cannot find one with a slash again.
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 #: Words in the name of a variable whose value is likely secret.
 _SECRET = ("SECRET", "TOKEN", "PASSWORD", "PASSWD", "ACCESS_KEY", "CREDENTIAL", "PRIVATE")
 #: A password in an address.
@@ -48,6 +53,8 @@ def run(args: Any) -> Outcome:
     """Submit, follow the log, end with the job's exit code."""
     words = [args.job, *args.words]
     check_addresses(check_words(words), shipped=bool(args.working_dir))
+    if args.id is not None and not _NAME.fullmatch(args.id):
+        raise UsageError(f"--id {args.id!r} may hold letters, digits and . _ - alone.")
     job: dict[str, Any] = {
         "entrypoint": shlex.join(["sgcd", *words]),
         "metadata": {"sgcd_command": args.job},
@@ -61,7 +68,8 @@ def run(args: Any) -> Outcome:
     client = connect(args.address)
     running = False
     if args.id:
-        job["submission_id"], running = _named(client, args.id)
+        with _answered(args.address):
+            job["submission_id"], running = _named(client, args.id)
     name: str = job["submission_id"] if running else _submit(client, job)
     where = f" --address {quoted(args.address)}" if args.address else ""
     follow = f"ray job logs{where} --follow {name}"
@@ -70,14 +78,18 @@ def run(args: Any) -> Outcome:
         text = f"job {name} is running already" if running else f"submitted job {name}"
         return Outcome(text, next=follow, data=data)
     try:
-        tail(client, name, quiet=args.json)
+        tail(client, name, args.address, quiet=args.json)
     except KeyboardInterrupt:
         text = f"stopped watching; job {name} goes on (stop it with `ray job stop{where} {name}`)"
         return Outcome(text, next=follow, exit_code=STOPPED, data=data)
-    status, code, message = ended(client, name)
+    with _answered(args.address):
+        status, code, message, began = ended(client, name)
     data |= {"status": status, "message": message}
     text = f"job {name} {status.lower()} with exit code {code}"
-    return Outcome(text, next="" if code == 0 else follow, exit_code=code, data=data)
+    # What ended it before it began is in no log of its own.
+    lines = [] if began or code == 0 else message.strip().splitlines()[:_MESSAGE_LINES]
+    follow = "" if code == 0 else follow
+    return Outcome(text, next=follow, exit_code=code, lines=lines, data=data)
 
 
 def check_words(words: list[str]) -> Any:
@@ -182,7 +194,8 @@ def connect(address: str | None) -> Any:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     from ray.job_submission import JobSubmissionClient
 
-    logging.getLogger("ray.dashboard").setLevel(logging.ERROR)
+    for name in ("ray.dashboard", "ray.dashboard.modules.job.sdk"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         return JobSubmissionClient(address)
     except Exception as error:
@@ -228,8 +241,23 @@ def _submit(client: Any, job: dict[str, Any]) -> str:
         ) from error
 
 
-def tail(client: Any, name: str, *, quiet: bool = False) -> None:
-    """Print the job's log until it ends; a connection that breaks is made again."""
+@contextmanager
+def _answered(address: str | None) -> Iterator[None]:
+    """Raise CLUSTER where the head does not answer."""
+    try:
+        yield
+    except (RuntimeError, OSError) as error:
+        raise cluster_error(error, address) from error
+
+
+def tail(client: Any, name: str, address: str | None = None, *, quiet: bool = False) -> None:
+    """Print the job's log until it ends; a connection that breaks is made again.
+
+    Raises:
+        StorageError: CLUSTER, the head stays away, or has forgotten the job.
+    """
+    from aiohttp import ClientError
+
     stream = sys.stderr if quiet else sys.stdout
     shown = 0
 
@@ -250,20 +278,38 @@ def tail(client: Any, name: str, *, quiet: bool = False) -> None:
             asyncio.run(follow())
             if client.get_job_status(name).is_terminal():
                 return
-        except (RuntimeError, OSError) as error:
+        except (RuntimeError, OSError, ClientError) as error:
             log.info("event=log_broken job=%s error=%s", name, type(error).__name__)
+            if _is_forgotten(client, name):
+                raise StorageError(
+                    f"the head knows no job {name} any more: it was started anew.", code="CLUSTER",
+                    where=address, hint="Run the same command again; what is done stays done.",
+                ) from error  # fmt: skip
             failures = failures + 1 if shown == before else 1
             if failures >= TRIES:
-                raise cluster_error(error, None) from error
+                raise cluster_error(error, address) from error
         time.sleep(PAUSE_SECONDS)
 
 
-def ended(client: Any, name: str) -> tuple[str, int, str]:
-    """Status, exit code and message of a job that has ended."""
+def _is_forgotten(client: Any, name: str) -> bool:
+    """Whether the head answers, and knows no such job."""
+    try:
+        client.get_job_status(name)
+    except RuntimeError as error:
+        return f"{name} does not exist" in str(error)
+    except OSError:
+        pass
+    return False
+
+
+def ended(client: Any, name: str) -> tuple[str, int, str, bool]:
+    """Status, exit code and message of a job that has ended, and whether it had begun."""
     info = client.get_job_info(name)
     status, code = info.status.value, info.driver_exit_code
+    began = code is not None
     if status == "STOPPED":  # by a person: the same command goes on
         code = STOPPED
     elif code is None:
         code = 0 if status == "SUCCEEDED" else StorageError.exit_code
-    return status, code if code >= 0 else StorageError.exit_code, str(info.message or "")
+    code = code if code >= 0 else StorageError.exit_code
+    return status, code, str(info.message or ""), began

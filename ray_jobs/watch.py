@@ -29,7 +29,7 @@ class Board:
 
     def __init__(self) -> None:
         self._items: list[Losses] = []
-        self._stop = False
+        self._stop = self._begun = False
         self._error: SgcdError | None = None
 
     def put(self, items: Sequence[Losses]) -> bool:
@@ -42,9 +42,19 @@ class Board:
         items, self._items = self._items, []
         return items
 
-    def stop(self) -> None:
-        """Ask the workers to keep a checkpoint and stop at the end of their step."""
+    def begin(self) -> SgcdError | None:
+        """A worker has started; the error that was left, if there is one."""
+        self._begun = True
+        return self._error
+
+    def stop(self) -> bool:
+        """Ask the workers to keep a checkpoint and stop at the end of their step.
+
+        Returns:
+            Whether there is any: none has started while a node is waited for.
+        """
         self._stop = True
+        return self._begun
 
     def fail(self, error: SgcdError | None) -> None:
         """Leave the error that ends the training; None takes it away."""
@@ -83,13 +93,15 @@ class Watch:
         """The losses by step, once each."""
         return [self._by_step[step] for step in sorted(self._by_step)]
 
-    def stop(self) -> None:
-        """Ask the workers to keep a checkpoint and stop at the end of their step."""
+    def stop(self) -> bool:
+        """See `Board.stop`."""
         import ray
         from ray.exceptions import RayError
 
+        begun = False
         with contextlib.suppress(RayError):  # where all was told to stop, Ray may be gone
-            ray.get(self.board.stop.remote())
+            begun = bool(ray.get(self.board.stop.remote()))
+        return begun
 
     def error(self) -> SgcdError | None:
         """The error with a code that a worker ended with; it is forgotten here."""

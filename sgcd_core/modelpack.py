@@ -126,6 +126,11 @@ def checked_files(uri: str, store: Store | None = None) -> dict[str, bytes]:
         raise ModelError(
             f"has format {have}, this version reads {FORMAT}.", code="MODEL-FORMAT", where=uri,
         )  # fmt: skip
+    if not isinstance(body.get("sha256"), dict):
+        raise ModelError(
+            f"{_PACK} names no files.", code="MODEL-FORMAT", where=uri,
+            hint="Restore it, or train again.",
+        )  # fmt: skip
     files = {}
     for name, digest in body["sha256"].items():
         try:

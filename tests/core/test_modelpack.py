@@ -84,6 +84,9 @@ def test_another_format_is_refused(tmp_path, pack):
     save_modelpack(uri, pack)
     file = tmp_path / "m/pack.json"
     body = json.loads(file.read_text())
+    file.write_text(json.dumps({k: v for k, v in body.items() if k != "sha256"}))
+    with pytest.raises(ModelError, match="MODEL-FORMAT"):
+        load_modelpack(uri)
     file.write_text(json.dumps({**body, "format": 99}))
     with pytest.raises(ModelError, match="MODEL-FORMAT"):
         load_modelpack(uri)

@@ -215,6 +215,17 @@ def test_how_far_the_cluster_may_grow_is_said_as_it_is() -> None:
         assert growth["memory"] <= 0.7 * int(limits["memory"].removesuffix("Gi")) * 2**30
 
 
+def test_so_is_that_of_machines_on_aws() -> None:
+    """Ray's autoscaler leaves 30 % of a machine's memory out, and counts GiB."""
+    cluster = yaml.safe_load((ROOT / "ray-cluster.yaml").read_text())
+    options = " ".join(cluster["docker"]["run_options"])
+    (growth,) = json.loads(re.search(r"SGCD_CLUSTER_MAX='(.*?)'", options)[1])
+    worker = cluster["available_node_types"]["gpu_spot"]
+    assert worker["node_config"]["InstanceType"] == "g6.2xlarge"  # 8 vCPU, 32 GiB, one GPU
+    assert (growth["CPU"], growth["GPU"], growth["nodes"]) == (8, 1, worker["max_workers"])
+    assert growth["memory"] <= 0.7 * 32 * 2**30
+
+
 def test_the_commands_in_the_manifests_are_commands() -> None:
     entry = of_kind("RayJob")["spec"]["entrypoint"].split()
     assert entry[0] == "sgcd" and build_parser().parse_args(entry[1:]).command == "harmonize"

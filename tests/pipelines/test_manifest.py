@@ -338,6 +338,10 @@ def test_a_site_whose_name_no_folder_can_have_is_refused_and_takes_no_other_alon
 
     named = [row["site"] for row in rows]
     assert named == [*sites[:3], None, None, None, "A"]
+    dashed = tmp_path / "dashed.csv"  # an option, in a command
+    dashed.write_text("uri,subject,sequence,site\n0.nii.gz,0,T1w,-x\n")
+    (dash,) = index_sources([str(dashed)]).rows
+    assert dash["code"] == "SCAN-NO-SITE" and "begin with -" in dash["message"]
     for row in rows:  # as `harmonize` commits them, tuned to the site itself
         about = {name: row[name] for name in ("scan_id", "site", "sequence")}
         more = {"model": "m", "model_version": 1, "target": row["site"], "status": "failed"}

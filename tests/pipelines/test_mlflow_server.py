@@ -170,7 +170,11 @@ def digests(folder: str) -> dict[str, str]:
 
 @pytest.mark.parametrize("direct", [False, True], ids=["through the server", "straight to S3"])
 def test_a_training_is_tracked_byte_for_byte(
-    server: str, s3_server: S3Server, direct: bool, monkeypatch: pytest.MonkeyPatch
+    server: str,
+    s3_server: S3Server,
+    direct: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Losses of every step, figures, and a modelpack equal to the lake's."""
     prefix = "straight" if direct else "mlflow"
@@ -185,6 +189,7 @@ def test_a_training_is_tracked_byte_for_byte(
         tracker.log_metrics({"siteB/T1w/sgcd/psnr": 24.5})
         tracker.log_figure("measures_T1w", b"\x89PNG")
         run_id = str(tracker.run_id)
+    assert capsys.readouterr().out == ""  # with --json stdout is one document
     run = client(server).get_run(run_id)
     assert run.info.status == "FINISHED" and run.data.params["config_digest"] == config.digest()
     assert run.data.metrics["siteB/T1w/sgcd/psnr"] == 24.5

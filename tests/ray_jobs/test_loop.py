@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +17,7 @@ from pipelines.lake import Lake
 from pipelines.lease import Hold
 from ray_jobs import loop
 from ray_jobs.checkpoint import Checkpoints
+from ray_jobs.watch import Board
 from sgcd_core.config import SgcdConfig
 from sgcd_core.errors import (
     BusyError,
@@ -146,7 +151,7 @@ def test_a_worker_is_not_started_again_after_an_error_it_cannot_mend(
 ) -> None:
     notes: list[SgcdError | None] = []
     board = SimpleNamespace(
-        error=SimpleNamespace(remote=lambda: notes[-1] if notes else None),
+        begin=SimpleNamespace(remote=lambda: notes[-1] if notes else None),
         fail=SimpleNamespace(remote=notes.append),
     )
     monkeypatch.setattr(ray, "get", lambda answer: answer)
@@ -163,3 +168,39 @@ def test_a_worker_is_not_started_again_after_an_error_it_cannot_mend(
     notes[:] = [StorageError("does not answer.")]
     loop._guarded(lambda setup: starts.append("again"), {"board": board})
     assert starts == ["once", "again"]
+
+
+class Waits:
+    """A `Watch` that a worker has told that it began, or none has."""
+
+    def __init__(self, begun: bool) -> None:
+        self.begun, self.asked = begun, threading.Event()
+
+    def stop(self) -> bool:
+        self.asked.set()
+        return self.begun
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_stop_waits_for_workers_that_began_and_for_no_node(begun: bool) -> None:
+    """Ctrl-C while a training waits for a node that may never come ends it."""
+    watch, ends = Waits(begun), threading.Event()
+
+    def fit() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        if begun:  # its workers keep their state and end
+            watch.asked.wait(30)
+        else:  # no worker: nothing ends it
+            ends.wait(30)
+
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        loop._fit_beside(SimpleNamespace(fit=fit), watch)
+    assert watch.asked.is_set() and time.monotonic() - started < 20
+    ends.set()
+
+
+def test_the_board_knows_whether_a_worker_began() -> None:
+    board = Board()
+    assert not board.stop()
+    assert board.begin() is None and board.stop() and board.put([])

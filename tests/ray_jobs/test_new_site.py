@@ -17,7 +17,8 @@ from pipelines.catalog import Catalog
 from pipelines.lake import Lake
 from ray_jobs import cli
 from ray_jobs.models import models
-from ray_jobs.new_site import require_scans, the_model
+from ray_jobs.new_site import NewSite, require_scans, the_model
+from ray_jobs.parser import build_parser
 from sgcd_core.errors import InputError, ModelError, UsageError
 
 
@@ -113,6 +114,19 @@ def test_a_dry_run_refuses_what_the_run_would_refuse(
     assert len(Catalog(tmp_lake).rows("scans")) == 1
 
 
+def test_stage_2_has_as_many_workers_as_can_share_its_batch(tmp_lake: Lake) -> None:
+    make_global_model(tmp_lake.uri)
+    words = ["new-site", "src", "--lake", tmp_lake.uri, "--target", "A"]
+    for batch, asked, given in ((1, 2, 1), (6, 4, 3), (2, 2, 2)):
+        more = ["--workers", str(asked), "--set", f"target_stage.batch_size={batch}"]
+        args = build_parser().parse_args([*words, *more])
+        job = NewSite(args, tmp_lake, "target-A", None)  # type: ignore[arg-type]
+        assert job._trainers() == ["--workers", str(given)]
+        assert job.ray[-2:] == ["--workers", str(asked)]
+    args = build_parser().parse_args(words)
+    assert NewSite(args, tmp_lake, "target-A", None)._trainers() == []  # type: ignore[arg-type]
+
+
 @dataclass
 class Place:
     lake: str
@@ -141,7 +155,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, ray_cluster: RayCluster) -> 
     lake = str(root / "lake")
     make_global_model(lake)
     here = Place(lake, make_site(root / "a", "A", 3), make_site(root / "b", "B", 2, 3), ray_cluster)
-    words = ["--target", "A", "--sequences", "T1w", "--min-scans", "3", "--workers", "1"]
+    words = ["--target", "A", "--sequences", "T1w", "--min-scans", "3", "--workers", "2"]
     settings = [s for s in SETTINGS if s.startswith("target_stage")]
     words += [word for setting in settings for word in ("--set", setting)]
     code, text = here.run(str(here.first), *words)

@@ -6,8 +6,10 @@ import json
 from collections.abc import AsyncIterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from aiohttp import ClientResponseError
 from head_node import RayCluster
 from ray.job_submission import JobStatus
 from small_lake import make_global_model
@@ -37,6 +39,8 @@ BY_ENCODER = ["--set", "target_stage.encoder=biomedclip:models/clip"]
         (["check", "~/scan.nii.gz"], "~/scan.nii.gz would be a file or folder"),
         (["check", "https://me:hush@host/scan.nii.gz"], "has a password in it"),
         (["status", "--help"], "asks for help only"),
+        (["--id", "a/b", "status", "--lake", "s3://b/l"], "--id 'a/b' may hold"),
+        (["--id", "", "status", "--lake", "s3://b/l"], "--id '' may hold"),
     ],
 )
 def test_what_the_cluster_would_refuse_is_refused_here(
@@ -94,6 +98,7 @@ class FakeClient:
 
     def __init__(self, *, log: str = "", breaks: int = 0, **jobs: JobStatus) -> None:
         self.log, self.breaks, self.jobs = log, breaks, jobs
+        self.answers: list[int] = []  # of whoever stands before the head
 
     def list_jobs(self) -> list[SimpleNamespace]:
         return [
@@ -102,9 +107,13 @@ class FakeClient:
         ]
 
     def get_job_status(self, name: str) -> JobStatus:
+        if self.jobs and name not in self.jobs:
+            raise RuntimeError(f"Request failed with status code 404: Job {name} does not exist.")
         return JobStatus.SUCCEEDED
 
     async def tail_job_logs(self, name: str) -> AsyncIterator[str]:
+        if self.answers:
+            raise ClientResponseError(None, (), status=self.answers.pop())  # type: ignore[arg-type]
         for place in range(0, len(self.log), 5):
             if self.breaks and place > 10:
                 self.breaks -= 1
@@ -128,8 +137,32 @@ def test_a_log_whose_connection_breaks_is_shown_once(
     log = "".join(f"line {n}\n" for n in range(9))
     tail(FakeClient(log=log, breaks=3), "job")
     assert capsys.readouterr().out == log
-    with pytest.raises(StorageError, match="CLUSTER"):
-        tail(FakeClient(log=log, breaks=99), "job")
+    with pytest.raises(StorageError, match=r"CLUSTER\] http://head:8265"):
+        tail(FakeClient(log=log, breaks=99), "job", "http://head:8265")
+    away = FakeClient(log=log)
+    away.answers = [404, 503, 503]  # an ingress whose head is being replaced
+    tail(away, "job")
+    assert capsys.readouterr().out.endswith(log)
+    anew = FakeClient(log=log, other=JobStatus.RUNNING)
+    anew.answers = [404]
+    with pytest.raises(StorageError, match="knows no job job any more"):
+        tail(anew, "job")
+
+
+def test_why_a_job_could_not_begin_is_said(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    client = FakeClient()
+    info = SimpleNamespace(
+        status=JobStatus.FAILED, driver_exit_code=None,
+        message="runtime_env setup failed: no such package\nmore",
+    )  # fmt: skip
+    client.submit_job = lambda **job: "raysubmit_1"  # type: ignore[attr-defined]
+    client.get_job_info = lambda name: info  # type: ignore[attr-defined]
+    monkeypatch.setattr("ray_jobs.submit.connect", lambda address: client)
+    assert cli.main(["submit", "status", "--lake", "s3://b/l"]) == 69
+    assert "runtime_env setup failed: no such package" in capsys.readouterr().out
+    info.driver_exit_code, info.message = 1, "Job entrypoint command failed with exit code 1"
+    assert cli.main(["submit", "status", "--lake", "s3://b/l"]) == 1
+    assert "entrypoint command" not in capsys.readouterr().out  # its own log says more
 
 
 @pytest.mark.slow
