@@ -131,14 +131,15 @@ def dataset_names(listed: Collection[Listed], known: Iterable[Mapping[str, Any]]
         known: The catalog's rows: who was indexed first under a name keeps it.
     """
     lists = {one.object.uri: one.root for one in listed}
-    first: dict[str, tuple[bool, Any, str]] = {}
+    first: dict[str, tuple[bool, bool, Any, str]] = {}
     for row in known:
         root, name = _named_by(row, lists.get(row["uri"])), row["dataset"]
         if root is not None or not row.get("listed_in"):
-            # of rows that do not say who listed them the name is taken, if by nobody known
-            at = (root is None, row["indexed_at"], root or row["uri"])
+            # usable rows count before those that a data set left behind where it was; of rows that
+            # do not say who listed them the name is taken, if by nobody known
+            at = (row["status"] != "ok", root is None, row["indexed_at"], root or row["uri"])
             first[name] = min(first.get(name, at), at)
-    owners = {root: name for name, (_, _, root) in first.items()}
+    owners = {root: name for name, (*_, root) in first.items()}
     return told_apart({one.root for one in listed if one.root}, owners, dataset_name)
 
 
@@ -304,7 +305,8 @@ def _keep_names_of_moved(
         before = {
             old["scan_id"] for old in known if old["dataset"] == name and old["status"] == "ok"
         }
-        if before and before <= {row["scan_id"] for row in mine}:
+        others = {row["dataset"] for row, of in zip(rows, roots, strict=True) if of != root}
+        if before and name not in others and before <= {row["scan_id"] for row in mine}:
             for row in mine:
                 row["dataset"] = name
 

@@ -19,7 +19,7 @@ def outputs_here(results: pa.Table, lake: Lake) -> pa.Table:
 
     An address under another root is this lake's where it ends as one of a lake does
     (`…/derivatives/MODEL-vN/sub-…`) and the lake holds that derivative. Others stay: a BIDS App
-    writes outputs beside its lake.
+    writes outputs beside its lake, which holds none.
 
     Raises:
         StorageError: The store is out of reach.

@@ -60,7 +60,7 @@ def cohort(args: Any) -> Outcome:
         f"{made.scans} scans of {made.subjects} + {made.traveling} subjects at "
         f"{len(made.sites)} + {len(made.unseen_sites)} sites in {args.out} ({new})"
     )
-    follow = f"sgcd index {quoted(args.out)} --lake LAKE"
+    follow = "" if args.dry_run else f"sgcd index {quoted(args.out)} --lake LAKE"
     return Outcome(text, next=follow, data=made.row())
 
 

@@ -99,7 +99,7 @@ def run(args: Any) -> Outcome:
         kept = preparation_line(config)
     if not todo:
         text = f"all {skipped} scans are prepared; nothing to do"
-        if not usable:
+        if not usable and not args.model:  # with it only what is not harmonized is looked at
             text, follow = "no scan can be used; nothing to do", _look(args)
         return Outcome(text, next=follow, lines=kept, data=data)
     job = PrepareJob(lake, config.prepare, uuid.uuid4().hex[:16], args.scan_deadline)
@@ -132,7 +132,7 @@ def run(args: Any) -> Outcome:
         "failed": [{key: row[key] for key in keep} for row in failed],
     }
     code = WITH_FAILURES if failed else DONE
-    if len(failed) == len(usable):  # nothing to go on with
+    if not args.model and len(failed) == len(usable):  # nothing to go on with
         follow = _look(args)
     return Outcome(text, next=follow, exit_code=code, lines=lines, data=data)
 

@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 #: Tries to go on reading a job's log when the connection breaks, and the pause between them.
 TRIES, PAUSE_SECONDS = 10, 2.0
-#: Lines of Ray's message that are shown of a job that could not begin.
+#: Last lines of Ray's message that are shown of a job that could not begin: the cause is the last.
 _MESSAGE_LINES = 12
 #: How long a stopped job may take to commit what is finished.
 STOP_SECONDS = "60"
@@ -87,7 +87,7 @@ def run(args: Any) -> Outcome:
     data |= {"status": status, "message": message}
     text = f"job {name} {status.lower()} with exit code {code}"
     # What ended it before it began is in no log of its own.
-    lines = [] if began or code == 0 else message.strip().splitlines()[:_MESSAGE_LINES]
+    lines = [] if began or code == 0 else message.strip().splitlines()[-_MESSAGE_LINES:]
     follow = "" if code == 0 else follow
     return Outcome(text, next=follow, exit_code=code, lines=lines, data=data)
 
@@ -306,7 +306,7 @@ def ended(client: Any, name: str) -> tuple[str, int, str, bool]:
     """Status, exit code and message of a job that has ended, and whether it had begun."""
     info = client.get_job_info(name)
     status, code = info.status.value, info.driver_exit_code
-    began = code is not None
+    began = code is not None or status == "STOPPED"
     if status == "STOPPED":  # by a person: the same command goes on
         code = STOPPED
     elif code is None:

@@ -98,7 +98,7 @@ class Watch:
         import ray
         from ray.exceptions import RayError
 
-        begun = False
+        begun = True  # where Ray is gone the training ends by itself
         with contextlib.suppress(RayError):  # where all was told to stop, Ray may be gone
             begun = bool(ray.get(self.board.stop.remote()))
         return begun

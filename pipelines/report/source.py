@@ -158,7 +158,8 @@ def load_source(lake: Lake, model: str | None, version: int | None) -> Source:
 
 def newest_model(lake: Lake) -> tuple[str, int] | None:
     """The model that made the newest result of the lake; None when nothing was harmonized."""
-    rows = Catalog(lake).rows("results").to_pylist()
+    columns = ("model", "model_version", "recorded_at")
+    rows = Catalog(lake).rows("results", columns=columns).to_pylist()
     if not rows:
         return None
     newest = max(rows, key=lambda row: row["recorded_at"])

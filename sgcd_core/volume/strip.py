@@ -92,7 +92,8 @@ def extracted_mask(data: Array, affine: Array) -> Array | None:
     labels, sizes = _regions(foreground)
     mask = _whole(labels, sizes)
     compact = sizes.max() >= 0.95 * sizes.sum()
-    extent = np.array([side.stop - side.start for side in bounding_box(mask)]) * sides
+    box = bounding_box(labels == sizes.argmax())
+    extent = np.array([side.stop - side.start for side in box]) * sides
     plausible = EXTRACTED_ML[0] <= mask.sum() * ml <= EXTRACTED_ML[1]
     small = plausible and extent.max() <= EXTRACTED_SIDE_MM
     if compact and small and _dark_share(data[foreground] - value) <= EXTRACTED_DARK:

@@ -184,6 +184,39 @@ def test_a_moved_data_set_keeps_its_name(tree: Path, tmp_path: Path, make_scan: 
     (there / NAME.format("4")).write_bytes(make_scan(9))
     moved = index_sources([str(there)], known=known)
     assert {row["dataset"] for row in moved.rows} == {"bids"} and len(moved.rows) == 4
+    known = remembered(first, moved)
+    other = tmp_path / "third" / tree.name  # a failed row of the first place is no claim
+    (other / NAME.format("8")).parent.mkdir(parents=True)
+    (other / NAME.format("8")).write_bytes(make_scan(8))
+    both = index_sources([str(there), str(other)], known=known)
+    assert {row["dataset"] for row in both.rows if str(other) in row["uri"]} > set()
+    assert "bids" not in {row["dataset"] for row in both.rows if str(other) in row["uri"]}
+    (there / NAME.format("4")).unlink()
+    left = index_sources([str(there)], known=known)
+    assert {row["dataset"] for row in left.rows if row["status"] == "ok"} <= {"bids"}
+
+
+def test_who_takes_the_place_of_a_moved_data_set_has_another_name(
+    tree: Path, tmp_path: Path, make_scan: MakeScan
+) -> None:
+    first = index_sources([str(tree)])
+    there = tree.rename(tmp_path / "archive")
+    there = there.rename(tmp_path / "a" / "bids") if (tmp_path / "a").mkdir() is None else there
+    (tree / NAME.format("1")).parent.mkdir(parents=True)
+    (tree / NAME.format("1")).write_bytes(make_scan(70))
+    rows = index_sources([str(tree), str(there)], known=remembered(first)).rows
+    names = {root: {r["dataset"] for r in rows if r["uri"].startswith(f"{root}/")
+                    and r["code"] != "SCAN-REPLACED"} for root in (tree, there)}  # fmt: skip
+    assert not names[tree] & names[there] and all(names.values())
+
+
+def test_a_data_set_of_other_scans_is_another(
+    tree: Path, tmp_path: Path, make_scan: MakeScan
+) -> None:
+    known = remembered(index_sources([str(tree)]))
+    there = tmp_path / "elsewhere" / tree.name
+    shutil.copytree(tree, there)
+    shutil.rmtree(tree)
     (there / NAME.format("1")).unlink()  # another data set, as far as can be told
     other = index_sources([str(there)], known=known)
     assert all(row["dataset"].startswith("bids-") for row in other.rows)

@@ -153,13 +153,13 @@ def test_why_a_job_could_not_begin_is_said(monkeypatch: pytest.MonkeyPatch, caps
     client = FakeClient()
     info = SimpleNamespace(
         status=JobStatus.FAILED, driver_exit_code=None,
-        message="runtime_env setup failed: no such package\nmore",
+        message="runtime_env setup failed:\n" + "  frame\n" * 30 + "no such package\n",
     )  # fmt: skip
     client.submit_job = lambda **job: "raysubmit_1"  # type: ignore[attr-defined]
     client.get_job_info = lambda name: info  # type: ignore[attr-defined]
     monkeypatch.setattr("ray_jobs.submit.connect", lambda address: client)
     assert cli.main(["submit", "status", "--lake", "s3://b/l"]) == 69
-    assert "runtime_env setup failed: no such package" in capsys.readouterr().out
+    assert "no such package" in capsys.readouterr().out
     info.driver_exit_code, info.message = 1, "Job entrypoint command failed with exit code 1"
     assert cli.main(["submit", "status", "--lake", "s3://b/l"]) == 1
     assert "entrypoint command" not in capsys.readouterr().out  # its own log says more

@@ -138,6 +138,7 @@
       });
     });
   }
-  addEventListener("pageshow", update); // after Back the browser fills the filters in by itself
+  // After Back the browser fills the filters in by itself, or shows the page as it was left.
+  addEventListener("pageshow", (event) => { if (!event.persisted) update(); });
   update();
 })();
