@@ -24,6 +24,7 @@ from ray_jobs.outcome import Outcome
 from ray_jobs.session import session
 from ray_jobs.settings import over_model, settings_words
 from ray_jobs.steps import step
+from sgcd_core.config import SgcdConfig
 from sgcd_core.errors import InputError, ModelError, UsageError
 from sgcd_core.io.store import Store
 
@@ -199,22 +200,23 @@ class NewSite:
             )
             return False
         scans = self.catalog.rows("scans").to_pylist()
-        parent = _config(self.lake, "global").sequences
-        require_scans(scans, args.target, args.sequences or parent, args.min_scans, args.lake)
+        parent = _config(self.lake, "global")
+        known = args.sequences or parent.sequences
+        require_scans(scans, args.target, known, args.min_scans, args.lake)
         with self._session():
             here = ["--model", "global", "--sites", args.target]
             self._step("prepare", *self.words, *here, *self.ray)
             self._step(
                 "tune", *self.words, "--target", args.target, *self.sequences, *self.of_model,
-                *self.cluster, *self._trainers(), *self.gpus, "--wait", str(args.wait),
+                *self.cluster, *self._trainers(parent), *self.gpus, "--wait", str(args.wait),
             )  # fmt: skip
         return True
 
-    def _trainers(self) -> list[str]:
+    def _trainers(self, parent: SgcdConfig) -> list[str]:
         """Workers for Stage 2, whose batch they share alike: at most as many as asked for."""
         if not self.args.workers:
             return []
-        batch = over_model(self.args, _config(self.lake, "global")).target_stage.batch_size
+        batch = over_model(self.args, parent).target_stage.batch_size
         most = min(self.args.workers, batch)
         return ["--workers", str(max(n for n in range(1, most + 1) if batch % n == 0))]
 

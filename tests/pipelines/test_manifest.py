@@ -189,8 +189,8 @@ def test_a_moved_data_set_keeps_its_name(tree: Path, tmp_path: Path, make_scan: 
     (other / NAME.format("8")).parent.mkdir(parents=True)
     (other / NAME.format("8")).write_bytes(make_scan(8))
     both = index_sources([str(there), str(other)], known=known)
-    assert {row["dataset"] for row in both.rows if str(other) in row["uri"]} > set()
-    assert "bids" not in {row["dataset"] for row in both.rows if str(other) in row["uri"]}
+    third = {row["dataset"] for row in both.rows if str(other) in row["uri"]}
+    assert third and "bids" not in third
     (there / NAME.format("4")).unlink()
     left = index_sources([str(there)], known=known)
     assert {row["dataset"] for row in left.rows if row["status"] == "ok"} <= {"bids"}
@@ -200,8 +200,8 @@ def test_who_takes_the_place_of_a_moved_data_set_has_another_name(
     tree: Path, tmp_path: Path, make_scan: MakeScan
 ) -> None:
     first = index_sources([str(tree)])
-    there = tree.rename(tmp_path / "archive")
-    there = there.rename(tmp_path / "a" / "bids") if (tmp_path / "a").mkdir() is None else there
+    (tmp_path / "archive").mkdir()
+    there = tree.rename(tmp_path / "archive" / tree.name)
     (tree / NAME.format("1")).parent.mkdir(parents=True)
     (tree / NAME.format("1")).write_bytes(make_scan(70))
     rows = index_sources([str(tree), str(there)], known=remembered(first)).rows

@@ -19,6 +19,7 @@ from ray_jobs import cli
 from ray_jobs.models import models
 from ray_jobs.new_site import NewSite, require_scans, the_model
 from ray_jobs.parser import build_parser
+from sgcd_core.config import SgcdConfig
 from sgcd_core.errors import InputError, ModelError, UsageError
 
 
@@ -115,16 +116,17 @@ def test_a_dry_run_refuses_what_the_run_would_refuse(
 
 
 def test_stage_2_has_as_many_workers_as_can_share_its_batch(tmp_lake: Lake) -> None:
-    make_global_model(tmp_lake.uri)
+    parent = SgcdConfig()
     words = ["new-site", "src", "--lake", tmp_lake.uri, "--target", "A"]
     for batch, asked, given in ((1, 2, 1), (6, 4, 3), (2, 2, 2)):
         more = ["--workers", str(asked), "--set", f"target_stage.batch_size={batch}"]
         args = build_parser().parse_args([*words, *more])
         job = NewSite(args, tmp_lake, "target-A", None)  # type: ignore[arg-type]
-        assert job._trainers() == ["--workers", str(given)]
+        assert job._trainers(parent) == ["--workers", str(given)]
         assert job.ray[-2:] == ["--workers", str(asked)]
     args = build_parser().parse_args(words)
-    assert NewSite(args, tmp_lake, "target-A", None)._trainers() == []  # type: ignore[arg-type]
+    job = NewSite(args, tmp_lake, "target-A", None)  # type: ignore[arg-type]
+    assert job._trainers(parent) == []
 
 
 @dataclass
