@@ -28,7 +28,7 @@ from ray_jobs.volume_stream import Looks, Survey
 from sgcd_core.batch import Batch, make_batch
 from sgcd_core.config import PrepareConfig, SgcdConfig
 from sgcd_core.io.nifti import NiftiScan
-from sgcd_core.style.look import blend, leave_out, measure_look
+from sgcd_core.style.look import SiteLook, blend, leave_out, measure_look
 from sgcd_core.style.outlier import style_features
 from sgcd_core.volume.prepare import Prepared, prepare_scan
 from sgcd_core.volume.resample import voxel_sides
@@ -220,11 +220,17 @@ class Cohort:
         )
 
     def _looks(self, scans: list[Scan]) -> Looks:
-        groups: dict[tuple[str, int], list[Look]] = {}
+        groups: dict[tuple[str, int], list[Scan]] = {}
         for scan in scans:
             key = (scan.site, self.sequences.index(scan.sequence))
-            groups.setdefault(key, []).append(scan.look)
-        return {key: (len(group), np.mean(group, axis=0)) for key, group in sorted(groups.items())}
+            groups.setdefault(key, []).append(scan)
+        return {
+            key: SiteLook(
+                len(group), np.mean([scan.look for scan in group], axis=0),
+                len({scan.subject for scan in group}),
+            )
+            for key, group in sorted(groups.items())
+        }  # fmt: skip
 
     @cached_property
     def site_looks(self) -> Looks:
@@ -233,9 +239,9 @@ class Cohort:
             self.survey.looks
         )
 
-    def site_look(self, scan: Scan) -> Look:
-        """Mean look of the scan's site and sequence."""
-        return np.asarray(self.site_looks[scan.site, self.sequences.index(scan.sequence)][1])
+    def site_look(self, scan: Scan) -> SiteLook:
+        """The look of the scan's site and sequence."""
+        return self.site_looks[scan.site, self.sequences.index(scan.sequence)]
 
     def batches(
         self, schedule: list[dict[str, Any]], role: str, size: int, config: SgcdConfig
@@ -246,13 +252,14 @@ class Cohort:
         for first in range(0, len(schedule), size):
             rows = [row["scans"][role] for row in schedule[first : first + size]]
             scans = [self.scans[scan_id] for scan_id, *_ in rows]
-            looks, sources = [], []
+            looks, sources, subjects = [], [], []
             for scan, (_, index, seed, site) in zip(scans, rows, strict=True):
-                count, mean = self.survey.looks[site, index]
-                looks.append(leave_out(mean, count, scan.look))
+                theirs = self.survey.looks[site, index]
+                looks.append(leave_out(theirs.mean, theirs.scans, scan.look))
                 part = float(np.random.default_rng(seed).uniform())
-                sources.append(blend(mean, scan.look, part))
+                sources.append(blend(theirs.mean, scan.look, part))
+                subjects.append(theirs.subjects)
             yield make_batch(
                 [s.image for s in scans], [s.mask for s in scans], [s.sequence for s in scans],
-                [row[2] for row in rows], config.sequences, looks, sources,
+                [row[2] for row in rows], config.sequences, looks, sources, subjects,
             )  # fmt: skip

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from ablation_cohort import Cohort, Plan, Scan
 from ablation_list import ABLATIONS, Ablation, evaluations
 from numpy.typing import NDArray
@@ -26,6 +25,8 @@ from numpy.typing import NDArray
 from ray_jobs.loop import schedule_steps
 from ray_jobs.train_global import stage_digest
 from ray_jobs.tune_target import LATER as AFTER_STAGE2
+from ray_jobs.volume_stream import common_goals, site_goals
+from sgcd_core.batch import make_batch
 from sgcd_core.box import Box, find_box, load_box, load_composition
 from sgcd_core.config import SgcdConfig
 from sgcd_core.diffusion.network import build_network
@@ -39,7 +40,7 @@ from sgcd_core.style.encoder import load_encoder
 from sgcd_core.style.look import OWN_PART, blend, voxels
 from sgcd_core.style.outlier import OutlierModel
 from sgcd_core.target_stage import TargetStage
-from sgcd_core.volume.condition import LookMatcher
+from sgcd_core.volume.condition import Goals, LookMatcher, build_condition, from_network
 
 Row = dict[str, Any]
 #: Changes when what a result holds does.
@@ -168,7 +169,7 @@ def train(work: Work, ablation: Ablation) -> None:
         losses = stage.step(batch)
     survey = cohort.survey
     outliers = OutlierModel.fit(survey.features, survey.sequences)
-    common = torch.from_numpy(survey.common(len(config.sequences)))
+    common = common_goals(survey.looks, len(config.sequences))
     meta = {"training_sites": cohort.training_sites, "scans": len(cohort.training),
             "start": work.start(ablation), "losses": losses}  # fmt: skip
     _save(folder, stage.pack(outliers, common, meta), started)
@@ -183,12 +184,11 @@ def tune(work: Work, ablation: Ablation) -> None:
     cohort, stage_config = work.cohort, config.target_stage
     parent = load_modelpack(work.model(work.stage1_key(ablation)))
     encoder = load_encoder(stage_config.encoder, precision_name=stage_config.precision)
-    looks = parent.state["looks.common"].clone()
-    for index in range(len(config.sequences)):
-        looks[index] = torch.from_numpy(cohort.survey.looks[work.target, index][1])
+    common = Goals.from_state(parent.state, "common")
+    goals = site_goals(cohort.survey.looks, work.target, common)
     started = time.perf_counter()
     kept = Inversions(f"{folder}-inversions")
-    stage = TargetStage(parent, config, work.target, encoder, looks, inversions=kept)
+    stage = TargetStage(parent, config, work.target, encoder, goals, inversions=kept)
     own = [scan for scan in cohort.training if scan.site == work.target]
     others = [scan for scan in cohort.training if scan.site != work.target]
     once = [
@@ -231,8 +231,7 @@ def score(work: Work, ablation: Ablation) -> None:
             result["tune_seconds"] = pack.meta["seconds"]
         pack = replace(pack, config=used)
         if ablation.at_target:
-            looks = torch.from_numpy(target_looks(work.cohort))
-            pack = replace(pack, state=pack.state | {"looks.common": looks})
+            pack = replace(pack, state=pack.state | target_goals(work.cohort).state("common"))
         method = _by_model(pack, work.cohort)
     else:
         result["start"] = ""
@@ -248,9 +247,10 @@ def _by_model(pack: ModelPack, cohort: Cohort) -> Callable[[Scan], NDArray[np.fl
     harmonizer = Harmonizer(pack)
 
     def method(scan: Scan) -> NDArray[np.float32]:
+        site = cohort.site_look(scan)
         return harmonizer.harmonize(
-            scan.image, scan.mask, scan.sequence, scan.scan_id, site_look=cohort.site_look(scan),
-            voxel_mm=float(voxels(scan.look)),
+            scan.image, scan.mask, scan.sequence, scan.scan_id, site_look=site.mean,
+            site_subjects=site.subjects, voxel_mm=float(voxels(scan.look)),
         ).image  # fmt: skip
 
     return method
@@ -263,13 +263,18 @@ def by_matching(config: SgcdConfig, cohort: Cohort) -> Callable[[Scan], NDArray[
     )
 
     def method(scan: Scan) -> NDArray[np.float32]:
-        index = cohort.sequences.index(scan.sequence)
-        wanted = cohort.survey.looks[cohort.target, index][1]
-        source = blend(cohort.site_look(scan), scan.look, OWN_PART)
-        image, mask = (torch.from_numpy(x)[None, None] for x in (scan.image, scan.mask))
-        looks = (torch.from_numpy(np.asarray(x, np.float32))[None] for x in (wanted, source))
-        out: NDArray[np.float32] = matcher(image, mask, *looks, torch.tensor([index]))[0, 0].numpy()
-        return out
+        site = cohort.site_look(scan)
+        source = blend(site.mean, scan.look, OWN_PART)
+        batch = make_batch(
+            [scan.image], [scan.mask], [scan.sequence], [0], config.sequences, [source], [source],
+            [site.subjects],
+        )  # fmt: skip
+        goals = target_goals(cohort)
+        assert goals.subjects is not None
+        look, subjects = goals.looks[batch["sequence"]], goals.subjects[batch["sequence"]]
+        told = build_condition(batch, config.condition, matcher, look, subjects=subjects).content
+        assert told is not None
+        return np.asarray(from_network(told)[0, 0].numpy(), np.float32)
 
     return method
 
@@ -281,16 +286,14 @@ def from_the_box(
     stage = GlobalStage(config, 1, box=load_box(config))
     if not unet:
         stage.network.silence()
-    looks = torch.from_numpy(target_looks(cohort))
     outliers = OutlierModel.fit(cohort.survey.features, cohort.survey.sequences)
-    return _by_model(stage.pack(outliers, looks, {}), cohort)
+    return _by_model(stage.pack(outliers, target_goals(cohort), {}), cohort)
 
 
-def target_looks(cohort: Cohort) -> NDArray[np.float32]:
-    """The target's look in each sequence, (S, LOOK_SIZE)."""
-    sequences = range(len(cohort.sequences))
-    found = [cohort.survey.looks[cohort.target, index][1] for index in sequences]
-    return np.stack(found).astype(np.float32)
+def target_goals(cohort: Cohort) -> Goals:
+    """The target's look in each sequence."""
+    looks = cohort.survey.looks
+    return site_goals(looks, cohort.target, common_goals(looks, len(cohort.sequences)))
 
 
 def scored(

@@ -105,6 +105,7 @@ class Job:
             self.lake.derivatives(self.key), self.target, self.config.digest(), self.code_version,
             self.samples, self.learned, self.lesions, stem, [scan[name] for name in OF_SCAN],
             None if look is None else sha256_hex(np.asarray(look, np.float32).tobytes()),
+            scan.get("site_subjects"),
         )  # fmt: skip
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
@@ -116,7 +117,8 @@ def harmonize_scan(
     """The `results` row of one scan. Never raises: a scan that fails is a row that says why.
 
     Args:
-        scan: Row of `scans`; `site_look`, where there is one, is the look of its site.
+        scan: Row of `scans`; `site_look`, where there is one, is the look of its site,
+            measured on `site_subjects` people.
         job: What is the same for all.
         harmonizer: The loaded model.
         stem: Path of the output below the derivative's root, without suffix: see `derivative`.
@@ -283,6 +285,7 @@ def _harmonize(
     result = harmonizer.harmonize(
         files.image, mask, sequence=sequence, scan_id=scan_id, seed=config.seed,
         samples=job.samples, site_look=scan.get("site_look"),
+        site_subjects=scan.get("site_subjects"),
         voxel_mm=files.geometry.longest_voxel_mm(),
     )  # fmt: skip
     row["seconds_model"] = result.seconds  # without waiting for another scan to leave the model

@@ -24,6 +24,7 @@ from ray_jobs.windows import end_late
 if TYPE_CHECKING:
     from sgcd_core.harmonizer import Harmonized, Harmonizer
     from sgcd_core.modelpack import ModelPack
+    from sgcd_core.style.look import SiteLook
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +47,7 @@ class HarmonizeActor:
     """
 
     def __init__(
-        self, job: Job, looks: Mapping[tuple[str, str], Any], workers: int, gpus: float
+        self, job: Job, looks: Mapping[tuple[str, str], SiteLook], workers: int, gpus: float
     ) -> None:
         import torch
 
@@ -77,7 +78,8 @@ class HarmonizeActor:
         from pipelines.harmonize import harmonize_scan
 
         scan = unpacked(item)
-        scan["site_look"] = self._looks.get((scan["site"], scan["sequence"]))
+        if look := self._looks.get((scan["site"], scan["sequence"])):
+            scan |= {"site_look": look.mean, "site_subjects": look.subjects}
         tries: list[dict[str, Any]] = []
         row = harmonize_scan(scan, self._job, self._model, scan["stem"], self._turns, tries)
         return packed(row | {"tries": tries})

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
@@ -14,6 +14,9 @@ from pipelines.harmonize import Job, Row
 from ray_jobs.actors import HarmonizeActor
 from ray_jobs.session import NO_PROGRESS_SECONDS
 from ray_jobs.windows import dataset_of, each_once, nodes_to_come, room, rows_of, window_size
+
+if TYPE_CHECKING:
+    from sgcd_core.style.look import SiteLook
 
 #: Scans an actor holds at once: one is read, one computed, one written.
 IN_FLIGHT = 3
@@ -32,7 +35,7 @@ class Pool:
 
     workers: int | None
     gpus: float
-    looks: Mapping[tuple[str, str], Any]
+    looks: Mapping[tuple[str, str], SiteLook]
     actor: type = HarmonizeActor
 
     def size(self, ray: Any) -> int:

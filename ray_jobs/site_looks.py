@@ -11,12 +11,11 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from numpy.typing import NDArray
 
 from pipelines.lake import Lake
 from ray_jobs.prepare import PrepareJob, prepare_stream
@@ -24,12 +23,14 @@ from ray_jobs.volume_stream import Row, survey
 from sgcd_core.config import SgcdConfig
 from sgcd_core.io.store import Store, file_name, join
 
+if TYPE_CHECKING:
+    from sgcd_core.style.look import SiteLook
+
 #: Scans measured of each site and sequence; the mean of more would hardly move.
 MOST_SCANS = 32
 #: Raised when a look is measured in another way: those kept are measured again.
 _FORMAT = 4
 
-Look = NDArray[np.float32]
 log = logging.getLogger(__name__)
 
 
@@ -42,7 +43,7 @@ def look_uri(lake: Lake, recipe: str, site: str, sequence: str) -> str:
 def site_looks(
     ray: Any, scans: pa.Table, work: pa.Table, job: PrepareJob, config: SgcdConfig,
     workers: int | None, *, again: bool = False,
-) -> dict[tuple[str, str], Look]:  # fmt: skip
+) -> dict[tuple[str, str], SiteLook]:  # fmt: skip
     """Looks by site and sequence of the scans in `work`; those not kept yet are measured.
 
     Args:
@@ -62,7 +63,7 @@ def site_looks(
         (row["site"], row["sequence"]) for row in groups.to_pylist()
         if row["site"] is not None and row["sequence"] in config.sequences
     )  # fmt: skip
-    found: dict[tuple[str, str], Look] = {}
+    found: dict[tuple[str, str], SiteLook] = {}
     left: set[tuple[str, str]] = set()
     for site, sequence in wanted:
         uri = look_uri(lake, recipe, site, sequence)
@@ -83,12 +84,13 @@ def site_looks(
     for site, sequence in missing:
         if (site, index[sequence]) not in measured:
             continue  # none of its scans could be prepared: each says so in its row
-        count, look = measured[site, index[sequence]]
+        look = measured[site, index[sequence]]
         uri = look_uri(lake, recipe, site, sequence)
         key = (site, sequence)
         mine = [row["scan_id"] for row in sample if (row["site"], row["sequence"]) == key]
-        body = {"format": _FORMAT, "site": site, "sequence": sequence, "scans": count,
-                "scan_ids": mine, "look": [float(value) for value in look]}  # fmt: skip
+        body = {"format": _FORMAT, "site": site, "sequence": sequence, "scans": look.scans,
+                "subjects": look.subjects, "scan_ids": mine,
+                "look": [float(value) for value in look.mean]}  # fmt: skip
         anew = again or key in left
         with contextlib.suppress(FileExistsError):  # another run was first: its look counts
             store.write_bytes(uri, json.dumps(body).encode(), if_absent=not anew)
@@ -96,10 +98,13 @@ def site_looks(
     return found
 
 
-def _read(store: Store, uri: str) -> tuple[Look, list[str]]:
-    """A look, and the scans it was measured on (none are named by earlier versions)."""
+def _read(store: Store, uri: str) -> tuple[SiteLook, list[str]]:
+    """A look, and the scans it was measured on (earlier versions name none, and no subjects)."""
+    from sgcd_core.style.look import SiteLook
+
     body = json.loads(store.read_bytes(uri, max_bytes=1_000_000))
-    return np.asarray(body["look"], np.float32), body.get("scan_ids", [])
+    mean, scans = np.asarray(body["look"], np.float32), int(body["scans"])
+    return SiteLook(scans, mean, body.get("subjects", scans)), body.get("scan_ids", [])
 
 
 def _elsewhere(scans: pa.Table, scan_ids: list[str], site: str, sequence: str) -> bool:

@@ -96,7 +96,7 @@ def _train(args: Any, lake: Lake, hold: Hold | None) -> Outcome:
             extra={
                 "meta": meta | {"version": version}, "init": init,
                 "features": (measured.features, measured.sequences),
-                "common": measured.common(len(config.sequences)),
+                "looks": measured.looks,
             },
         )  # fmt: skip
         last, waited = last_means(history), data_wait(history)
@@ -151,9 +151,7 @@ def stage_digest(config: SgcdConfig, later: set[str] = LATER) -> str:
 
 def train_worker(setup: dict[str, Any]) -> None:
     """The loop of one Ray Train worker, from the newest checkpoint to the last step."""
-    import torch
-
-    from ray_jobs.volume_stream import to_batch
+    from ray_jobs.volume_stream import common_goals, to_batch
     from ray_jobs.worker import Worker
     from sgcd_core.box import load_box
     from sgcd_core.global_stage import GlobalStage
@@ -175,6 +173,7 @@ def train_worker(setup: dict[str, Any]) -> None:
     def pack(meta: dict[str, Any]) -> ModelPack:
         # What the training scans look like goes into the model, to know a stranger by.
         outliers = OutlierModel.fit(*setup["features"])
-        return stage.pack(outliers, torch.from_numpy(setup["common"]), meta)
+        common = common_goals(setup["looks"], len(worker.config.sequences))
+        return stage.pack(outliers, common, meta)
 
     worker.finish(pack)

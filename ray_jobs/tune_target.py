@@ -139,15 +139,14 @@ def _tune(args: Any, lake: Lake, hold: Hold | None) -> Outcome:
 
 def tune_worker(setup: dict[str, Any]) -> None:
     """The loop of one Ray Train worker, from the newest checkpoint to the last step."""
-    import torch
-
-    from ray_jobs.volume_stream import load_packed, packed, to_batch
+    from ray_jobs.volume_stream import load_packed, packed, site_goals, to_batch
     from ray_jobs.worker import Worker
     from sgcd_core.inversions import Inversions
     from sgcd_core.io.store import Store
     from sgcd_core.modelpack import load_modelpack
     from sgcd_core.style.encoder import load_encoder
     from sgcd_core.target_stage import TargetStage
+    from sgcd_core.volume.condition import Goals
 
     worker = Worker(setup)
     config = worker.config
@@ -155,12 +154,10 @@ def tune_worker(setup: dict[str, Any]) -> None:
         config.target_stage.encoder, precision_name=config.target_stage.precision
     )
     pack = load_modelpack(setup["parent"], Store())
-    looks = pack.state["looks.common"].clone()
-    for index in range(len(config.sequences)):
-        if (setup["target"], index) in setup["looks"]:
-            looks[index] = torch.from_numpy(setup["looks"][setup["target"], index][1])
+    common = Goals.from_state(pack.state, "common")
+    goals = site_goals(setup["looks"], setup["target"], common)
     stage = TargetStage(
-        pack, config, setup["target"], encoder, looks, worker.device,
+        pack, config, setup["target"], encoder, goals, worker.device,
         Inversions(setup["inversions"]),
     )  # fmt: skip
     start = worker.resume(stage.load_state_dict)

@@ -5,6 +5,7 @@ Rows of metadata travel between processes; a volume is read by the worker that n
 
 from __future__ import annotations
 
+import math
 import pickle
 import time
 from collections.abc import Sequence
@@ -18,10 +19,12 @@ from sgcd_core.config import PrepareConfig, SgcdConfig
 
 if TYPE_CHECKING:
     from sgcd_core.batch import Batch
+    from sgcd_core.style.look import SiteLook
+    from sgcd_core.volume.condition import Goals
 
 Row = dict[str, Any]
-#: (site, sequence index) → number of scans and mean look vector (LOOK_SIZE,).
-Looks = dict[tuple[str, int], tuple[int, Any]]
+#: By site and sequence index.
+Looks = dict[tuple[str, int], "SiteLook"]
 #: Scans that a task measures: as many as take the time that a new process takes to start.
 SCANS_OF_A_TASK = 8
 
@@ -56,7 +59,8 @@ def training_stream(
     Returns:
         Data set whose rows have `step` and, for each role, `ROLE_image` float32 (X, Y, Z),
         `ROLE_mask` uint8 (X, Y, Z), `ROLE_sequence`, `ROLE_seed`, `ROLE_look`, the look of the
-        scan's site without this scan, and `ROLE_source`, the look it is taken to have.
+        scan's site without this scan, `ROLE_source`, the look it is taken to have, and
+        `ROLE_subjects`, how many people the site's look was measured on.
     """
     blocks = max(1, min(len(schedule), 4 * cpu_count(), len(schedule) // 8))
     items = ray.data.from_items([packed(row) for row in schedule], override_num_blocks=blocks)
@@ -114,14 +118,15 @@ def load_packed(
             files.image, files.mask, config.mm, names[sequence],
             voxel_mm=files.geometry.longest_voxel_mm(),
         ).vector()  # fmt: skip
-        count, mean = looks[site, sequence]
+        theirs = looks[site, sequence]
         out[f"{role}_image"] = np.asarray(files.image, dtype=np.float32)
         out[f"{role}_mask"] = np.asarray(files.mask, dtype=np.uint8)
         out[f"{role}_sequence"] = sequence
         out[f"{role}_seed"] = seed
-        out[f"{role}_look"] = leave_out(mean, count, own)
+        out[f"{role}_look"] = leave_out(theirs.mean, theirs.scans, own)
         # from its own to its site's: the smaller a group, the further off its look is
-        out[f"{role}_source"] = blend(mean, own, np.random.default_rng(seed).uniform())
+        out[f"{role}_source"] = blend(theirs.mean, own, np.random.default_rng(seed).uniform())
+        out[f"{role}_subjects"] = theirs.subjects
     return out
 
 
@@ -132,23 +137,42 @@ class Survey:
     Attributes:
         features: Style features, for the outlier model.
         sequences: Index of the sequence of each.
-        looks: Number of scans and mean look vector of each site and sequence.
+        looks: Of each site and sequence.
     """
 
     features: list[Any]
     sequences: list[int]
     looks: Looks
 
-    def common(self, count: int) -> Any:
-        """Mean over sites of each of `count` sequences' looks, float32 (count, LOOK_SIZE)."""
-        from sgcd_core.style.look import LOOK_SIZE
 
-        out = np.zeros((count, LOOK_SIZE), np.float32)
-        for index in range(count):
-            means = [mean for (_, sequence), (_, mean) in self.looks.items() if sequence == index]
-            if means:
-                out[index] = np.mean(means, axis=0)
-        return out
+def common_goals(looks: Looks, count: int) -> Goals:
+    """The mean over sites of each of `count` sequences' looks."""
+    import torch
+
+    from sgcd_core.style.look import LOOK_SIZE
+    from sgcd_core.volume.condition import Goals
+
+    means, subjects = torch.zeros(count, LOOK_SIZE), torch.zeros(count)
+    for index in range(count):
+        mine = [look for (_, sequence), look in looks.items() if sequence == index]
+        if mine:
+            means[index] = torch.from_numpy(np.mean([look.mean for look in mine], axis=0))
+            subjects[index] = sum(look.subjects for look in mine)
+    return Goals(means, subjects)
+
+
+def site_goals(looks: Looks, site: str, common: Goals) -> Goals:
+    """The looks of a site; those of `common` for sequences that it has no scan of."""
+    import torch
+
+    from sgcd_core.volume.condition import Goals
+
+    means, subjects = common.looks.clone(), torch.full((len(common.looks),), math.inf)
+    for index in range(len(means)):
+        if (site, index) in looks:
+            means[index] = torch.from_numpy(looks[site, index].mean)
+            subjects[index] = looks[site, index].subjects
+    return Goals(means, subjects)
 
 
 def survey(ray: Any, rows: list[Row], lake_uri: str, config: SgcdConfig) -> Survey:
@@ -160,12 +184,24 @@ def survey(ray: Any, rows: list[Row], lake_uri: str, config: SgcdConfig) -> Surv
     )
     found.context.execution_options.preserve_order = True
     items = [unpacked(item) for item in found.take_all()]
-    groups: dict[tuple[str, int], list[Any]] = {}
-    for item, row in zip(items, rows, strict=True):
-        groups.setdefault((row["site"], index[row["sequence"]]), []).append(item["look"])
-    looks = {key: (len(group), np.mean(group, axis=0)) for key, group in sorted(groups.items())}
     sequences = [index[row["sequence"]] for row in rows]
+    looks = by_site(rows, sequences, [item["look"] for item in items])
     return Survey([item["features"] for item in items], sequences, looks)
+
+
+def by_site(rows: Sequence[Row], sequences: Sequence[int], vectors: Sequence[Any]) -> Looks:
+    """Looks of the sites from those of their scans, rows of `scans`."""
+    from pipelines.verdict import person
+    from sgcd_core.style.look import SiteLook
+
+    groups: dict[tuple[str, int], list[tuple[str, Any]]] = {}
+    for row, sequence, vector in zip(rows, sequences, vectors, strict=True):
+        groups.setdefault((row["site"], sequence), []).append((person(row), vector))
+    looks = {}
+    for key, group in sorted(groups.items()):
+        people, theirs = zip(*group, strict=True)
+        looks[key] = SiteLook(len(group), np.mean(theirs, axis=0), len(set(people)))
+    return looks
 
 
 def survey_packed(item: dict[str, Any], lake_uri: str, config: PrepareConfig) -> dict[str, bytes]:
@@ -198,4 +234,5 @@ def to_batch(columns: dict[str, Any], role: str) -> Batch:
         "seed": tensor("seed").long(),
         "look": tensor("look").float(),
         "source": tensor("source").float(),
+        "subjects": tensor("subjects").float(),
     }

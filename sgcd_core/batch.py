@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import TypedDict
@@ -28,6 +29,7 @@ class Batch(TypedDict):
             scans; where it is not known, the scan's own.
         source: (B, LOOK_SIZE) float32, the look each scan is taken to have: its site's and some
             of its own.
+        subjects: (B,) float32, how many people the site's look was measured on; inf: not known.
     """
 
     image: Tensor
@@ -36,6 +38,7 @@ class Batch(TypedDict):
     seed: Tensor
     look: Tensor
     source: Tensor
+    subjects: Tensor
 
 
 def make_batch(
@@ -46,8 +49,11 @@ def make_batch(
     known: Sequence[str],
     looks: Sequence[NDArray[np.float32]],
     sources: Sequence[NDArray[np.float32]],
+    subjects: Sequence[float] | None = None,
 ) -> Batch:
     """Stack (X, Y, Z) volumes into a batch; `known` is `config.sequences`, looks are vectors.
+
+    Without `subjects` nothing is known about how many people the looks were measured on.
 
     Raises:
         InputError: SCAN-SEQUENCE, a sequence the model does not know.
@@ -64,6 +70,7 @@ def make_batch(
         seed=torch.tensor(list(seeds), dtype=torch.int64),
         look=torch.from_numpy(np.stack(looks).astype(np.float32)),
         source=torch.from_numpy(np.stack(sources).astype(np.float32)),
+        subjects=torch.tensor(subjects or [math.inf] * len(images), dtype=torch.float32),
     )
 
 
@@ -82,6 +89,7 @@ def to_device(batch: Batch, device: torch.device | str) -> Batch:
         seed=batch["seed"],
         look=batch["look"],
         source=batch["source"],
+        subjects=batch["subjects"],
     )
 
 
@@ -97,6 +105,7 @@ def split_batch(batch: Batch, parts: int) -> list[Batch]:
             seed=batch["seed"][start:end],
             look=batch["look"][start:end],
             source=batch["source"][start:end],
+            subjects=batch["subjects"][start:end],
         )
         for start, end in pairwise(bounds)
     ]

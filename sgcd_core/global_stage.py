@@ -29,6 +29,7 @@ from sgcd_core.style.outlier import OutlierModel
 from sgcd_core.style.record import Record, statistics_of
 from sgcd_core.volume.condition import (
     Condition,
+    Goals,
     LookMatcher,
     build_condition,
     from_network,
@@ -216,16 +217,16 @@ class GlobalStage:
         self.record.load_state_dict(state["record"])
         self.done = int(state["done"])
 
-    def pack(self, outliers: OutlierModel, looks: Tensor, meta: dict[str, Any]) -> ModelPack:
+    def pack(self, outliers: OutlierModel, common: Goals, meta: dict[str, Any]) -> ModelPack:
         """The trained model; `meta` is completed with kind and sequences.
 
         Args:
             outliers: Fitted on the training scans.
-            looks: (S, LOOK_SIZE), the common look of each sequence: the mean over sites.
+            common: The common look of each sequence: the mean over sites.
             meta: See `ModelPack`.
         """
         state = {f"record.{k}": v for k, v in self.record.state_dict().items()}
-        state |= {"looks.common": looks, **composition_state(self.composition)}
+        state |= {**common.state("common"), **composition_state(self.composition)}
         state |= {"alpha_bars": self.schedule.alpha_bars, **outliers.state_dict()}
         return ModelPack(
             config=self.config,

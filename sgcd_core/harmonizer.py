@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 
@@ -22,6 +23,7 @@ from sgcd_core.style.histogram import redistributed
 from sgcd_core.style.look import LOOK_SIZE, OWN_PART, blend, measure_look
 from sgcd_core.style.outlier import OutlierModel, style_features
 from sgcd_core.volume.condition import (
+    Goals,
     LookMatcher,
     build_condition,
     from_network,
@@ -62,8 +64,8 @@ class Harmonizer:
             self.config.condition.match, self.config.prepare.mm, self.config.sequences,
             composition_from_state(pack.state),
         )  # fmt: skip
-        self.common = pack.state["looks.common"]
-        self.looks = pack.state.get("looks.target", self.common)
+        self.common = Goals.from_state(pack.state, "common")
+        self.goals = Goals.from_state(pack.state, "target") if self.is_target else self.common
         self.network = _frozen(self.config, pack.network, self.device)
         first = pack.global_network if pack.global_network is not None else pack.network
         self.global_network = _frozen(self.config, first, self.device)
@@ -77,6 +79,7 @@ class Harmonizer:
         scan_id: str,
         *,
         site_look: NDArray[np.float32] | None = None,
+        site_subjects: int | None = None,
         voxel_mm: float = 0.0,
         seed: int = 0,
         samples: int = 1,
@@ -90,6 +93,8 @@ class Harmonizer:
             scan_id: Seeds the noise, with `seed`.
             site_look: (LOOK_SIZE,), the mean look of the scans of its site and sequence; with
                 None the scan stands for its site.
+            site_subjects: How many people those scans are of; None: not known, `site_look` is
+                believed in full.
             voxel_mm: The longest side of the stored scan's voxels; 0: not known.
             seed: The run's seed.
             samples: Outputs drawn; more than one also gives their mean and deviation.
@@ -99,7 +104,7 @@ class Harmonizer:
             ModelError: MODEL-GRID.
         """
         started = time.perf_counter()
-        batch = self._batch(image, mask, sequence, site_look, voxel_mm)
+        batch = self._batch(image, mask, sequence, site_look, site_subjects, voxel_mm)
         sampler = self.config.target_sampler if self.is_target else self.config.global_sampler
         draws = max(samples, sampler.seeds)
         shape = tuple(batch["image"].shape)
@@ -125,19 +130,20 @@ class Harmonizer:
     def _denoisers(self, batch: Batch) -> Denoisers:
         """Conditions are taken once for all draws."""
 
-        def one(network: nn.Module, looks: Tensor) -> ConditionalDenoiser:
+        def one(network: nn.Module, goals: Goals) -> ConditionalDenoiser:
             return sampling_denoiser(
-                network, self.schedule, self.config, self.matcher, batch, looks
+                network, self.schedule, self.config, self.matcher, batch, goals
             )
 
-        target = one(self.network, self.looks)
+        target = one(self.network, self.goals)
         if not self.is_target or not start_matters(self.schedule, self.config.target_sampler):
             return Denoisers(target, target)
         return Denoisers(one(self.global_network, self.common), target)
 
     def _batch(
         self, image: NDArray[np.float32], mask: NDArray[np.bool_], sequence: str,
-        site_look: NDArray[np.float32] | None, voxel_mm: float = 0.0,
+        site_look: NDArray[np.float32] | None, site_subjects: int | None = None,
+        voxel_mm: float = 0.0,
     ) -> Batch:  # fmt: skip
         config = self.config
         if sequence not in config.sequences:
@@ -160,7 +166,10 @@ class Harmonizer:
                 image, mask, config.prepare.mm, sequence, voxel_mm=voxel_mm
             ).vector()
             look = look if site_look is None else blend(site_look, look, OWN_PART)
-        batch = make_batch([image], [mask], [sequence], [0], config.sequences, [look], [look])
+        subjects = 1 if site_look is None else site_subjects or math.inf
+        batch = make_batch(
+            [image], [mask], [sequence], [0], config.sequences, [look], [look], [subjects]
+        )
         return to_device(batch, self.device)
 
     def _draw(self, batch: Batch, denoisers: Denoisers, noise: Tensor) -> Tensor:
@@ -234,12 +243,14 @@ def target_image(
 
 def sampling_denoiser(
     network: nn.Module, schedule: Schedule, config: SgcdConfig, matcher: LookMatcher,
-    batch: Batch, looks: Tensor,
+    batch: Batch, goals: Goals,
 ) -> ConditionalDenoiser:  # fmt: skip
-    """Denoiser with the scans' own condition in one of `looks` (S, LOOK_SIZE), x̂0 clipped."""
+    """Denoiser with the scans' own condition in the wanted look, x̂0 clipped."""
     sequence = batch["sequence"]
-    look = looks[sequence.cpu()]
-    condition = build_condition(batch, config.condition, matcher, look)
+    index = sequence.cpu()
+    look = goals.looks[index]
+    subjects = None if goals.subjects is None else goals.subjects[index]
+    condition = build_condition(batch, config.condition, matcher, look, subjects=subjects)
     return ConditionalDenoiser(
         network, schedule, config, condition.channels, condition.content,
         LookEmbedding.labels_of(sequence, look, condition.source, condition.strength),

@@ -31,7 +31,8 @@ class ModelPack:
         config: The resolved settings it was trained with.
         network: Weights of the denoiser.
         state: Record (`record.*`), schedule (`alpha_bars`), outlier model (`outliers.*`), looks
-            (`looks.common`, `looks.target`) and composition model (`composition.*`).
+            (`looks.common`, `looks.target`), how many people each was measured on
+            (`subjects.common`, `subjects.target`) and composition model (`composition.*`).
         global_network: Frozen Stage 1 weights beside a target model's, else None.
         meta: name, kind (`global` or `target`), target, training_sites, sequences, scans,
             data_digest, parent, code_version and whatever the trainer adds; `model_card` shows

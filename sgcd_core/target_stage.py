@@ -47,7 +47,7 @@ from sgcd_core.style.composition import composition_from_state
 from sgcd_core.style.encoder import StyleEncoder, embed_batch
 from sgcd_core.style.look import OWN_PART, blend, measure_look, voxels
 from sgcd_core.style.slices import SlicePlan, plan_slices
-from sgcd_core.volume.condition import LookMatcher, from_network, to_network
+from sgcd_core.volume.condition import Goals, LookMatcher, from_network, to_network
 
 
 class TargetStage:
@@ -58,22 +58,21 @@ class TargetStage:
         config: All settings; network, schedule and grid must be the pack's.
         target: Name of the target site.
         encoder: Frozen style encoder Ψ.
-        looks: (S, LOOK_SIZE), the target's look of each sequence; rows of a sequence it lacks
-            are not read.
+        goals: The target's look of each sequence; rows of a sequence it lacks are not read.
         device: Where the networks live.
         inversions: Keeps what the frozen network makes of a scan, I' and its inverted latent.
     """
 
     def __init__(
         self, pack: ModelPack, config: SgcdConfig, target: str, encoder: StyleEncoder,
-        looks: Tensor, device: torch.device | str = "cpu", inversions: Inversions | None = None,
+        goals: Goals, device: torch.device | str = "cpu", inversions: Inversions | None = None,
     ) -> None:  # fmt: skip
         torch.manual_seed(config.seed)
         self.inversions = inversions or Inversions()
         self.config, self.target, self.parent = config, target, pack
         self.device = torch.device(device)
         self.schedule = Schedule(pack.state["alpha_bars"])
-        self.common, self.looks = pack.state["looks.common"], looks
+        self.common, self.goals = Goals.from_state(pack.state, "common"), goals
         self.matcher = LookMatcher(
             config.condition.match, config.prepare.mm, config.sequences,
             composition_from_state(pack.state),
@@ -205,7 +204,7 @@ class TargetStage:
             if wanted is None:
                 wanted = embed_batch(self.encoder, batch["image"], plans) - base
         denoiser = sampling_denoiser(
-            self.network, self.schedule, self.config, self.matcher, batch, self.looks
+            self.network, self.schedule, self.config, self.matcher, batch, self.goals
         )
         found: dict[str, float] = {}
 
@@ -352,7 +351,7 @@ class TargetStage:
         return ModelPack(
             config=self.config,
             network=unwrapped(self.network).state_dict(),
-            state={**self.parent.state, "looks.target": self.looks},
+            state={**self.parent.state, **self.goals.state("target")},
             global_network=dict(self.parent.network),
             meta={
                 **from_parent,

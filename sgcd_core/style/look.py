@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -77,6 +77,20 @@ class Look:
         """Inverse of `vector`."""
         values = np.asarray(vector, np.float32)
         return cls(*np.split(values, _ENDS))
+
+
+class SiteLook(NamedTuple):
+    """The look of a site and sequence, and how much is behind it.
+
+    Attributes:
+        scans: How many it is the mean of.
+        mean: (LOOK_SIZE,).
+        subjects: How many people the scans are of.
+    """
+
+    scans: int
+    mean: Array
+    subjects: int
 
 
 #: How much of a scan's own look is in the look it is taken to have, its site's being known.

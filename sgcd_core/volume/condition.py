@@ -8,8 +8,9 @@ condition is taken from a randomly recoloured scan, while the denoising target s
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -27,6 +28,9 @@ LONGEST = 1.35
 INTERPOLATED = 1 / 6
 #: How much longer than `fine_voxel_mm`, as a part of it, voxels are that need all of the filter.
 FINE_TO_COARSE = 0.15
+#: Root mean square, over a brain in [0, 1], of what is unusual about one subject and passes for its
+#: scanner's where no other was seen.
+ONE_SUBJECT = 0.02
 
 
 def to_network(image: Tensor) -> Tensor:
@@ -37,6 +41,28 @@ def to_network(image: Tensor) -> Tensor:
 def from_network(x: Tensor) -> Tensor:
     """[-1, 1] → [0, 1], the inverse of `to_network`; not clipped."""
     return (x + 1.0) / 2.0
+
+
+class Goals(NamedTuple):
+    """The look that is wanted of each sequence, and how much is behind it.
+
+    Attributes:
+        looks: (S, LOOK_SIZE) float32.
+        subjects: (S,) float32, how many people each was measured on; None: not known.
+    """
+
+    looks: Tensor
+    subjects: Tensor | None = None
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Tensor], name: str) -> Goals:
+        """What `state` put there under `name`; earlier models do not know the numbers."""
+        return cls(state[f"looks.{name}"], state.get(f"subjects.{name}"))
+
+    def state(self, name: str) -> dict[str, Tensor]:
+        """Tensors for a modelpack's state."""
+        found = {f"looks.{name}": self.looks}
+        return found if self.subjects is None else found | {f"subjects.{name}": self.subjects}
 
 
 @dataclass(frozen=True)
@@ -99,6 +125,7 @@ def build_condition(
     matcher: LookMatcher,
     look: Tensor,
     generators: Sequence[torch.Generator] | None = None,
+    subjects: Tensor | None = None,
 ) -> Condition:
     """Condition of a batch of prepared scans.
 
@@ -109,6 +136,8 @@ def build_condition(
         look: (B, LOOK_SIZE), the look that is wanted.
         generators: With them and `contrast_augmentation`, each sample's style is randomized
             first (training). None takes the scans as they are (inference).
+        subjects: (B,), how many people the wanted looks were measured on; with them a matching
+            that is hardly more than a look of so few may be wrong by is made in part.
     """
     image, mask, source = batch["image"], batch["mask"], batch["source"]
     if generators is not None and config.contrast_augmentation:
@@ -126,7 +155,11 @@ def build_condition(
             )
         ]
         image, source = styled, torch.from_numpy(np.stack(rows))
-    image = matcher(image, mask, look, source, batch["sequence"])
+    matched = matcher(image, mask, look, source, batch["sequence"])
+    if subjects is not None:
+        part = believed(image, matched, mask, batch["subjects"], subjects)
+        matched = torch.lerp(image, matched, part.to(image.device).view(-1, 1, 1, 1, 1))
+    image = matched
     rims = [
         with_rim(*(x.cpu().numpy() for x in (one, volume[0], inside[0])))
         for one, volume, inside in zip(source, image, mask, strict=True)
@@ -140,6 +173,25 @@ def build_condition(
         parts.append(content)
     channels = torch.cat(parts, dim=1) if parts else image[:, :0]
     return Condition(channels, content, source, filter_strength(look, source, config))
+
+
+def believed(before: Tensor, after: Tensor, mask: Tensor, source: Tensor, wanted: Tensor) -> Tensor:
+    """Part of a matching that is a difference of scanners, not of the few who were seen, (B,).
+
+    A matching moves a scan by the difference of two looks, and each is off by what is unusual about
+    the people it was measured on. Where it moves a scan no further than that, it is not made.
+
+    Args:
+        before: (B, 1, X, Y, Z), the scans.
+        after: (B, 1, X, Y, Z), the scans matched.
+        mask: (B, 1, X, Y, Z) bool.
+        source: (B,), how many people the looks of the scans' sites were measured on.
+        wanted: (B,), how many the wanted looks.
+    """
+    inside = mask.sum((1, 2, 3, 4)).clamp(min=1)
+    moved = ((after - before).square() * mask).sum((1, 2, 3, 4)) / inside
+    error = ONE_SUBJECT**2 * (source**-2 + wanted**-2).to(moved.device)
+    return (1 - error / (2 * moved).clamp(min=1e-12)).clamp(0, 1)
 
 
 def filter_strength(look: Tensor, source: Tensor, config: ConditionConfig) -> Tensor:

@@ -12,8 +12,10 @@ from sgcd_core.style.look import mean_look, measure_look
 from sgcd_core.style.rim import RIM_SIZE, measure_rim
 from sgcd_core.volume.condition import (
     INTERPOLATED,
+    ONE_SUBJECT,
     LookMatcher,
     augment_contrast,
+    believed,
     build_condition,
     from_network,
     gradient_map,
@@ -212,3 +214,51 @@ def test_augmentation_alone_hides_much_of_a_milder_difference():
 def test_settings_outside_their_range_are_refused():
     with pytest.raises(ValueError, match="remap_strength"):
         ConditionConfig(remap_strength=1.5)
+
+
+def brought_to_a_look(source, wanted):
+    """A scan that is nearly in the wanted look and one far from it: as they are, and matched.
+
+    The looks are of `source` and `wanted` people; None: not known.
+    """
+    image, mask = brain(1)
+    near, far = (0.98 * image).astype(np.float32), (image**3).astype(np.float32)
+    looks = [measure_look(x, mask, 4.0, "T1w").vector() for x in (near, far)]
+    known, count = ("T1w",), 2
+    batch = make_batch(
+        [near, far], [mask] * count, ["T1w"] * count, [0] * count, known, looks, looks, source
+    )
+    goal = torch.from_numpy(measure_look(image, mask, 4.0, "T1w").vector()).expand(count, -1)
+    people = None if wanted is None else torch.tensor([float(wanted)] * count)
+    matcher = LookMatcher("histogram", 4.0, known)
+    config = ConditionConfig(match="histogram")
+    told = build_condition(batch, config, matcher, goal, subjects=people).content
+    return batch["image"], from_network(told)
+
+
+def test_looks_of_one_person_are_not_believed_in_what_one_person_may_cause():
+    scans, full = brought_to_a_look(None, None)
+    _, of_many = brought_to_a_look([1000, 1000], 1000)
+    _, of_one = brought_to_a_look([1, 1], 1)
+    torch.testing.assert_close(of_many, full, atol=1e-4, rtol=0)
+    torch.testing.assert_close(of_one[0], scans[0])  # moved by less than one person may account for
+    moved = (full[1] - scans[1]).square()[scans[1] > 0].mean()
+    assert moved > 100 * ONE_SUBJECT**2
+    part = (of_one[1] - scans[1]).norm() / (full[1] - scans[1]).norm()
+    assert 0.98 < part < 1
+
+
+def test_what_is_believed_rises_with_the_number_of_people_on_either_side():
+    def part(source, wanted):
+        scans, some = brought_to_a_look([source, source], wanted)
+        return float((some[0] - scans[0]).norm())
+
+    assert part(2, 2) < part(2, 4) < part(4, 4)
+    assert part(2, 4) == pytest.approx(part(4, 2), rel=1e-4)
+
+
+def test_where_nothing_is_matched_nothing_changes_whoever_was_seen():
+    image, mask = tensors(*[[x] for x in brain()])
+    inf = torch.tensor([float("inf")])
+    assert float(believed(image, image, mask, inf, inf)) == 1
+    assert torch.isfinite(believed(image, image, mask, torch.ones(1), torch.ones(1))).all()

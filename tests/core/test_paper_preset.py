@@ -21,6 +21,7 @@ from sgcd_core.style.encoder import load_encoder
 from sgcd_core.style.look import LOOK_SIZE
 from sgcd_core.style.outlier import OutlierModel, style_features
 from sgcd_core.target_stage import TargetStage
+from sgcd_core.volume.condition import Goals
 
 PAPER = load_config("paper")
 SIDE = 8
@@ -178,9 +179,10 @@ def test_one_step_of_stage_2_and_harmonizing_with_both(
     perturb(stage)
     image, mask = scan(3, 1.7)
     outliers = OutlierModel.fit([style_features(*scan(i, 0.6)) for i in range(3)], [0] * 3)
-    pack = stage.pack(outliers, torch.zeros(2, LOOK_SIZE), {"name": "global"})
+    pack = stage.pack(outliers, Goals(torch.zeros(2, LOOK_SIZE)), {"name": "global"})
     before = pack.weights_digest()
-    tuned = TargetStage(pack, SMALL, "A", load_encoder("statistics"), torch.zeros(2, LOOK_SIZE))
+    goals = Goals(torch.zeros(2, LOOK_SIZE))
+    tuned = TargetStage(pack, SMALL, "A", load_encoder("statistics"), goals)
     tuned.measure_target([batch(0.6, first=5)])
     losses = tuned.step(batch(1.7, first=6), batch(0.6, first=7))
     assert set(losses) == {"loss", "style", "reconstruction"}

@@ -20,6 +20,7 @@ from sgcd_core.style.encoder import load_encoder
 from sgcd_core.style.look import mean_look, measure_look
 from sgcd_core.style.outlier import OutlierModel, style_features
 from sgcd_core.target_stage import TargetStage
+from sgcd_core.volume.condition import Goals
 
 SIDE = 16
 SETTINGS = [
@@ -65,7 +66,7 @@ def site_look(gamma):
 
 
 def looks(*gammas):
-    return torch.from_numpy(np.stack([site_look(g) for g in gammas]))
+    return Goals(torch.from_numpy(np.stack([site_look(g) for g in gammas])))
 
 
 def batch(gammas, first=0, sequences=None):
@@ -86,7 +87,7 @@ def trained(cfg, steps):
     losses = [stage.step(batch((0.5, 2.0), first=2 * i)) for i in range(steps)]
     features = [style_features(*scan(i, g)) for i in range(4) for g in (0.5, 2.0)]
     outliers = OutlierModel.fit(features, [0] * len(features))
-    common = looks(0.5, 2.0).mean(0).expand(2, -1)
+    common = Goals(looks(0.5, 2.0).looks.mean(0).expand(2, -1))
     return (
         stage,
         losses,
@@ -400,3 +401,37 @@ def test_stage_two_walks_anchored_where_that_is_asked_for(monkeypatch):
     stage.step(batch((2.0,)), batch((0.5,), first=200))
     walks = [bases[i : i + 3] for i in range(0, len(bases), 3)]
     assert walks and all(torch.equal(walk[0], x) for walk in walks for x in walk[1:])
+
+
+def test_models_know_how_many_people_their_looks_are_of():
+    cfg = config()
+    stage, _, _ = trained(cfg, 2)
+    common = Goals(looks(0.5, 2.0).looks.mean(0).expand(2, -1), torch.tensor([9.0, 8.0]))
+    outliers = OutlierModel.fit([style_features(*scan(i, 0.5)) for i in range(3)], [0, 0, 0])
+    pack = stage.pack(outliers, common, {"name": "global"})
+    goals = Goals(looks(0.5, 0.5).looks, torch.tensor([1.0, 4.0]))
+    tuned = TargetStage(pack, cfg, "A", load_encoder("statistics"), goals).pack({"name": "A"})
+    for made, wanted in ((pack, [9, 8]), (tuned, [1, 4])):
+        assert Harmonizer(made).goals.subjects.tolist() == wanted
+    assert Harmonizer(tuned).common.subjects.tolist() == [9, 8]
+
+
+def test_a_site_of_one_person_is_harmonized_less_than_one_of_many():
+    cfg = config()
+    _, _, pack = trained(cfg, 2)
+    goals = Goals(looks(0.55, 0.55).looks, torch.tensor([1.0, 1.0]))
+    model = Harmonizer(TargetStage(pack, cfg, "A", load_encoder("statistics"), goals).pack({}))
+    image, mask = scan(7, 0.5)
+
+    def moved(**known):
+        made = model.harmonize(image, mask, "T1w", "s", site_look=site_look(0.5), **known).image
+        return float(np.sqrt(((made - image)[mask] ** 2).mean()))
+
+    assert moved(site_subjects=1) < moved(site_subjects=2) < moved(site_subjects=4)
+    assert moved(site_subjects=1000) < moved()
+    alone = model.harmonize(image, mask, "T1w", "s").image
+    of_one = model.harmonize(
+        image, mask, "T1w", "s", site_look=measure_look(image, mask, 4.0, "T1w").vector(),
+        site_subjects=1,
+    ).image  # fmt: skip
+    np.testing.assert_array_equal(alone, of_one)

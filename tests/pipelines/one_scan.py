@@ -21,6 +21,7 @@ from sgcd_core.io.store import Store
 from sgcd_core.modelpack import ModelPack
 from sgcd_core.style.look import LOOK_SIZE
 from sgcd_core.style.outlier import OutlierModel, style_features
+from sgcd_core.volume.condition import Goals
 from sgcd_core.volume.geometry import Geometry, rows
 from sgcd_core.volume.prepare import Prepared
 from sgcd_core.volume.transport import native_on_model_grid
@@ -104,7 +105,7 @@ def model_pack(folder: Path, config: SgcdConfig = CONFIG, **meta: Any) -> ModelP
             weight += 0.05 * torch.randn(weight.shape, generator=generator)
     one = Site(folder)
     outliers = OutlierModel.fit([style_features(one.image, one.model_mask)] * 2, [0, 0])
-    return stage.pack(outliers, torch.zeros(2, LOOK_SIZE), {"name": "global", **meta})
+    return stage.pack(outliers, Goals(torch.zeros(2, LOOK_SIZE)), {"name": "global", **meta})
 
 
 def toy_model(folder: Path) -> Harmonizer:

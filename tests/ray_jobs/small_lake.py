@@ -48,6 +48,7 @@ def make_global_model(lake: str) -> None:
     from sgcd_core.modelpack import save_modelpack
     from sgcd_core.style.look import LOOK_SIZE
     from sgcd_core.style.outlier import OutlierModel, style_features
+    from sgcd_core.volume.condition import Goals
 
     config = load_config("tiny", settings=SETTINGS)
     rng = np.random.default_rng(0)
@@ -58,7 +59,6 @@ def make_global_model(lake: str) -> None:
         "name": "global", "kind": "global", "target": None, "training_sites": ["A"],
         "sequences": ["T1w"],
     }  # fmt: skip
-    pack = stage.pack(
-        OutlierModel.fit(features, [0, 0, 0]), torch.zeros(len(config.sequences), LOOK_SIZE), meta
-    )
+    common = Goals(torch.zeros(len(config.sequences), LOOK_SIZE))
+    pack = stage.pack(OutlierModel.fit(features, [0, 0, 0]), common, meta)
     save_modelpack(Lake.open(lake, create=True).model("global", 1), pack, Store())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,10 @@ from pipelines.lake import Lake
 from ray_jobs import site_looks as module
 from ray_jobs.prepare import PrepareJob
 from ray_jobs.site_looks import MOST_SCANS, _sample, look_uri, site_looks
+from ray_jobs.volume_stream import by_site, common_goals, site_goals
 from sgcd_core.config import load_config
+from sgcd_core.io.store import Store
+from sgcd_core.style.look import LOOK_SIZE, SiteLook
 
 
 def scan(number: int, split: str | None = "train", **more: Any) -> dict[str, Any]:
@@ -53,17 +57,52 @@ def test_a_look_is_kept_until_a_scan_it_was_measured_on_is_of_another_site(
 
     def mean_number(ray: Any, rows: list[dict[str, Any]], *_: Any) -> Any:
         mine = [int(row["scan_id"]) for row in rows if row["sequence"] == "T1w"]
-        return {("A", 0): (len(mine), np.full(3, np.mean(mine)))}
+        return {("A", 0): SiteLook(len(mine), np.full(3, np.mean(mine)), len(mine))}
 
     monkeypatch.setattr(module, "_measure", mean_number)
 
     def look(*scans: dict[str, Any]) -> float:
         table = pa.Table.from_pylist(list(scans))
         work = table.filter(pa.compute.field("site") == "A")
-        return float(site_looks(None, table, work, job, config, None)["A", "T1w"][0])
+        return float(site_looks(None, table, work, job, config, None)["A", "T1w"].mean[0])
 
     assert look(scan(1), scan(3)) == 2
     assert look(scan(1), scan(3), scan(8)) == 2, "it does not depend on when scans came"
     assert look(scan(1), scan(3, site="B"), scan(9)) == 5, "a corrected site"
     assert look(scan(1), scan(3, site="B"), scan(9), scan(11)) == 5
     assert look(scan(1, sequence="T2w"), scan(9)) == 9
+
+
+def test_a_look_says_how_many_people_it_is_of() -> None:
+    rows = [
+        {"scan_id": f"{n}", "dataset": data, "subject": subject, "site": site}
+        for n, (data, subject, site) in enumerate([
+            ("one", "01", "A"), ("one", "01", "A"), ("two", "01", "A"), ("one", None, "A"),
+            ("one", None, "A"), ("one", "02", "B"),
+        ])
+    ]  # fmt: skip
+    found = by_site(rows, [0, 0, 0, 0, 1, 0], [np.full(2, float(n)) for n in range(6)])
+    assert {key: (look.scans, look.subjects) for key, look in found.items()} == {
+        ("A", 0): (4, 3), ("A", 1): (1, 1), ("B", 0): (1, 1),
+    }  # fmt: skip
+    assert found["A", 0].mean.tolist() == [1.5, 1.5]
+
+
+def test_goals_of_a_site_and_of_all() -> None:
+    def look(value: float, subjects: int) -> SiteLook:
+        return SiteLook(2 * subjects, np.full(LOOK_SIZE, value, np.float32), subjects)
+
+    looks = {("A", 0): look(1, 3), ("B", 0): look(3, 1), ("B", 1): look(5, 2)}
+    common = common_goals(looks, 3)
+    assert common.looks[:, 0].tolist() == [2, 5, 0]
+    assert common.subjects is not None and common.subjects.tolist() == [4, 2, 0]
+    mine = site_goals(looks, "A", common)
+    assert mine.looks[:, 0].tolist() == [1, 5, 0]
+    assert mine.subjects is not None and float(mine.subjects[0]) == 3
+
+
+def test_looks_that_earlier_versions_kept_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "look.json"
+    path.write_text(json.dumps({"format": 4, "scans": 3, "look": [0.5, 1.0]}))
+    look, scan_ids = module._read(Store(), str(path))
+    assert (look.scans, look.subjects, look.mean.tolist(), scan_ids) == (3, 3, [0.5, 1.0], [])
