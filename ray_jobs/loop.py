@@ -21,7 +21,7 @@ from pipelines.lease import Hold
 from ray_jobs.checkpoint import Checkpoints
 from ray_jobs.session import data_settings
 from ray_jobs.volume_stream import Looks, training_stream
-from ray_jobs.watch import Losses, Watch
+from ray_jobs.watch import PULSE, Losses, Watch, seen_on
 from sgcd_core.config import SgcdConfig
 from sgcd_core.errors import ConfigError, SgcdError, StorageError
 
@@ -215,7 +215,9 @@ def _fit_beside(trainer: Any, watch: Watch) -> Exception | None:
         if not watch.stop():  # a node is waited for, and that may take for ever
             raise
         print("stopping at the end of this step; again to stop at once", file=sys.stderr)
-        ended.wait()
+        while not ended.wait(PULSE):
+            if not watch.attended():  # the workers went with their node, and another is waited for
+                raise
         for error in errors:  # the state of the last step is not kept then
             log.warning("event=stop_failed error=%s", type(error).__name__, exc_info=error)
         raise
@@ -231,7 +233,8 @@ def _guarded(worker: Callable[[dict[str, Any]], None], setup: dict[str, Any]) ->
     if known is not None and not _passing(known):
         raise known
     try:
-        worker(setup)
+        with seen_on(board):
+            worker(setup)
     except Exception as error:  # noted for the driver, then left to Ray Train
         cause = coded(error)
         if cause is not None:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import contextlib
 import math
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -20,6 +21,8 @@ from sgcd_core.errors import SgcdError
 LAST_STEPS = 20
 #: Seconds a step took, and seconds of them that the slowest worker waited for data.
 SECONDS, WAIT = "step_seconds", "data_wait_seconds"
+#: Seconds from one sign of life of a worker to the next, and without any until none is there.
+PULSE, SILENCE = 5.0, 60.0
 
 Losses = dict[str, float]
 
@@ -29,7 +32,7 @@ class Board:
 
     def __init__(self) -> None:
         self._items: list[Losses] = []
-        self._stop = self._begun = False
+        self._stop, self._heard = False, -math.inf
         self._error: SgcdError | None = None
 
     def put(self, items: Sequence[Losses]) -> bool:
@@ -44,17 +47,21 @@ class Board:
 
     def begin(self) -> SgcdError | None:
         """A worker has started; the error that was left, if there is one."""
-        self._begun = True
+        self.pulse()
         return self._error
 
-    def stop(self) -> bool:
-        """Ask the workers to keep a checkpoint and stop at the end of their step.
+    def pulse(self) -> None:
+        """A worker is there."""
+        self._heard = time.monotonic()
 
-        Returns:
-            Whether there is any: none has started while a node is waited for.
-        """
+    def attended(self) -> bool:
+        """Whether there is any worker: there is none while a node is waited for."""
+        return time.monotonic() - self._heard < SILENCE
+
+    def stop(self) -> bool:
+        """Ask the workers to keep a checkpoint and stop at the end of their step; `attended`."""
         self._stop = True
-        return self._begun
+        return self.attended()
 
     def fail(self, error: SgcdError | None) -> None:
         """Leave the error that ends the training; None takes it away."""
@@ -63,6 +70,22 @@ class Board:
     def error(self) -> SgcdError | None:
         """The error that was left."""
         return self._error
+
+
+@contextlib.contextmanager
+def seen_on(board: Any) -> Iterator[None]:
+    """While the body runs in a worker, the board is told that it is there."""
+    ended = threading.Event()
+
+    def tell() -> None:
+        while not ended.wait(PULSE):
+            board.pulse.remote()
+
+    threading.Thread(target=tell, name="pulse", daemon=True).start()
+    try:
+        yield
+    finally:
+        ended.set()
 
 
 class Watch:
@@ -95,13 +118,20 @@ class Watch:
 
     def stop(self) -> bool:
         """See `Board.stop`."""
+        return self._asked(self.board.stop)
+
+    def attended(self) -> bool:
+        """See `Board.attended`."""
+        return self._asked(self.board.attended)
+
+    def _asked(self, question: Any) -> bool:
         import ray
         from ray.exceptions import RayError
 
-        begun = True  # where Ray is gone the training ends by itself
+        answer = True  # where Ray is gone the training ends by itself
         with contextlib.suppress(RayError):  # where all was told to stop, Ray may be gone
-            begun = bool(ray.get(self.board.stop.remote()))
-        return begun
+            answer = bool(ray.get(question.remote()))
+        return answer
 
     def error(self) -> SgcdError | None:
         """The error with a code that a worker ended with; it is forgotten here."""

@@ -15,7 +15,7 @@ import ray
 
 from pipelines.lake import Lake
 from pipelines.lease import Hold
-from ray_jobs import loop
+from ray_jobs import loop, watch
 from ray_jobs.checkpoint import Checkpoints
 from ray_jobs.watch import Board
 from sgcd_core.config import SgcdConfig
@@ -171,36 +171,62 @@ def test_a_worker_is_not_started_again_after_an_error_it_cannot_mend(
 
 
 class Waits:
-    """A `Watch` that a worker has told that it began, or none has."""
+    """A `Watch` of workers that are there at the first questions, for each an answer."""
 
-    def __init__(self, begun: bool) -> None:
-        self.begun, self.asked = begun, threading.Event()
+    def __init__(self, *there: bool) -> None:
+        self.there, self.asked = list(there), threading.Event()
 
     def stop(self) -> bool:
         self.asked.set()
-        return self.begun
+        return self.attended()
+
+    def attended(self) -> bool:
+        return self.there.pop(0) if len(self.there) > 1 else self.there[0]
 
 
-@pytest.mark.parametrize("begun", [False, True])
-def test_a_stop_waits_for_workers_that_began_and_for_no_node(begun: bool) -> None:
-    """Ctrl-C while a training waits for a node that may never come ends it."""
-    watch, ends = Waits(begun), threading.Event()
+@pytest.mark.parametrize("there", [(False,), (True,), (True, True, False)], ids=str)
+def test_a_stop_waits_for_workers_that_are_there_and_for_no_node(
+    there: tuple[bool, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C while a training waits for a node that may never come, the first or a new, ends it."""
+    monkeypatch.setattr(loop, "PULSE", 0.05)
+    workers, ends = Waits(*there), threading.Event()
 
     def fit() -> None:
         os.kill(os.getpid(), signal.SIGINT)
-        if begun:  # its workers keep their state and end
-            watch.asked.wait(30)
+        if there[-1]:  # its workers keep their state and end
+            workers.asked.wait(30)
         else:  # no worker: nothing ends it
             ends.wait(30)
 
     started = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
-        loop._fit_beside(SimpleNamespace(fit=fit), watch)
-    assert watch.asked.is_set() and time.monotonic() - started < 20
+        loop._fit_beside(SimpleNamespace(fit=fit), workers)
+    assert workers.asked.is_set() and time.monotonic() - started < 20
     ends.set()
 
 
-def test_the_board_knows_whether_a_worker_began() -> None:
-    board = Board()
-    assert not board.stop()
-    assert board.begin() is None and board.stop() and board.put([])
+def test_the_board_knows_whether_a_worker_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    board, now = Board(), 100.0
+    monkeypatch.setattr(watch, "time", SimpleNamespace(monotonic=lambda: now))
+    assert not board.stop() and not board.attended()
+    assert board.begin() is None and board.attended() and board.stop() and board.put([])
+    now += watch.SILENCE - 1
+    board.pulse()
+    now += watch.SILENCE - 1
+    assert board.attended()
+    now += 2
+    assert not board.attended()
+
+
+def test_a_worker_tells_that_it_is_there_until_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch, "PULSE", 0.01)
+    told = threading.Event()
+    board = SimpleNamespace(pulse=SimpleNamespace(remote=told.set))
+    with pytest.raises(RuntimeError), watch.seen_on(board):
+        assert told.wait(30)
+        raise RuntimeError("the body's own")
+    thread = next((t for t in threading.enumerate() if t.name == "pulse"), None)
+    if thread is not None:
+        thread.join(30)
+        assert not thread.is_alive()
