@@ -28,7 +28,7 @@ from ray_jobs.volume_stream import Looks, Survey
 from sgcd_core.batch import Batch, make_batch
 from sgcd_core.config import PrepareConfig, SgcdConfig
 from sgcd_core.io.nifti import NiftiScan
-from sgcd_core.style.look import SiteLook, blend, leave_out, measure_look
+from sgcd_core.style.look import SiteLook, blend, leave_out, measure_look, voxels
 from sgcd_core.style.outlier import style_features
 from sgcd_core.volume.prepare import Prepared, prepare_scan
 from sgcd_core.volume.resample import voxel_sides
@@ -262,4 +262,5 @@ class Cohort:
             yield make_batch(
                 [s.image for s in scans], [s.mask for s in scans], [s.sequence for s in scans],
                 [row[2] for row in rows], config.sequences, looks, sources, subjects,
+                [float(voxels(s.look)) for s in scans],
             )  # fmt: skip

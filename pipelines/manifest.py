@@ -248,8 +248,8 @@ def _judge_facts(
     if row["site"] is None:
         return _failed(
             row, "SCAN-NO-SITE",
-            "no site is known for this scan. Give a column site in participants.tsv or "
-            "sessions.tsv, or use --site-from.",
+            "no site is known for this scan. Give a column site in the manifest, participants.tsv "
+            "or sessions.tsv, or use --site-from.",
         )  # fmt: skip
     if row["subject"] is None:
         return _failed(row, "MANIFEST-COLUMN", "the column subject is empty. Fill it in.")

@@ -95,13 +95,20 @@ def prepare_one(row: dict[str, Any], lake: Lake, config: PrepareConfig) -> dict[
     return out
 
 
-def load_prepared(lake: Lake, recipe: str, scan_id: str) -> PreparedFiles:
+def load_prepared(lake: Lake | str, recipe: str, scan_id: str) -> PreparedFiles:
     """A prepared scan.
+
+    Args:
+        lake: Lake, or its address.
+        recipe: Digest of the settings that it was prepared with, `SgcdConfig.prepare.digest()`;
+            the folders in `prepared/` of the lake.
+        scan_id: As in the table `scans`.
 
     Raises:
         InputError: SCAN-MISSING when it is not in the lake, or a code of `read_nifti`.
         StorageError: The store is out of reach or the geometry is damaged.
     """
+    lake = Lake.open(lake) if isinstance(lake, str) else lake
     store, folder = Store(), lake.prepared(recipe, scan_id)
     geometry, digests = _geometry(store, join(folder, GEOMETRY))
     return PreparedFiles(

@@ -163,7 +163,12 @@ RESULTS = Table(
         Column("sidecar_uri", STRING, "JSON beside the output"),
         Column("gradient_correlation", FLOAT, "edges before and after, masked", unit="1"),
         Column("volume_drift", FLOAT, "largest relative change of a tissue volume", unit="1"),
-        Column("outlier_score", FLOAT, "distance from the training scans", unit="robust z"),
+        Column(
+            "outlier_score",
+            FLOAT,
+            "distance from the nearest other training scan; 1 is usual",
+            unit="1",
+        ),
         Column("lesion_ml", FLOAT, "lesion mask inside the brain; missing: no mask", unit="ml"),
         Column("uncertainty_mean", FLOAT, "mean over the brain of the uncertainty map", unit="1"),
         Column("uncertainty_uri", STRING, "that map, on the scan's own grid"),

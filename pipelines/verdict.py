@@ -104,7 +104,7 @@ def summarize(rows: Iterable[Mapping[str, Any]], *, seed: int = 0) -> Summary:
     """Tables and sentences from rows of the table `metrics` of one model version."""
     kept = [row for row in rows if row["metric"] in MEASURES]
     lines, groups = _lines(kept, True, seed), _lines(kept, False, seed)
-    return Summary(lines, groups, verdict(groups))
+    return Summary(lines, groups, verdict(groups, lines))
 
 
 def _lines(rows: Sequence[Mapping[str, Any]], per_site: bool, seed: int) -> list[Line]:
@@ -153,19 +153,25 @@ def estimate(rows: Sequence[Mapping[str, Any]], seed: int = 0) -> Estimate:
     return Estimate(float(np.mean([np.mean(v) for v in finite.values()])), low, high)
 
 
-def verdict(groups: Sequence[Line]) -> list[str]:
-    """A sentence for each sequence, seen or unseen, and rival, with the numbers."""
+def verdict(groups: Sequence[Line], sites: Sequence[Line] = ()) -> list[str]:
+    """A sentence for each sequence, seen or unseen, and rival, with the numbers.
+
+    And one for the sites that the mean hides: where the raw scans are closer.
+    """
     sentences = []
     for sequence, seen in dict.fromkeys((g.sequence, g.seen) for g in groups):
         lines = [g for g in groups if (g.sequence, g.seen) == (sequence, seen)]
-        sites = {True: "sites seen in training", False: "sites never seen in training"}
-        head = f"{sequence}, {sites.get(seen, 'all sites') if seen is not None else 'all sites'}"
+        names = {True: "sites seen in training", False: "sites never seen in training"}
+        head = f"{sequence}, {names.get(seen, 'all sites') if seen is not None else 'all sites'}"
         people = max(line.n for line in lines)
         head += f" ({people} {'subject' if people == 1 else 'subjects'})"
         for name, methods in _rivals(lines):
             sentence = _compare(lines, name, methods)
             if sentence:
                 sentences.append(f"{head}: {sentence}")
+        worse = _worse([line for line in sites if (line.sequence, line.seen) == (sequence, seen)])
+        if worse:
+            sentences.append(f"{head}: taken alone SGCD is NOT closer than the raw scans {worse}.")
     if not sentences:
         sentences.append(
             "No scan has a truth to compare with: no test subject was also scanned at the target "
@@ -208,6 +214,17 @@ def _compare(lines: Sequence[Line], name: str, methods: Sequence[str]) -> str:
         best = name if len(methods) == 1 else "the best of the classical methods"
         parts.append(f"SGCD is NOT closer than {best} on {_and(losses)}")
     return "; ".join(parts) + "." if parts else ""
+
+
+def _worse(lines: Sequence[Line]) -> str:
+    """Sites, of several, where the raw scans are closer, with the measures."""
+    found: dict[str, list[str]] = {}
+    for line in lines:
+        if line.closer("sgcd", "raw") is False:
+            found.setdefault(line.site, []).append(MEASURES[line.metric].title)
+    if len({line.site for line in lines}) < 2:  # the mean is that site's
+        return ""
+    return "; ".join(f"at {site} on {_and(titles)}" for site, titles in found.items())
 
 
 def number(metric: str, value: float) -> str:

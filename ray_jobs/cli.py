@@ -5,6 +5,8 @@ Nothing heavy is imported here: `sgcd --help` must answer at once.
 
 from __future__ import annotations
 
+import argparse
+import difflib
 import importlib
 import io
 import json
@@ -34,6 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")
     parser = build_bids_parser() if is_bids_app(words) else build_parser()
     try:
+        if not is_bids_app(words):
+            _check_command(parser, words)
         args = parser.parse_args(words)
     except SystemExit as end:  # argparse: --help, --version and usage errors
         return end.code if isinstance(end.code, int) else UsageError.exit_code
@@ -71,6 +75,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         _nobody_reads()
     return outcome.exit_code
+
+
+def _check_command(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
+    """End with the command that was probably meant where there is none of that name."""
+    if words and words[0] not in COMMANDS:
+        for near in difflib.get_close_matches(words[0], COMMANDS, 1):
+            parser.error(f"there is no command {words[0]!r}; did you mean {near}?")
 
 
 def _nobody_reads() -> None:

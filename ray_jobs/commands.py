@@ -9,7 +9,7 @@ from ray_jobs.context import absolute, open_lake, quoted, recorded
 from ray_jobs.outcome import DONE, WITH_FAILURES, Outcome, failure_line, table
 from ray_jobs.settings import from_args
 from sgcd_core.config import load_config
-from sgcd_core.errors import REPLACED, InputError, ModelError, StorageError
+from sgcd_core.errors import REPLACED, InputError, ModelError, StorageError, UsageError
 
 
 def check(args: Any) -> Outcome:
@@ -77,11 +77,17 @@ def index(args: Any) -> Outcome:
     # The lake is made only once the sources are known to hold something.
     lake = Lake(absolute(args.lake))
     exists = Store().exists(lake.marker)
+    sources = [source if "://" in source else absolute(source) for source in args.sources]
+    if not exists and lake.uri in sources:
+        raise UsageError(
+            "the lake would lie in the source itself, among the raw data.", where=lake.uri,
+            hint="Give --lake a folder of its own.",
+        )  # fmt: skip
     config = from_args(args, lake).prepare
     known = Catalog(lake).rows("scans").to_pylist() if exists else []
     with Progress("index", None) as progress:
         found = index_sources(
-            [source if "://" in source else absolute(source) for source in args.sources],
+            sources,
             site_from=args.site_from, sequences=args.sequences, known=known, config=config,
             progress=progress.reach,
         )  # fmt: skip
@@ -99,15 +105,19 @@ def index(args: Any) -> Outcome:
         )
     lines = [f"note: {note}" for note in notes] + [failure_line(row) for row in bad]
     sites = Counter(row["site"] or "-" for row in rows if row["status"] == "ok")
-    text = f"{len(rows)} scans new or changed, {len(found.unchanged)} unchanged"
-    text += f", {len(bad)} cannot be used" if bad else ""
+    before = latest_by_uri(known)
+    unfit = sum(before[uri]["status"] != "ok" for uri in found.unchanged)
+    text = f"{len(rows)} scans new or changed"
+    text += f", {len(bad)} of them cannot be used" if bad else ""
+    text += f", {len(found.unchanged)} unchanged"
+    text += f", {unfit} of them cannot be used" if unfit else ""
     if sites:
         text += f"; sites: {', '.join(f'{site} {n}' for site, n in sorted(sites.items()))}"
     usable = [row["site"] for row in rows if row["status"] == "ok"]
-    before = latest_by_uri(known)
     usable += [before[uri]["site"] for uri in found.unchanged if before[uri]["status"] == "ok"]
     data = {
-        "new": len(rows), "unchanged": len(found.unchanged), "sites": dict(sites),
+        "new": len(rows), "unchanged": len(found.unchanged), "unchanged_failed": unfit,
+        "sites": dict(sites),
         "source_sites": sorted(set(usable)),
         "failed": [{k: row[k] for k in ("scan_id", "uri", "code", "message")} for row in bad],
         "notes": notes,

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from pipelines.catalog import Catalog
 from pipelines.lake import Lake
 from sgcd_core.errors import SgcdError
-from sgcd_core.io.store import Store, is_s3, local_path, trimmed
+from sgcd_core.io.store import Store, filled, is_s3, local_path, trimmed
 
 if TYPE_CHECKING:
     from pipelines.tracking import Tracker
@@ -139,7 +139,7 @@ def absolute(uri: str) -> str:
     """
     if is_s3(uri):
         return trimmed(uri)
-    return os.path.abspath(os.path.expanduser(local_path(uri)))
+    return os.path.abspath(os.path.expanduser(local_path(filled(uri))))
 
 
 def quoted(argument: str) -> str:

@@ -28,7 +28,7 @@ from ray_jobs.preflight import need_of
 from ray_jobs.prepare import PrepareJob
 from ray_jobs.session import session
 from ray_jobs.settings import over_model
-from ray_jobs.site_looks import site_looks
+from ray_jobs.site_looks import few_notes, site_looks
 
 log = logging.getLogger(__name__)
 
@@ -125,6 +125,7 @@ def run(args: Any) -> Outcome:
         describe(lake, model, version)  # a run that was stopped may have left it undone
         return Outcome(f"nothing to harmonize with {name}: {sentence}", next=follow, data=data)
     tally = Tally()
+    few: list[str] = []
     started = time.monotonic()
     tags = {"model": model, "version": version, "batch_id": job.batch_id, "asked": args.model}
     with tracked(lake, "harmonize", config, **tags) as (summary, tracker):
@@ -135,7 +136,7 @@ def run(args: Any) -> Outcome:
                 commit.add(row)
             if planned:
                 with taken_back(lake, job.batch_id, job.key, preparing(job).key):
-                    _harmonize(args, job, made, commit, tally)
+                    few = _harmonize(args, job, made, commit, tally)
         if tally.counts.total() != planned:  # a law of this program, not a user's mistake
             raise RuntimeError(f"{planned} scans went in, {tally.counts.total()} rows came out")
         summary.update(
@@ -161,13 +162,13 @@ def run(args: Any) -> Outcome:
         lines.append(f"… and {tally.failed - len(tally.bad)} more: see the table `results`")
     if made.relabelled:
         lines.append(f"note: {made.relabelled} of them again: a label was corrected since.")
-    lines += tally.notes()
+    lines += few + tally.notes()
     code = WITH_FAILURES if tally.failed or refused else DONE
     return Outcome(text, next=follow, exit_code=code, lines=lines, data=data)
 
 
-def _harmonize(args: Any, job: Job, made: Plan, commit: Committer, tally: Tally) -> None:
-    """Send every planned scan through the cluster's workers."""
+def _harmonize(args: Any, job: Job, made: Plan, commit: Committer, tally: Tally) -> list[str]:
+    """Send every planned scan through the cluster's workers; notes about the sites' looks."""
     from pipelines.dataset_files import write_description
     from pipelines.derivative import output_names
     from pipelines.progress import Progress
@@ -208,6 +209,7 @@ def _harmonize(args: Any, job: Job, made: Plan, commit: Committer, tally: Tally)
             commit.add(row)
             tally.add(scan, row)
             progress.update(1, **tally.counts)
+    return few_notes(looks)
 
 
 def preparing(job: Job) -> PrepareJob:

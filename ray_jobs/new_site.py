@@ -28,9 +28,6 @@ from sgcd_core.config import SgcdConfig
 from sgcd_core.errors import InputError, ModelError, UsageError
 from sgcd_core.io.store import Store
 
-#: Scans of a site and sequence below which its look rests on so few that it is said.
-FEW_SCANS = 3
-
 Row = dict[str, Any]
 
 
@@ -166,7 +163,7 @@ class NewSite:
         return outcome
 
     def _sites(self, indexed: Outcome) -> list[str]:
-        """The sites of the source's usable scans; notes about those with few."""
+        """The sites of the source's usable scans."""
         sites: list[str] = indexed.data["source_sites"]
         if not sites:
             raise InputError(
@@ -175,17 +172,6 @@ class NewSite:
                 hint="The lines above say why where they are new; of all of them: `sgcd query "
                 "\"SELECT uri, code, message FROM scans WHERE status = 'failed'\" --lake LAKE`.",
             )  # fmt: skip
-        count = Counter(
-            (scan["site"], scan["sequence"])
-            for scan in self.catalog.rows("scans").to_pylist()
-            if scan["status"] == "ok" and scan["site"] in sites
-        )
-        for (site, sequence), n in sorted(count.items()):
-            if n < FEW_SCANS:
-                self.lines.append(
-                    f"note: site {site} has {n} {sequence} scan{'s' if n > 1 else ''}; what is "
-                    "taken for the scanner's look may be that of the people. More scans help."
-                )
         return sites
 
     def _tune_first(self) -> bool:

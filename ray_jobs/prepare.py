@@ -106,7 +106,8 @@ def run(args: Any) -> Outcome:
     if args.force:  # also what was set aside
         forget_attempts(lake, job.key, {scan["scan_id"] for scan in todo})
     failed: list[Row] = []
-    done = 0
+    done, site_of = 0, {scan["scan_id"]: scan["site"] or "-" for scan in todo}
+    extracted: dict[str, set[str]] = {"given": set(), "here": set()}
     with recorded(lake, "prepare", config.digest()) as summary:
         with (
             taken_back(lake, job.run, job.key),
@@ -117,12 +118,15 @@ def run(args: Any) -> Outcome:
                 done += 1
                 if row["status"] != "ok":
                     failed.append(row)
+                elif row["mask_source"]:  # not of one that was prepared meanwhile
+                    where = "given" if row["mask_source"] == "given" else "here"
+                    extracted[where].add(site_of[row["scan_id"]])
                 progress.update(1, failed=len(failed))
         if done != len(todo):  # a law of this program, not a user's mistake
             raise RuntimeError(f"{len(todo)} scans went in, {done} rows came out")
         summary.update(prepared=done - len(failed), failed=len(failed), recipe=recipe)
     codes = Counter(row["code"] for row in failed)
-    lines = [failure_line(row) for row in failed] + kept
+    lines = [failure_line(row) for row in failed] + kept + _mixed(extracted)
     reasons = ", ".join(f"{n} {code}" for code, n in codes.most_common())
     text = f"prepared {done - len(failed)} scans, {skipped} were prepared before"
     text += f", {len(failed)} failed ({reasons})" if failed else ""
@@ -135,6 +139,17 @@ def run(args: Any) -> Outcome:
     if not args.model and len(failed) == len(usable):  # nothing to go on with
         follow = _look(args)
     return Outcome(text, next=follow, exit_code=code, lines=lines, data=data)
+
+
+def _mixed(extracted: dict[str, set[str]]) -> list[str]:
+    """A note where some brains came extracted and others were extracted here."""
+    if not all(extracted.values()):
+        return []
+    given, here = (", ".join(sorted(extracted[key])) for key in ("given", "here"))
+    return [
+        f"note: scans of {given} came brain-extracted, those of {here} were extracted here: what "
+        "the tools do differently is taken for the scanners'. Whole heads of all sites are better."
+    ]
 
 
 def _look(args: Any) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 #: Scans measured of each site and sequence; the mean of more would hardly move.
 MOST_SCANS = 32
+#: People behind a look below which it is said how few they are.
+FEW_PEOPLE = 3
 #: Raised when a look is measured in another way: those kept are measured again.
 _FORMAT = 4
 
@@ -96,6 +99,17 @@ def site_looks(
             store.write_bytes(uri, json.dumps(body).encode(), if_absent=not anew)
         found[key], _ = _read(store, uri)
     return found
+
+
+def few_notes(looks: Mapping[tuple[str, str], SiteLook]) -> list[str]:
+    """A line for each look that few people are behind."""
+    return [
+        f"note: the look of {site} in {sequence} is that of {look.subjects} "
+        f"{'person' if look.subjects == 1 else 'people'}; what is taken for the scanner's may be "
+        "theirs. Scans of more people help."
+        for (site, sequence), look in sorted(looks.items())
+        if look.subjects < FEW_PEOPLE
+    ]
 
 
 def _read(store: Store, uri: str) -> tuple[SiteLook, list[str]]:

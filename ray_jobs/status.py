@@ -12,6 +12,8 @@ from sgcd_core.errors import REPLACED
 if TYPE_CHECKING:
     import pyarrow as pa
 
+    from pipelines.catalog import Catalog
+
 
 def run(args: Any) -> Outcome:
     """Count scans, prepared volumes, models and results; name the next command."""
@@ -52,8 +54,7 @@ def run(args: Any) -> Outcome:
     elif not targets:
         follow = f"sgcd suggest-target --lake {here}"
     else:
-        model = targets[-1] + ("@champion" if "champion" in named[targets[-1]] else "")
-        follow = f"sgcd harmonize --lake {here} --model {quoted(model)} --only-new"
+        follow = _with_model(catalog, targets, named, here)
     counts: Counter[str] = Counter()
     for (_, status, _), number in results.items():
         counts[status] += number
@@ -70,6 +71,42 @@ def run(args: Any) -> Outcome:
         "aliases": named, "results": dict(counts), "relabelled": relabelled,
     }  # fmt: skip
     return Outcome(text, next=follow, lines=lines, data=data)
+
+
+def _with_model(
+    catalog: Catalog, targets: list[str], named: dict[str, dict[str, int]], here: str
+) -> str:
+    """What is left to do with a target model, a champion where there is one; "" for nothing."""
+    from pipelines.plan import plan
+    from pipelines.report.write import INDEX, report_name
+    from ray_jobs.models import meta_of, resolve
+    from sgcd_core.io.store import Store, join
+
+    champions = [name for name in targets if "champion" in named[name]]
+    asked = f"{champions[-1]}@champion" if champions else targets[-1]
+    name, version = resolve(catalog.lake, asked)
+    words = f"--lake {here} --model {quoted(asked)}"
+    learned = meta_of(catalog.lake, name, version).get("sequences")
+    if plan(catalog, name, version, known=learned, only_new=True).todo.num_rows:
+        return f"sgcd harmonize {words} --only-new"
+    ran = [
+        row["command"]
+        for row in catalog.rows("runs").sort_by("started_at").to_pylist()
+        if row["status"] in ("ok", "partial") and row["command"] in ("harmonize", "evaluate")
+        and _of_model(row["summary"], name, version)
+    ]  # fmt: skip
+    if ran[-1:] != ["evaluate"]:
+        return f"sgcd evaluate {words}"
+    page = join(catalog.lake.report(report_name(name, version)), INDEX)
+    return "" if Store().exists(page) else f"sgcd report {words}"
+
+
+def _of_model(summary: str | None, name: str, version: int) -> bool:
+    """Whether a run's summary is of this version of this model."""
+    import json
+
+    body = json.loads(summary or "{}")
+    return bool((body.get("model"), body.get("version")) == (name, version))
 
 
 def _groups(scans: pa.Table, ready: set[str]) -> dict[tuple[str, str], dict[str, int]]:

@@ -59,8 +59,9 @@ def training_stream(
     Returns:
         Data set whose rows have `step` and, for each role, `ROLE_image` float32 (X, Y, Z),
         `ROLE_mask` uint8 (X, Y, Z), `ROLE_sequence`, `ROLE_seed`, `ROLE_look`, the look of the
-        scan's site without this scan, `ROLE_source`, the look it is taken to have, and
-        `ROLE_subjects`, how many people the site's look was measured on.
+        scan's site without this scan, `ROLE_source`, the look it is taken to have,
+        `ROLE_subjects`, how many people the site's look was measured on, and `ROLE_voxel`, the
+        longest side of the stored scan's voxels, mm.
     """
     blocks = max(1, min(len(schedule), 4 * cpu_count(), len(schedule) // 8))
     items = ray.data.from_items([packed(row) for row in schedule], override_num_blocks=blocks)
@@ -114,10 +115,10 @@ def load_packed(
     out: dict[str, Any] = {"step": row["step"]}
     for role, (scan_id, sequence, seed, site) in row["scans"].items():
         files = load_prepared(lake, config.digest(), scan_id)
+        voxel = files.geometry.longest_voxel_mm()
         own = measure_look(
-            files.image, files.mask, config.mm, names[sequence],
-            voxel_mm=files.geometry.longest_voxel_mm(),
-        ).vector()  # fmt: skip
+            files.image, files.mask, config.mm, names[sequence], voxel_mm=voxel
+        ).vector()
         theirs = looks[site, sequence]
         out[f"{role}_image"] = np.asarray(files.image, dtype=np.float32)
         out[f"{role}_mask"] = np.asarray(files.mask, dtype=np.uint8)
@@ -127,6 +128,7 @@ def load_packed(
         # from its own to its site's: the smaller a group, the further off its look is
         out[f"{role}_source"] = blend(theirs.mean, own, np.random.default_rng(seed).uniform())
         out[f"{role}_subjects"] = theirs.subjects
+        out[f"{role}_voxel"] = voxel
     return out
 
 
@@ -235,4 +237,5 @@ def to_batch(columns: dict[str, Any], role: str) -> Batch:
         "look": tensor("look").float(),
         "source": tensor("source").float(),
         "subjects": tensor("subjects").float(),
+        "voxel": tensor("voxel").float(),
     }

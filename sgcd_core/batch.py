@@ -30,6 +30,7 @@ class Batch(TypedDict):
         source: (B, LOOK_SIZE) float32, the look each scan is taken to have: its site's and some
             of its own.
         subjects: (B,) float32, how many people the site's look was measured on; inf: not known.
+        voxel: (B,) float32, the longest side of the stored scans' voxels, mm; 0: not known.
     """
 
     image: Tensor
@@ -39,6 +40,7 @@ class Batch(TypedDict):
     look: Tensor
     source: Tensor
     subjects: Tensor
+    voxel: Tensor
 
 
 def make_batch(
@@ -50,10 +52,11 @@ def make_batch(
     looks: Sequence[NDArray[np.float32]],
     sources: Sequence[NDArray[np.float32]],
     subjects: Sequence[float] | None = None,
+    voxel: Sequence[float] | None = None,
 ) -> Batch:
     """Stack (X, Y, Z) volumes into a batch; `known` is `config.sequences`, looks are vectors.
 
-    Without `subjects` nothing is known about how many people the looks were measured on.
+    Without `subjects` and `voxel` neither is known.
 
     Raises:
         InputError: SCAN-SEQUENCE, a sequence the model does not know.
@@ -71,6 +74,7 @@ def make_batch(
         look=torch.from_numpy(np.stack(looks).astype(np.float32)),
         source=torch.from_numpy(np.stack(sources).astype(np.float32)),
         subjects=torch.tensor(subjects or [math.inf] * len(images), dtype=torch.float32),
+        voxel=torch.tensor(voxel or [0.0] * len(images), dtype=torch.float32),
     )
 
 
@@ -90,6 +94,7 @@ def to_device(batch: Batch, device: torch.device | str) -> Batch:
         look=batch["look"],
         source=batch["source"],
         subjects=batch["subjects"],
+        voxel=batch["voxel"],
     )
 
 
@@ -106,6 +111,7 @@ def split_batch(batch: Batch, parts: int) -> list[Batch]:
             look=batch["look"][start:end],
             source=batch["source"][start:end],
             subjects=batch["subjects"][start:end],
+            voxel=batch["voxel"][start:end],
         )
         for start, end in pairwise(bounds)
     ]

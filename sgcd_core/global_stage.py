@@ -274,17 +274,15 @@ def conditioned(
 def windowed(
     batch: Batch, condition: Condition, drawn: Draw, crop: tuple[int, int, int] | None
 ) -> tuple[Batch, Condition, Draw]:
-    """The same random window of each scan's image, condition and noise; `crop` as above."""
+    """The same random window of each scan's image, condition and noise; `crop` as above.
+
+    Every window holds a voxel of the brain.
+    """
     if crop is None:
         return batch, condition, drawn
-    sides = batch["image"].shape[2:]
     windows = [
-        tuple(
-            slice(start, start + side)
-            for side, whole in zip(crop, sides, strict=True)
-            for start in [int(torch.randint(whole - side + 1, (), generator=generator))]
-        )
-        for generator in drawn.generators
+        _window(mask[0], crop, generator)
+        for mask, generator in zip(batch["mask"], drawn.generators, strict=True)
     ]
 
     def cut(volumes: Tensor) -> Tensor:
@@ -298,6 +296,28 @@ def windowed(
         Condition(cut(condition.channels), content, condition.source, condition.strength),
         Draw(drawn.t, cut(drawn.noise), drawn.generators),
     )
+
+
+def _window(
+    mask: Tensor, crop: tuple[int, int, int], generator: torch.Generator
+) -> tuple[slice, ...]:
+    """A random window of the sides `crop`; where it misses the brain, one around a voxel of it."""
+
+    def below(count: int) -> int:
+        return int(torch.randint(count, (), generator=generator))
+
+    sides = list(zip(crop, mask.shape, strict=True))
+    starts = [below(whole - side + 1) for side, whole in sides]
+    window = tuple(slice(start, start + side) for start, side in zip(starts, crop, strict=True))
+    if bool(mask[window].any()):
+        return window
+    brain = mask.nonzero()
+    voxel = brain[below(len(brain))].tolist()
+    starts = [
+        min(max(at - below(side), 0), whole - side)
+        for at, (side, whole) in zip(voxel, sides, strict=True)
+    ]
+    return tuple(slice(start, start + side) for start, side in zip(starts, crop, strict=True))
 
 
 def predict(

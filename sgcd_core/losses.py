@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -61,14 +63,20 @@ def style_reconstruction_loss(moved: Tensor, wanted: Tensor) -> Tensor:
 def smoothed(image: Tensor, mask: Tensor | None, sigma: float) -> Tensor:
     """Gaussian smoothing inside the mask (everywhere where None), 0 outside; sigma 0: as it is.
 
-    Voxels outside count for nothing (normalized convolution; Knutsson 1993, CVPR).
+    Voxels outside, and beyond the image's faces, count for nothing (normalized convolution;
+    Knutsson 1993, CVPR).
     """
     if sigma <= 0:
         return image
     inside = torch.ones_like(image) if mask is None else mask.to(image.dtype)
-    variance = [sigma**2] * 3
-    weight = blurred(inside, variance).clamp(min=1e-3)
-    return blurred(image * inside, variance) / weight * inside
+    beyond = math.ceil(3 * sigma)
+    side = slice(beyond, -beyond)
+
+    def spread(volume: Tensor) -> Tensor:  # zeros keep one face out of the other: it is periodic
+        return blurred(F.pad(volume, [beyond] * 6), [sigma**2] * 3)[..., side, side, side]
+
+    weight = spread(inside).clamp(min=1e-3)
+    return spread(image * inside) / weight * inside
 
 
 def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:

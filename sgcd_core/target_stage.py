@@ -45,7 +45,7 @@ from sgcd_core.losses import (
 from sgcd_core.modelpack import ModelPack
 from sgcd_core.style.composition import composition_from_state
 from sgcd_core.style.encoder import StyleEncoder, embed_batch
-from sgcd_core.style.look import OWN_PART, blend, measure_look, voxels
+from sgcd_core.style.look import OWN_PART, blend, measure_look
 from sgcd_core.style.slices import SlicePlan, plan_slices
 from sgcd_core.volume.condition import Goals, LookMatcher, from_network, to_network
 
@@ -80,7 +80,10 @@ class TargetStage:
         self.frozen = build_network(config)
         self.frozen.load_state_dict(pack.network)
         self.frozen.to(self.device).eval().requires_grad_(False)
-        self.network: nn.Module = copy.deepcopy(self.frozen).requires_grad_(True)
+        network = copy.deepcopy(self.frozen).requires_grad_(True)
+        if network.look_filter is not None and network.look_filter.at_rest:
+            network.look_filter.requires_grad_(False)  # as in Stage 1
+        self.network: nn.Module = network
         self.encoder = encoder.to(self.device)
         self.optimizer = torch.optim.Adam(
             self.network.parameters(), lr=config.target_stage.learning_rate
@@ -273,7 +276,8 @@ class TargetStage:
         """I' of Stage 1 and, where generation starts from an inversion, the latent it leads to.
 
         Both (B, 1, X, Y, Z), I' in [0, 1], the latent on the network's scale. They depend on the
-        scan and on its site's look alone and are made as `Harmonizer` makes them.
+        scan and on the look of its site's other scans alone; `Harmonizer`, given that look, makes
+        the same of it.
         """
         found = []
         for one in split_batch(batch, len(batch["seed"])):
@@ -292,7 +296,7 @@ class TargetStage:
             image, mask = scan["image"][0, 0].cpu().numpy(), scan["mask"][0, 0].cpu().numpy()
             own = measure_look(
                 image, mask, config.prepare.mm, config.sequences[sequence],
-                voxel_mm=float(voxels(source)),
+                voxel_mm=float(scan["voxel"]),
             ).vector()  # fmt: skip
             source = torch.from_numpy(blend(scan["look"][0].numpy(), own, OWN_PART))[None]
         scan = Batch(**{**scan, "source": source})  # type: ignore[typeddict-item]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import os
 import signal
@@ -19,9 +20,11 @@ import pytest
 from pipelines.catalog import Catalog
 from pipelines.lake import Lake
 from pipelines.lease import lease
+from pipelines.training_data import COMPLETE
 from ray_jobs import cli
 from ray_jobs.outcome import Outcome
 from ray_jobs.parser import COMMANDS, build_parser
+from sgcd_core.io.store import Store, join
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -374,3 +377,45 @@ def test_json_holds_no_nan(capsys: pytest.CaptureFixture[str]) -> None:
     cli.print_outcome(argparse.Namespace(json=True, command="evaluate"), outcome)
     found = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
     assert found["psnr"] == [None, None, 1.5]
+
+
+def test_a_misspelt_command_is_named(sgcd: Run) -> None:
+    code, _, err = sgcd("harmonise", "--lake", "x")
+    assert code == 2 and "there is no command 'harmonise'; did you mean harmonize?" in err
+    code, _, err = sgcd("qqqq")
+    assert code == 2 and "invalid choice: 'qqqq'" in err
+
+
+def test_status_says_what_is_left_to_do_with_a_model(sgcd: Run, tmp_lake: Lake) -> None:
+    add_scan(tmp_lake, "a", site="Alpha", status="ok")
+    catalog, model = Catalog(tmp_lake), "target-A"
+    where = {"model": model, "model_version": 1}
+    Store().write_bytes(join(tmp_lake.prepared("r", "a"), COMPLETE), b"{}")
+    for name in ("global", model):
+        body = json.dumps({"meta": {"sequences": ["T1w"]}}).encode()
+        Store().write_bytes(join(tmp_lake.model(name, 1), "pack.json"), body)
+
+    def following() -> str:
+        code, out, _ = sgcd("status", "--lake", tmp_lake.uri)
+        assert code == 0
+        return out.partition("next: ")[2].strip()
+
+    def ran(command: str, hour: int, version: int = 1) -> None:
+        at = datetime.datetime(2026, 1, 1, hour, tzinfo=datetime.UTC)
+        summary = json.dumps({"model": model, "version": version})
+        catalog.append("runs", [{"run_id": f"{command}{hour}", "command": command, "status": "ok",
+                                 "started_at": at, "summary": summary}])  # fmt: skip
+
+    words = f"--lake {tmp_lake.uri} --model {model}"
+    assert following() == f"sgcd harmonize {words} --only-new"
+    row = {"scan_id": "a", "status": "ok", "sequence": "T1w", "site": "Alpha"}
+    catalog.append("results", [row | where])
+    ran("harmonize", 1)
+    ran("evaluate", 2, version=2)
+    assert following() == f"sgcd evaluate {words}"
+    ran("evaluate", 3)
+    assert following() == f"sgcd report {words}"
+    Store().write_bytes(join(tmp_lake.report(f"{model}-v1"), "index.html"), b"")
+    assert following() == ""
+    ran("harmonize", 4)
+    assert following() == f"sgcd evaluate {words}"

@@ -53,8 +53,8 @@ def generate(
 def invert(schedule: Schedule, denoiser: Denoiser, x: Tensor, grid: list[int]) -> Tensor:
     """Walk a clean image up to the top of `grid` (a falling grid, ending in -1).
 
-    The noise of the interval (t, t_next) is estimated at its upper end but on the image at its
-    lower end, the usual DDIM inversion; at the clean end this avoids a network call at t = -1.
+    The noise of an interval (t, t_next) is estimated at its lower end, on the image there: the
+    usual DDIM inversion. That of the first one is, at its upper end: the network knows no t = -1.
     """
     rising = grid[::-1]
     for t, t_next in pairwise(rising):

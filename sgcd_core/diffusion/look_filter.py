@@ -78,6 +78,11 @@ class LookFilter(nn.Module):
         self.register_buffer("group", group, persistent=False)
         self.register_buffer("share", share, persistent=False)
 
+    @property
+    def at_rest(self) -> bool:
+        """Whether it was never fitted and lets every content through as it is."""
+        return not any(bool(one.any()) for one in self.perceptron[-1].parameters())
+
     def coefficients(self, features: Tensor) -> Tensor:
         """(B, 3·groups + KNOTS) of features of two looks (B, inputs), within the limits."""
         found: Tensor = self.perceptron(features)

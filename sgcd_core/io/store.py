@@ -60,12 +60,28 @@ def s3_path(uri: str) -> str:
 
 
 def trimmed(uri: str) -> str:
-    """An address without slashes at its end.
+    """An address without slashes at its end, but for the root of a disk.
 
     Raises:
-        StorageError: STORE-ADDRESS for s3:// without a bucket.
+        StorageError: STORE-ADDRESS for s3:// without a bucket, and where there is none.
     """
-    return S3 + s3_path(uri).rstrip("/") if is_s3(uri) else uri.rstrip("/")
+    if is_s3(uri):
+        return S3 + s3_path(uri).rstrip("/")
+    return filled(uri).rstrip("/") or "/"
+
+
+def filled(uri: str) -> str:
+    """`uri`, which would stand for the folder one is in if it were empty.
+
+    Raises:
+        StorageError: STORE-ADDRESS.
+    """
+    if not uri.strip():
+        raise StorageError(
+            "the address is empty.", code="STORE-ADDRESS", where=repr(uri),
+            hint="A variable in it may be empty; the folder you are in is written as a dot.",
+        )  # fmt: skip
+    return uri
 
 
 def local_path(uri: str) -> str:

@@ -31,6 +31,8 @@ from sgcd_core.style.shading import SHADING_SIZE, contrast_of, shading_field
 
 Array = NDArray[Any]
 
+#: What the sets of weights are for, in their order, whatever the settings of a training say.
+SEQUENCES = ("T1w", "T2w")
 #: Ranks at which the shift is predicted; 0 and 1 stay where they are.
 KNOTS = np.linspace(0.0, 1.0, 33)
 #: No rank moves further than this, whatever the profiles.
@@ -119,6 +121,11 @@ class Composition(nn.Module):
         none = torch.zeros(sequences, PROFILE_SIZE, SHADING_SIZE)
         self.register_buffer("anatomy", none if anatomy is None else anatomy)
 
+    def index_of(self, sequence: str) -> int | None:
+        """Which set of weights is for a BIDS suffix; None: it was fitted to none of that."""
+        known = SEQUENCES[: len(self.profiles)]
+        return known.index(sequence) if sequence in known else None
+
     def shading(self, look: Look, sequence: int) -> NDArray[np.float32]:
         """The shading of a look without what its subjects' anatomy adds, (SHADING_SIZE,)."""
         mean, added = self.profiles[sequence].numpy(), self.anatomy[sequence].numpy()
@@ -156,7 +163,7 @@ def joined(first: Composition, second: Composition) -> Composition:
 
 
 def match(
-    image: Array, mask: Array, mm: float, look: Look, source: Look, sequence: str, index: int = 0,
+    image: Array, mask: Array, mm: float, look: Look, source: Look, sequence: str,
     model: Composition | None = None,
 ) -> NDArray[np.float32]:  # fmt: skip
     """`image` with the intensities and the shading of `look`.
@@ -168,9 +175,8 @@ def match(
         look: What to match.
         source: The look the scan has: its site's, or its own where no site is known.
         sequence: BIDS suffix.
-        index: Of the sequence in `model`.
-        model: Corrects ranks and shadings for composition; None is plain histogram matching of the
-            mean quantile functions.
+        model: Corrects ranks and shadings for composition; None, or one that was not fitted to the
+            sequence: plain histogram matching of the mean quantile functions.
 
     Returns:
         (X, Y, Z) float32 in [0, 1], 0 outside the mask.
@@ -182,7 +188,8 @@ def match(
     shown = contrast_of(sequence, LEVELS)
     there = shown = own if shown is None else shown
     shadings = source.shading, look.shading
-    if model is not None:
+    index = None if model is None else model.index_of(sequence)
+    if model is not None and index is not None:
         shadings = model.shading(source, index), model.shading(look, index)
         identity = true_shift(source.quantiles, look.quantiles)
         ranks = model.ranks(source.profile, look.profile, identity, index)

@@ -81,6 +81,7 @@ def redistributed(image: Tensor, like: Tensor, mask: Tensor, levels: int = 257) 
     """Each image of a batch, its intensities in the mask mapped onto the distribution of another.
 
     The map rises with intensity, piecewise linear between quantiles, so what is brighter stays so.
+    Equal quantiles (many voxels of one value) map to the middle of what they span.
 
     Args:
         image: (B, 1, X, Y, Z).
@@ -94,7 +95,13 @@ def redistributed(image: Tensor, like: Tensor, mask: Tensor, levels: int = 257) 
             continue
         values = drawn[inside]
         own, shown = _quantiles(values, levels), _quantiles(wanted[inside], levels)
-        above = torch.searchsorted(own, values, right=True).clamp(1, levels - 1)
+        own, times = torch.unique_consecutive(own, return_counts=True)
+        last = times.cumsum(0) - 1
+        shown = (shown[last - times + 1] + shown[last]) / 2
+        if len(own) < 2:
+            drawn[inside] = shown
+            continue
+        above = torch.searchsorted(own, values, right=True).clamp(1, len(own) - 1)
         width = (own[above] - own[above - 1]).clamp(min=torch.finfo(own.dtype).tiny)
         part = ((values - own[above - 1]) / width).clamp(0, 1)
         drawn[inside] = shown[above - 1] + part * (shown[above] - shown[above - 1])

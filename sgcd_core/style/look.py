@@ -170,8 +170,14 @@ def leave_out(mean: Array, count: int, own: Array) -> NDArray[np.float32]:
 
 
 def blend(site: Array, own: Array, part: float) -> NDArray[np.float32]:
-    """Look vector between a site's and a scan's own; `part` is the scan's."""
-    return np.asarray((1 - part) * np.asarray(site) + part * np.asarray(own), np.float32)
+    """Look vector between a site's and a scan's own; `part` is the scan's.
+
+    Where one does not know how long its voxels are, they are the other's.
+    """
+    out = np.asarray((1 - part) * np.asarray(site) + part * np.asarray(own), np.float32)
+    if not (site[_VOXEL] and own[_VOXEL]):
+        out[_VOXEL] = max(site[_VOXEL], own[_VOXEL])
+    return out
 
 
 def restyled(

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 _LEVELS = (0.05, 0.25, 0.5, 0.75, 0.95)
 #: Voxels kept around the brain: what is farther off adds nothing that matters to the widest filter.
 _BORDER = 8
+#: Distance below which two scans are one: it was measured twice, perhaps on another machine.
+_SAME = 1e-3
 
 
 def style_features(image: NDArray[np.float32], mask: NDArray[np.bool_]) -> NDArray[np.float32]:
@@ -81,12 +83,17 @@ class OutlierModel:
         )
 
     def score(self, features: NDArray[np.float32], sequence: int) -> float:
-        """Distance to the nearest training scan; infinite for a sequence without any."""
+        """Distance to the nearest training scan; infinite for a sequence without any.
+
+        A scan that was trained on is compared with the others.
+        """
         rows = self.features.get(sequence)
         if rows is None:
             return float("inf")
         gaps = np.sqrt((((rows - features) / self._scale[sequence]) ** 2).mean(-1))
-        return float(gaps.min()) / self._unit[sequence]
+        gaps.sort()
+        itself = len(gaps) > 1 and gaps[0] < _SAME
+        return float(gaps[int(itself)]) / self._unit[sequence]
 
     def state_dict(self) -> dict[str, Tensor]:
         """Tensors for the modelpack."""

@@ -110,7 +110,7 @@ class LookMatcher:
             match(
                 sample[0].cpu().numpy(), inside[0].cpu().numpy(), self.mm,
                 Look.from_vector(wanted.cpu().numpy()), Look.from_vector(has.cpu().numpy()),
-                self.sequences[int(index)], int(index), self.composition,
+                self.sequences[int(index)], self.composition,
             )
             for sample, inside, wanted, has, index in zip(
                 image, mask, look, source, sequence, strict=True

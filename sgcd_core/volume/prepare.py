@@ -20,7 +20,13 @@ from sgcd_core.errors import InputError
 from sgcd_core.io.nifti import NiftiScan, from_ras, to_ras
 from sgcd_core.volume.checks import check_coverage, check_voxel_sides
 from sgcd_core.volume.geometry import Geometry, rows
-from sgcd_core.volume.resample import bounding_box, resample_masked, shifted, voxel_ml
+from sgcd_core.volume.resample import (
+    bounding_box,
+    resample_masked,
+    shifted,
+    voxel_ml,
+    without_spikes,
+)
 
 Array = NDArray[Any]
 
@@ -140,7 +146,9 @@ def corrected_brain(
     from sgcd_core.volume.bias import bias_field
 
     box = bounding_box(mask, margin=_MARGIN)
-    image, inside, part = np.array(data[box], dtype=np.float32), mask[box], shifted(affine, box)
+    inside, part = mask[box], shifted(affine, box)
+    low, high = np.percentile(data[box][inside], (0.1, 99.9))
+    image = without_spikes(np.array(data[box], dtype=np.float32), float(low), float(high))
     if config.bias_correction == "n4":
         image /= bias_field(image, inside, part)
     return image, inside, part

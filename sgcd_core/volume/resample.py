@@ -17,6 +17,10 @@ Box = tuple[slice, slice, slice]
 #: Full width at half maximum of a Gaussian, in standard deviations.
 FWHM = 2.0 * float(np.sqrt(2.0 * np.log(2.0)))
 
+#: How far an intensity may lie beyond the brain's range, in such ranges; of 25 real scans none had
+#: one further than 1.5 (vessels).
+REACH = 5.0
+
 
 def voxel_ml(affine: Array) -> float:
     """Volume of a voxel, ml; the affine (4, 4) may be sheared."""
@@ -128,3 +132,18 @@ def resample_masked(
     out = np.zeros(out_shape, np.float32)
     out[out_mask] = total[out_mask] / share[out_mask]
     return out, out_mask
+
+
+def without_spikes(image: Array, low: float, high: float) -> Array:
+    """`image` bounded by `REACH` times the range of its brain beyond it, float32.
+
+    One corrupt voxel would spread over all that is interpolated or fitted.
+
+    Args:
+        image: Any shape.
+        low: Where nearly all of the brain's intensities begin.
+        high: Where they end.
+    """
+    beyond = REACH * (high - low)
+    out: Array = np.clip(image, np.float32(low - beyond), np.float32(high + beyond))
+    return out

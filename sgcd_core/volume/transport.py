@@ -22,7 +22,7 @@ from sgcd_core.config import TransportConfig
 from sgcd_core.io.nifti import NiftiScan
 from sgcd_core.volume.geometry import Geometry
 from sgcd_core.volume.lesion import fill_smoothly
-from sgcd_core.volume.resample import Box, bounding_box, resample_masked
+from sgcd_core.volume.resample import Box, bounding_box, resample_masked, without_spikes
 
 Array = NDArray[Any]
 
@@ -214,7 +214,7 @@ def native_on_model_grid(
 ) -> tuple[Array, Array]:
     """The native scan, not bias-corrected, on the model grid and intensity scale, and its mask."""
     image, mask = resample_masked(
-        native.data,
+        without_spikes(native.data, geometry.intensity_low, geometry.intensity_high),
         native_mask,
         np.array(geometry.native_affine),
         geometry.model_world_affine(),

@@ -36,6 +36,7 @@ from sgcd_core.style.look import (
     LOOK_SIZE,
     PROFILE_SIZE,
     Look,
+    blend,
     composition_profile,
     details,
     leave_out,
@@ -44,6 +45,7 @@ from sgcd_core.style.look import (
     mirrored_look,
     quantiles,
     restyled,
+    voxels,
     with_rim,
 )
 from sgcd_core.style.rim import LAYERS, RIM_LEVELS, RIM_SIZE, measure_rim
@@ -55,6 +57,7 @@ from sgcd_core.style.shading import (
     shading_field,
 )
 from sgcd_core.style.texture import TEXTURE_SIZE, measure_texture
+from sgcd_core.volume.condition import LookMatcher
 
 
 def brain(seed, fluid=0.3, size=24):
@@ -251,7 +254,7 @@ def test_what_anatomy_adds_to_a_shading_is_taken_out_of_both_looks():
     np.testing.assert_allclose(change, -0.2 * ANATOMY_PART * step, atol=1e-7)
     # A source that looks unevenly lit for its anatomy is matched as one that is lit evenly.
     lit = replace(other, shading=other.shading + np.float32(0.2 * ANATOMY_PART) * step)
-    known, plain = (match(image, mask, 8.0, look, lit, "T1w", 0, m) for m in (model, None))
+    known, plain = (match(image, mask, 8.0, look, lit, "T1w", m) for m in (model, None))
     np.testing.assert_allclose(known, match(image, mask, 8.0, look, look, "T1w"), atol=2e-3)
     assert np.abs(plain - known)[mask].max() > 0.01
     # A model from before it knew anatomy loads, and knows none.
@@ -296,7 +299,7 @@ def test_a_fitted_composition_model_spares_another_composition():
         shown = (image**1.8) * mask
         for name, helper in (("plain", None), ("composition", Composition([model]))):
             got = match(
-                shown, mask, 4.0, goal, measure_look(shown, mask, 4.0, "T1w"), "T1w", 0, helper
+                shown, mask, 4.0, goal, measure_look(shown, mask, 4.0, "T1w"), "T1w", helper
             )
             errors[name] += float(np.abs(got - image)[mask].mean())
     assert errors["composition"] < 0.6 * errors["plain"]
@@ -346,13 +349,13 @@ def test_the_packaged_composition_model_knows_a_scan_of_the_look_s_own_scanner()
     assert model is not None
     anatomy = load_anatomy(list_anatomies(None)[0])
     errors = {"plain": 0.0, "composition": 0.0}
-    for index, site in enumerate(random_site([anatomy], np.random.default_rng(5), subjects=4)):
+    for site in random_site([anatomy], np.random.default_rng(5), subjects=4):
         images, masks = site.images["tiny"], site.masks["tiny"]
         looks = [measure_look(i, m, 4.0, site.sequence) for i, m in zip(images, masks, strict=True)]
         for k in range(4):
             goal = mean_look([look for j, look in enumerate(looks) if j != k])
             for name, helper in (("plain", None), ("composition", model)):
-                got = match(images[k], masks[k], 4.0, goal, looks[k], site.sequence, index, helper)
+                got = match(images[k], masks[k], 4.0, goal, looks[k], site.sequence, helper)
                 errors[name] += float(np.abs(got - images[k])[masks[k]].mean())
     assert errors["composition"] < 0.95 * errors["plain"]
 
@@ -459,3 +462,31 @@ def test_the_box_of_each_preset_fits_it_and_is_small(preset):
     digests = {start_digest(config, init) for init in ("box", "scratch")}
     assert len(digests) == 2 and None not in digests
     assert start_digest(load_config(preset, settings=["condition.match=none"]), "scratch") is None
+
+
+def test_weights_are_those_of_the_sequence_whatever_a_model_s_sequences_are():
+    model = load_composition()
+    assert model is not None
+    image, mask = brain(3, 0.2)
+    looks = [measure_look(x * mask, mask, 4.0, "T2w").vector() for x in (image**1.5, 1 - image)]
+    wanted, source = (torch.from_numpy(look)[None] for look in looks)
+    scan, inside = (torch.from_numpy(x)[None, None] for x in ((1 - image) * mask, mask))
+    found = [
+        LookMatcher("composition", 4.0, names, model)(
+            scan.float(), inside, wanted, source, torch.tensor([names.index("T2w")])
+        )
+        for names in (("T1w", "T2w"), ("T2w",), ("T2w", "T1w"))
+    ]
+    for one in found[1:]:
+        torch.testing.assert_close(one, found[0], rtol=0, atol=0)
+    only_t1w = Composition([CompositionModel(1)])
+    assert only_t1w.index_of("T1w") == 0 and only_t1w.index_of("T2w") is None
+
+
+def test_a_voxel_side_that_is_not_known_is_the_other_one():
+    sides = [np.zeros(LOOK_SIZE, np.float32) for _ in range(2)]
+    known, unknown = sides
+    voxel = int(np.flatnonzero(voxels(np.arange(LOOK_SIZE)) == np.arange(LOOK_SIZE))[0])
+    known[voxel] = 2
+    assert voxels(blend(known, unknown, 0.3)) == voxels(blend(unknown, known, 0.3)) == 2
+    assert voxels(blend(known, 2 * known, 0.25)) == 2.5

@@ -8,6 +8,7 @@ from sgcd_core.losses import (
     gradient_loss,
     masked_mean,
     prediction_loss,
+    smoothed,
     style_direction_loss,
     style_reconstruction_loss,
 )
@@ -58,3 +59,16 @@ def test_a_zero_direction_has_a_finite_gradient():
     loss.backward()
     assert float(loss) == pytest.approx(9.0)
     assert torch.isfinite(moved.grad).all()
+
+
+def test_an_error_at_one_face_of_a_window_is_not_seen_at_the_other():
+    error = torch.zeros(1, 1, 12, 12, 12)
+    error[:, :, 0] = 1
+    for mask in (None, torch.ones_like(error).bool()):
+        spread = smoothed(error, mask, 2.0)[0, 0]
+        assert spread[-1].abs().max() < 1e-6 < spread[0].min() and spread[0].min() > 0.2
+    both = error.clone()
+    both[:, :, -1] = -1
+    assert prediction_loss(both, 0 * both, None, "l1", 2.0) > 1.9 * prediction_loss(
+        error, 0 * error, None, "l1", 2.0
+    )

@@ -36,7 +36,7 @@ LAST_TWO = [
 CASES = {
     "global": (1, []),
     "global, record first": (1, ["record.order=update_then_compare"]),
-    "target": (2, ["target_stage.style_every=2"]),
+    "target": (2, ["target_stage.style_every=2", "target_stage.learning_rate=0.0001"]),
     "target, whole chain": (2, CHAIN),
     "target, last two steps": (2, LAST_TWO),
 }

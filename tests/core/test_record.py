@@ -159,3 +159,15 @@ def test_flat_and_tiny_images_are_redistributed_too():
     one[0, 0, 0, 0, 0] = True
     assert redistributed(flat, like, one)[one] == like[one]
     assert torch.equal(redistributed(flat, like, mask.clone().zero_()), flat)
+
+
+def test_many_voxels_of_one_value_are_redistributed_to_the_middle_of_what_they_span():
+    mask = torch.ones(1, 1, 10, 10, 10, dtype=torch.bool)
+    values = torch.linspace(0, 1, 1000)
+    image = values.clone()
+    image[:100], image[-100:] = image[99], image[-100]
+    out = redistributed(image.view(mask.shape), values.view(mask.shape), mask).flatten()
+    assert float(out[0]) == pytest.approx(0.05, abs=0.005)
+    assert float(out[-1]) == pytest.approx(0.95, abs=0.005)
+    torch.testing.assert_close(out[200:800], values[200:800], atol=5e-3, rtol=0)
+    assert (out.diff() >= 0).all()

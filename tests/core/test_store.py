@@ -383,3 +383,11 @@ def test_delta_reaches_the_same_store(s3_server: S3Server) -> None:
 
 def test_sha256_hex() -> None:
     assert sha256_hex(b"").startswith("e3b0c44298fc1c14")
+
+
+def test_an_empty_address_is_not_the_folder_one_is_in(tmp_path: Path) -> None:
+    for uri in ("", "  "):
+        with pytest.raises(StorageError, match=r"STORE-ADDRESS.*empty"):
+            trimmed(uri)
+    assert trimmed("/") == trimmed("//") == "/" and join(trimmed("/"), "catalog") == "/catalog"
+    assert trimmed("/lake//") == "/lake"

@@ -354,3 +354,21 @@ def test_what_is_no_number_is_no_figure(tmp_lake: Lake) -> None:
     assert found.to_pylist() == [{"mean": 0.5, "n": 1}]
     (found,) = catalog.rows("site_metrics").to_pylist()
     assert (found["before"], found["after"], found["low"]) == (None, 0.5, None)
+
+
+def test_the_verdict_names_the_sites_that_the_mean_hides():
+    def rows(site, ours, raw):
+        return [
+            {"scan_id": f"{site}{n}", "subject": f"{n}", "site": site, "sequence": "T1w",
+             "seen": True, "metric": "psnr", "method": method, "value": value + n}
+            for n in range(2) for method, value in (("sgcd", ours), ("raw", raw))
+        ]  # fmt: skip
+
+    mixed = summarize([*rows("A", 30, 20), *rows("B", 25, 26), *rows("C", 30, 20)]).verdict
+    assert len(mixed) == 2 and "SGCD is closer than the raw scans on PSNR" in mixed[0]
+    assert mixed[1] == (
+        "T1w, sites seen in training (2 subjects): taken alone SGCD is NOT closer than the raw "
+        "scans at B on PSNR."
+    )
+    assert len(summarize([*rows("A", 30, 20), *rows("B", 27, 26)]).verdict) == 1
+    assert len(summarize(rows("B", 25, 26)).verdict) == 1, "the mean is that site's"

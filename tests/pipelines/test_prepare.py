@@ -43,6 +43,8 @@ def test_what_is_read_back_is_what_was_prepared(row: dict[str, str], tmp_lake: L
     scan = read_nifti(row["uri"])
     wanted = prepare_scan(scan, CONFIG, sequence="T1w")
     got = load_prepared(tmp_lake, RECIPE, row["scan_id"])
+    again = load_prepared(tmp_lake.uri, RECIPE, row["scan_id"])
+    assert np.array_equal(got.image, again.image)
     assert (got.image == wanted.image).all() and got.image.dtype == np.float32
     assert (got.mask == wanted.mask).all() and got.mask.dtype == bool
     assert got.geometry == wanted.geometry

@@ -61,3 +61,42 @@ def test_a_limit_of_voxel_size_can_be_raised(
     assert "SCAN-COARSE" in capsys.readouterr().out
     assert cli.main([*index, *raised]) == 0
     assert Catalog(Lake(lake)).rows("scans")["status"].to_pylist() == ["ok"]
+
+
+def bids_scan(folder: Path, data: bytes, label: str = "1") -> Path:
+    anat = folder / f"sub-{label}" / "anat"
+    anat.mkdir(parents=True)
+    (anat / f"sub-{label}_T1w.nii.gz").write_bytes(data)
+    return folder
+
+
+def test_no_lake_is_made_among_the_raw_data_or_where_no_address_is_given(
+    tmp_path: Path, make_scan: Callable[..., bytes], capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    data = bids_scan(tmp_path / "bids", make_scan(1))
+    monkeypatch.chdir(data)
+    for words in ([str(data), "--lake", str(data)], [".", "--lake", f"{data}/"]):
+        assert cli.main(["index", *words]) == 2
+        assert "the lake would lie in the source itself" in capsys.readouterr().err
+    for words in (["--lake", "", str(data)], ["--lake", "lake", ""]):
+        assert cli.main(["index", *words]) == 69
+        assert "STORE-ADDRESS" in capsys.readouterr().err
+    assert [path.name for path in data.iterdir()] == ["sub-1"]
+
+
+def test_scans_that_cannot_be_used_are_counted_again(
+    tmp_path: Path, make_scan: Callable[..., bytes], capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = bids_scan(tmp_path / "bids", make_scan(1))
+    bids_scan(data, b"no scan", "2")
+    (data / "participants.tsv").write_text("participant_id\tsite\nsub-1\tA\nsub-2\tA\n")
+    words = ["index", str(data), "--lake", str(tmp_path / "lake")]
+    assert cli.main(words) == 1
+    assert "2 scans new or changed, 1 of them cannot be used, 0 unchanged" in (
+        capsys.readouterr().out
+    )
+    assert cli.main(words) == 0
+    assert "0 scans new or changed, 2 unchanged, 1 of them cannot be used" in (
+        capsys.readouterr().out
+    )

@@ -121,3 +121,9 @@ def test_a_run_that_is_stopped_counts_against_no_scan(
         module.run(build_parser().parse_args(["prepare", "--lake", lake.uri, *SET]))
     key = PrepareJob(lake, CONFIG).key
     assert [count_attempts(lake, key, scan_id) for scan_id in scan_ids] == [0, 0, 0]
+
+
+def test_a_mix_of_extracted_brains_and_heads_is_said() -> None:
+    assert module._mixed({"given": {"A"}, "here": set()}) == []
+    (note,) = module._mixed({"given": {"B", "A"}, "here": {"C"}})
+    assert "scans of A, B came brain-extracted, those of C were extracted here" in note

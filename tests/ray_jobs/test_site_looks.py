@@ -13,7 +13,7 @@ import pytest
 from pipelines.lake import Lake
 from ray_jobs import site_looks as module
 from ray_jobs.prepare import PrepareJob
-from ray_jobs.site_looks import MOST_SCANS, _sample, look_uri, site_looks
+from ray_jobs.site_looks import MOST_SCANS, _sample, few_notes, look_uri, site_looks
 from ray_jobs.volume_stream import by_site, common_goals, site_goals
 from sgcd_core.config import load_config
 from sgcd_core.io.store import Store
@@ -106,3 +106,13 @@ def test_looks_that_earlier_versions_kept_are_read(tmp_path: Path) -> None:
     path.write_text(json.dumps({"format": 4, "scans": 3, "look": [0.5, 1.0]}))
     look, scan_ids = module._read(Store(), str(path))
     assert (look.scans, look.subjects, look.mean.tolist(), scan_ids) == (3, 3, [0.5, 1.0], [])
+
+
+def test_looks_of_few_people_are_named() -> None:
+    looks = {
+        ("B", "T2w"): SiteLook(4, np.zeros(1), 2), ("A", "T1w"): SiteLook(3, np.zeros(1), 1),
+        ("A", "T2w"): SiteLook(9, np.zeros(1), 3),
+    }  # fmt: skip
+    one, two = few_notes(looks)
+    assert one.startswith("note: the look of A in T1w is that of 1 person;")
+    assert two.startswith("note: the look of B in T2w is that of 2 people;")
