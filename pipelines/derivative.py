@@ -29,8 +29,8 @@ TEMPLATE = "http://www.bic.mni.mcgill.ca/ServicesAtlases/ICBM152NLin2009"
 #: Columns of a result that its sidecar repeats, each under its name in CamelCase.
 IN_SIDECAR = (
     "scan_id", "model", "model_version", "target", "status", "code", "gradient_correlation",
-    "volume_drift", "outlier_score", "lesion_ml", "uncertainty_mean", "config_digest",
-    "code_version",
+    "local_correlation", "volume_drift", "outlier_score", "lesion_ml", "uncertainty_mean",
+    "config_digest", "code_version",
 )  # fmt: skip
 
 

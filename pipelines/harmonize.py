@@ -300,7 +300,7 @@ def _harmonize(
                 mask, fill_smoothly(spread, mask & ~inside, inside, 0.0), 0
             ).astype(np.float32)  # fmt: skip
         row["uncertainty_mean"] = float(spread[mask].mean())
-    scores = guard_scores(files.image, image, mask)
+    scores = guard_scores(files.image, image, mask, config.prepare.mm)
     row |= {name: float(value) for name, value in scores.items()}
     found = flags(scores | {"outlier_score": row["outlier_score"]}, config.guard)
     row["status"] = "flagged" if found else "ok"

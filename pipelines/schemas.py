@@ -162,6 +162,7 @@ RESULTS = Table(
         Column("model_grid_sha256", STRING, "digest of that file"),
         Column("sidecar_uri", STRING, "JSON beside the output"),
         Column("gradient_correlation", FLOAT, "edges before and after, masked", unit="1"),
+        Column("local_correlation", FLOAT, "the same where it is lowest, in 24 mm", unit="1"),
         Column("volume_drift", FLOAT, "largest relative change of a tissue volume", unit="1"),
         Column(
             "outlier_score",

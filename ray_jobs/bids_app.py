@@ -260,8 +260,8 @@ def workers(args: Any) -> int | None:
 
 def group_table(rows: list[dict[str, Any]]) -> bytes:
     """Results as TSV, one scan a row, as MRIQC's group tables."""
-    names = ("status", "code", "site", "gradient_correlation", "volume_drift", "outlier_score",
-             "lesion_ml", "uncertainty_mean")  # fmt: skip
+    names = ("status", "code", "site", "gradient_correlation", "local_correlation",
+             "volume_drift", "outlier_score", "lesion_ml", "uncertainty_mean")  # fmt: skip
     lines = ["\t".join(("bids_name", *names))]
     for row in sorted(rows, key=lambda r: (r["output_uri"] or "", r["scan_id"])):
         stem = str(row["output_uri"] or row["scan_id"]).rpartition("/")[2].removesuffix(".nii.gz")

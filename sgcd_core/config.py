@@ -300,6 +300,10 @@ class GuardConfig(Settings):
     min_gradient_correlation: float = Field(
         0.75, ge=-1, le=1, description="of edges before and after; below: FLAG-ANATOMY"
     )
+    min_local_correlation: float = Field(
+        0.5, ge=-1, le=1,
+        description="of gradients before and after in any cube of 24 mm; below: FLAG-ANATOMY",
+    )  # fmt: skip
     max_volume_drift: float = Field(0.25, ge=0, description="relative, largest of the tissues")
     max_outlier_score: float = Field(
         4.0, gt=0, description="distance to training scans, in typical distances"

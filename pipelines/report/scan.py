@@ -149,6 +149,8 @@ def _guards(result: Row, limits: GuardConfig) -> list[Row]:
     scores = (
         ("gradient_correlation", "Edges kept", limits.min_gradient_correlation, 1.0, True,
          "correlation of the gradients before and after; 1: every edge stayed"),
+        ("local_correlation", "Edges kept everywhere", limits.min_local_correlation, 1.0, True,
+         "the same in the cube of 24 mm where it is lowest; 1: every edge stayed"),
         ("volume_drift", "Tissue volumes", limits.max_volume_drift, 2 * limits.max_volume_drift,
          False, "largest relative change of a tissue's volume; 0: none changed"),
         ("outlier_score", "Unlike the training scans", limits.max_outlier_score,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -12,32 +13,43 @@ from sgcd_core.config import GuardConfig
 
 Array = NDArray[Any]
 
+#: Side of the cubes in which the gradients are compared, mm.
+CUBE_MM = 24.0
 _TISSUES = 3
 _BINS = 256
 
 
-def guard_scores(before: Array, after: Array, mask: Array) -> dict[str, float]:
+def guard_scores(before: Array, after: Array, mask: Array, mm: float) -> dict[str, float]:
     """How much of the anatomy survived.
 
     Args:
         before: (X, Y, Z) float32, the prepared scan.
         after: (X, Y, Z) float32, the harmonized scan on the same grid.
         mask: (X, Y, Z) bool, the brain.
+        mm: Voxel side.
 
     Returns:
         `gradient_correlation`: Pearson correlation of the gradient magnitudes inside the eroded
         mask, 1 when every edge stayed (any affine change of intensity leaves it at 1).
+        `local_correlation`: cosine of the gradient fields in the cube of 24 mm where it is lowest.
+        A lesion that vanished or was invented is lost in the mean over the brain; a reversed
+        contrast leaves magnitudes as they are and makes this negative. Measured: at least 0.89 in
+        what models make (85 scans, 4 and 2 mm), at most 0.1 with a hole of 31 ml, 0.05 to 0.66 with
+        one of 7 ml.
         `volume_drift`: largest relative change of a tissue's volume, 0 when none changed; tissues
         are the three k-means classes of intensity. NaN where the mask holds too little to tell.
     """
     inside = ndimage.binary_erosion(mask, iterations=1)
     if inside.sum() < 10:
-        return {"gradient_correlation": float("nan"), "volume_drift": float("nan")}
+        return dict.fromkeys(
+            ("gradient_correlation", "local_correlation", "volume_drift"), math.nan
+        )
     edges = [gradient_magnitude(volume)[inside] for volume in (before, after)]
     volumes = [tissue_volumes(volume[mask]) for volume in (before, after)]
     drift = np.abs(volumes[1] - volumes[0]) / np.maximum(volumes[0], 1.0)
     return {
         "gradient_correlation": _correlation(edges[0], edges[1]),
+        "local_correlation": _lowest_cosine(before, after, inside, round(CUBE_MM / mm)),
         "volume_drift": float(drift.max()),
     }
 
@@ -55,6 +67,14 @@ def flags(scores: dict[str, float], config: GuardConfig) -> list[tuple[str, str]
             f"gradient correlation {correlation:.3f}, expected at least "
             f"{config.min_gradient_correlation}",
         ))  # fmt: skip
+    elif (local := scores.get("local_correlation")) is not None and not (
+        local >= config.min_local_correlation
+    ):
+        out.append((
+            "FLAG-ANATOMY",
+            f"gradient correlation {local:.3f} in a cube of {CUBE_MM:g} mm, expected at least "
+            f"{config.min_local_correlation}",
+        ))  # fmt: skip
     drift = scores.get("volume_drift")
     if drift is not None and not drift <= config.max_volume_drift:
         out.append((
@@ -69,6 +89,29 @@ def flags(scores: dict[str, float], config: GuardConfig) -> list[tuple[str, str]
             f"outlier score {outlier:.1f}, expected at most {config.max_outlier_score}",
         ))  # fmt: skip
     return out
+
+
+def _lowest_cosine(before: Array, after: Array, inside: Array, side: int) -> float:
+    """Lowest cosine of two images' gradient fields over cubes of `side` voxels around each voxel.
+
+    Those cubes count that lie inside by half. NaN where none does, or none has an edge.
+    """
+    fields = [np.gradient(np.asarray(volume, np.float64)) for volume in (before, after)]
+
+    def around(values: Array) -> Array:
+        return np.asarray(ndimage.uniform_filter(values * inside, max(side, 1), mode="constant"))
+
+    def products(first: int, second: int) -> Array:
+        pairs = zip(fields[first], fields[second], strict=True)
+        return around(np.sum([a * b for a, b in pairs], axis=0))
+
+    own = products(0, 0)
+    # sums that slide along an axis leave rounding errors where nothing is
+    usable = (around(np.ones(inside.shape)) >= 0.5) & (own > 1e-9 * own.max())
+    if not usable.any():
+        return math.nan
+    own, made = own[usable], np.maximum(products(1, 1)[usable], 0)
+    return float((products(0, 1)[usable] / np.sqrt(own * np.maximum(made, 1e-6 * own))).min())
 
 
 def gradient_magnitude(volume: Array) -> Array:

@@ -23,7 +23,7 @@ def brain() -> tuple[np.ndarray, np.ndarray]:
 
 def test_an_affine_change_of_intensity_leaves_both_scores_perfect(brain: tuple) -> None:
     image, mask = brain
-    scores = guard_scores(image, np.where(mask, 0.5 * image + 0.3, 0), mask)
+    scores = guard_scores(image, np.where(mask, 0.5 * image + 0.3, 0), mask, 4.0)
     assert scores["gradient_correlation"] == pytest.approx(1.0, abs=1e-5)
     assert scores["volume_drift"] < 0.01
     assert flags(scores, GuardConfig()) == []
@@ -31,13 +31,13 @@ def test_an_affine_change_of_intensity_leaves_both_scores_perfect(brain: tuple) 
 
 def test_a_mild_contrast_change_is_not_flagged(brain: tuple) -> None:
     image, mask = brain
-    scores = guard_scores(image, np.where(mask, np.clip(image, 0, 1) ** 0.8, 0), mask)
+    scores = guard_scores(image, np.where(mask, np.clip(image, 0, 1) ** 0.8, 0), mask, 4.0)
     assert flags(scores, GuardConfig()) == []
 
 
 def test_another_anatomy_is_flagged(brain: tuple) -> None:
     image, mask = brain
-    scores = guard_scores(image, np.where(mask, image[::-1], 0), mask)
+    scores = guard_scores(image, np.where(mask, image[::-1], 0), mask, 4.0)
     assert scores["gradient_correlation"] < 0.3
     assert [code for code, _ in flags(scores, GuardConfig())] == ["FLAG-ANATOMY"]
 
@@ -47,14 +47,14 @@ def test_a_shrunken_tissue_is_flagged(brain: tuple) -> None:
     bright = (image > 0.68) & mask
     thinner = ndimage.binary_erosion(bright)
     after = np.where(bright & ~thinner, 0.5, image).astype(np.float32)
-    codes = [code for code, _ in flags(guard_scores(image, after, mask), GuardConfig())]
+    codes = [code for code, _ in flags(guard_scores(image, after, mask, 4.0), GuardConfig())]
     assert "FLAG-VOLUMES" in codes
 
 
 def test_the_scores_do_not_change_from_run_to_run(brain: tuple) -> None:
     image, mask = brain
     after = np.sqrt(np.clip(image, 0, 1))
-    assert guard_scores(image, after, mask) == guard_scores(image, after, mask)
+    assert guard_scores(image, after, mask, 4.0) == guard_scores(image, after, mask, 4.0)
 
 
 def test_a_score_that_cannot_be_computed_is_flagged_and_an_absent_one_is_not() -> None:
@@ -66,3 +66,27 @@ def test_a_score_that_cannot_be_computed_is_flagged_and_an_absent_one_is_not() -
 
 def test_a_scan_unlike_the_training_sites_is_flagged() -> None:
     assert [c for c, _ in flags({"outlier_score": 9.0}, GuardConfig())] == ["FLAG-UNLIKE-TRAINING"]
+
+
+def test_damage_that_the_mean_hides_is_flagged(brain: tuple) -> None:
+    image, mask = brain
+    grid = np.stack(np.meshgrid(*[np.arange(n) for n in image.shape], indexing="ij"))
+    ball = ((grid - np.array([18, 20, 22])[:, None, None, None]) ** 2).sum(0) < 4.9**2  # 31 ml
+    for wrong in (np.where(ball, 0, image), np.where(ball, image[mask].mean(), image)):
+        scores = guard_scores(image, wrong, mask, 4.0)
+        assert scores["gradient_correlation"] > 0.75 and scores["local_correlation"] < 0.45
+        assert "FLAG-ANATOMY" in [code for code, _ in flags(scores, GuardConfig())]
+
+
+def test_a_reversed_contrast_is_flagged(brain: tuple) -> None:
+    image, mask = brain
+    scores = guard_scores(image, np.where(mask, 1 - image, 0), mask, 4.0)
+    assert scores["gradient_correlation"] == pytest.approx(1, abs=1e-5)
+    assert scores["local_correlation"] < -0.9
+    assert [code for code, _ in flags(scores, GuardConfig())] == ["FLAG-ANATOMY"]
+
+
+def test_a_brain_of_one_value_has_no_edges_to_keep(brain: tuple) -> None:
+    _, mask = brain
+    flat = np.ones(mask.shape)
+    assert np.isnan(guard_scores(flat, flat, mask, 4.0)["local_correlation"])
