@@ -33,7 +33,7 @@ def guard_scores(before: Array, after: Array, mask: Array, mm: float) -> dict[st
         mask, 1 when every edge stayed (any affine change of intensity leaves it at 1).
         `local_correlation`: cosine of the gradient fields in the cube of 24 mm where it is lowest.
         A lesion that vanished or was invented is lost in the mean over the brain; a reversed
-        contrast leaves magnitudes as they are and makes this negative. Measured on what models make:
+        contrast leaves magnitudes as they are and makes this negative. Measured on models' outputs:
         at least 0.89 at 4 mm (55 scans) and 0.75 at 2 mm (28), at most 0.1 with a hole of 31 ml,
         0.05 to 0.66 with one of 7 ml.
         `volume_drift`: largest relative change of a tissue's volume, 0 when none changed; tissues
