@@ -41,6 +41,7 @@ from sgcd_core.io.store import Store, join, sha256_hex
 from sgcd_core.modelpack import save_modelpack
 from sgcd_core.style.look import LOOK_SIZE, measure_look
 from sgcd_core.style.outlier import OutlierModel, style_features
+from sgcd_core.volume.condition import Goals
 from sgcd_core.volume.geometry import Geometry, rows
 from sgcd_core.volume.prepare import Prepared
 from sgcd_core.volume.transport import native_on_model_grid
@@ -108,7 +109,7 @@ def build(lake: Lake, config: SgcdConfig, count: int) -> list[dict[str, Any]]:
     look = torch.from_numpy(measure_look(image, model_mask, mm, "T1w").vector())
     outliers = OutlierModel.fit([style_features(image, model_mask)], [0])
     looks = look.expand(len(config.sequences), LOOK_SIZE).clone()
-    pack = GlobalStage(config, 1).pack(outliers, looks, {"kind": "target", "target": "A"})
+    pack = GlobalStage(config, 1).pack(outliers, Goals(looks), {"kind": "target", "target": "A"})
     save_modelpack(lake.model("m", 1), replace(pack, global_network=pack.network))
     return table
 

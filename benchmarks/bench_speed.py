@@ -34,6 +34,7 @@ from sgcd_core.global_stage import GlobalStage
 from sgcd_core.harmonizer import Harmonizer
 from sgcd_core.style.look import LOOK_SIZE, measure_look
 from sgcd_core.style.outlier import OutlierModel, style_features
+from sgcd_core.volume.condition import Goals
 
 Run = Callable[[], Any]
 
@@ -202,7 +203,7 @@ def whole_scan(config: SgcdConfig, repeats: int) -> None:
     look = measure_look(scan.image, scan.mask, config.prepare.mm, "T1w").vector()
     looks = torch.from_numpy(look).expand(len(config.sequences), -1).clone()
     outliers = OutlierModel.fit([style_features(scan.image, scan.mask)], [0])
-    pack = GlobalStage(config, 1).pack(outliers, looks, {})
+    pack = GlobalStage(config, 1).pack(outliers, Goals(looks), {})
     pack = replace(pack, global_network=pack.network)  # as a tuned model has it
     harmonizer = Harmonizer(pack)
     (seconds,) = alternate(

@@ -65,7 +65,8 @@ class Harmonizer:
             composition_from_state(pack.state),
         )  # fmt: skip
         self.common = Goals.from_state(pack.state, "common")
-        self.goals = Goals.from_state(pack.state, "target") if self.is_target else self.common
+        wanted = "target" if "looks.target" in pack.state else "common"
+        self.goals = Goals.from_state(pack.state, wanted)
         self.network = _frozen(self.config, pack.network, self.device)
         first = pack.global_network if pack.global_network is not None else pack.network
         self.global_network = _frozen(self.config, first, self.device)

@@ -29,6 +29,7 @@ from sgcd_core.io.store import Store, join, sha256_hex
 from sgcd_core.modelpack import has_modelpack, load_modelpack, save_modelpack
 from sgcd_core.style.look import LOOK_SIZE
 from sgcd_core.style.outlier import OutlierModel, style_features
+from sgcd_core.volume.condition import Goals
 from sgcd_core.volume.template import template
 
 SCANS = 4
@@ -71,7 +72,7 @@ def toy_model(uri: str) -> None:
             weight += 0.05 * torch.randn(weight.shape, generator=generator)
     image, mask, _ = template(8.0)
     outliers = OutlierModel.fit([style_features(image.astype(np.float32), mask)] * 2, [0, 0])
-    save_modelpack(uri, stage.pack(outliers, torch.zeros(2, LOOK_SIZE), {"name": MODEL}))
+    save_modelpack(uri, stage.pack(outliers, Goals(torch.zeros(2, LOOK_SIZE)), {"name": MODEL}))
 
 
 def run(lake_uri: str, source: str) -> list[dict[str, Any]]:
