@@ -118,7 +118,7 @@ SCANS = Table(
         _SITE,
         _SEQUENCE,
         Column("age", FLOAT, "age at the scan", unit="years"),
-        Column("sex", STRING, "F, M or as the data set has it"),
+        Column("sex", STRING, "F, M or O (other); missing for any other word"),
         Column("split", STRING, "train, test or missing; training never reads test"),
         Column("uri", STRING, "address of the file", required=True),
         Column("etag", STRING, "the store's version tag of the file"),

@@ -47,12 +47,14 @@ class Tally:
     Attributes:
         counts: Rows of each status.
         bad: Scans without an output, the first `MOST_NAMED`.
+        flags: Flagged scans of each code.
         lesions: Scans whose lesion mask was honoured.
         spread: The largest mean of an uncertainty map; None without any.
     """
 
     counts: Counter[str] = field(default_factory=Counter)
     bad: list[Row] = field(default_factory=list)
+    flags: Counter[str] = field(default_factory=Counter)
     lesions: int = 0
     spread: float | None = None
 
@@ -64,6 +66,8 @@ class Tally:
     def add(self, scan: Row, row: Row) -> None:
         """Count one row."""
         self.counts[row["status"]] += 1
+        if row["status"] == "flagged":
+            self.flags[row["code"]] += 1
         self.lesions += row.get("lesion_ml") is not None
         if (spread := row.get("uncertainty_mean")) is not None:
             self.spread = max(spread, self.spread or 0.0)
@@ -73,6 +77,16 @@ class Tally:
 
     def notes(self) -> list[str]:
         """What a user should know of the outputs."""
+        found = []
+        if self.flags:
+            codes = ", ".join(f"{n} {code}" for code, n in self.flags.most_common())
+            found.append(
+                f'note: flagged: {codes}; which and why: `sgcd query "SELECT site, subject, '
+                "sequence, message FROM results WHERE status = 'flagged'\" --lake LAKE`."
+            )
+        return found + self._spread_note()
+
+    def _spread_note(self) -> list[str]:
         if self.spread is None or self.spread >= LEAST_SPREAD:
             return []
         return [

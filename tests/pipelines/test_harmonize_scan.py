@@ -225,7 +225,7 @@ def test_what_the_seeds_drew_in_a_lesion_is_not_in_the_map(site: Site, model: Ha
 def test_maps_of_a_model_whose_seeds_agree_are_said_to_say_nothing(
     site: Site, model: Harmonizer
 ) -> None:
-    row, told = site.run(model, 1, samples=3), Tally()
+    row, told = site.run(model, 1, samples=3) | {"status": "ok"}, Tally()
     told.add(site.row, row)
     assert row["uncertainty_mean"] > LEAST_SPREAD and told.notes() == []
     alike = Tally()
@@ -336,3 +336,12 @@ def test_a_scan_that_ended_its_worker_too_often_is_set_aside(site: Site, model: 
     assert site.run(untouched, 1)["status"] == "quarantined"
     assert untouched.calls == 0
     assert told(site) == [(number, "lost", None) for number in (1, 2, 3)]
+
+
+def test_a_run_says_why_scans_are_flagged() -> None:
+    told = Tally()
+    for code in ("FLAG-VOLUMES", "FLAG-ANATOMY", "FLAG-VOLUMES"):
+        told.add({"uri": "/a"}, {"status": "flagged", "code": code})
+    told.add({"uri": "/b"}, {"status": "ok", "code": None})
+    (note,) = told.notes()
+    assert "flagged: 2 FLAG-VOLUMES, 1 FLAG-ANATOMY;" in note and "FROM results WHERE" in note
