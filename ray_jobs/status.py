@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ray_jobs.context import open_lake, quoted
 from ray_jobs.outcome import Outcome, table
-from sgcd_core.errors import REPLACED
+from sgcd_core.errors import REPLACED, ModelError
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -84,9 +84,12 @@ def _with_model(
 
     champions = [name for name in targets if "champion" in named[name]]
     asked = f"{champions[-1]}@champion" if champions else targets[-1]
-    name, version = resolve(catalog.lake, asked)
     words = f"--lake {here} --model {quoted(asked)}"
-    learned = meta_of(catalog.lake, name, version).get("sequences")
+    try:
+        name, version = resolve(catalog.lake, asked)
+        learned = meta_of(catalog.lake, name, version).get("sequences")
+    except ModelError:  # damaged: the command will say how
+        return f"sgcd harmonize {words} --only-new"
     if plan(catalog, name, version, known=learned, only_new=True).todo.num_rows:
         return f"sgcd harmonize {words} --only-new"
     ran = [

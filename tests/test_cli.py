@@ -419,3 +419,5 @@ def test_status_says_what_is_left_to_do_with_a_model(sgcd: Run, tmp_lake: Lake) 
     assert following() == ""
     ran("harmonize", 4)
     assert following() == f"sgcd evaluate {words}"
+    Store().write_bytes(join(tmp_lake.model(model, 1), "pack.json"), b"{")
+    assert following() == f"sgcd harmonize {words} --only-new"
