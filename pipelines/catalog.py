@@ -37,9 +37,11 @@ from pipelines.delta import (
     active_files,
     create_table,
     load_version,
+    may_pass,
     no_version,
     open_table,
     renewing,
+    require_room,
     storage_error,
 )
 from pipelines.lake import Lake
@@ -113,6 +115,7 @@ class Catalog:
                 # Two racing writers of one id conflict in the commit below; a later one stops here.
                 if delta.transaction_version(txn) is not None:
                     return False
+                require_room(uri, data.nbytes)
                 write_deltalake(
                     delta,
                     data,
@@ -123,12 +126,12 @@ class Catalog:
                 return True
             except SchemaMismatchError as error:
                 raise schema_error(schema, f"{error}.", uri) from error
-            except (CommitFailedError, DeltaError) as error:
-                if attempt == _TRIES - 1:
-                    raise storage_error(error, uri, code="STORE-WRITE") from error
+            except (CommitFailedError, DeltaError, OSError) as error:
+                if attempt == _TRIES - 1 or not may_pass(error, uri):
+                    away = isinstance(error, OSError) and is_s3(uri)
+                    code = "STORE-UNREACHABLE" if away else "STORE-WRITE"
+                    raise storage_error(error, uri, code=code) from error
                 time.sleep(random.uniform(0, 0.05 * 2 ** min(attempt, 5)))
-            except OSError as error:
-                raise storage_error(error, uri) from error
         raise AssertionError("unreachable")
 
     def rows(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -13,6 +16,7 @@ import pyarrow as pa
 from pipelines.lake import Lake
 from pipelines.schemas import Table
 from sgcd_core.errors import StorageError
+from sgcd_core.io.local import disk_error
 from sgcd_core.io.store import Store, is_s3, local_path
 
 if TYPE_CHECKING:
@@ -23,6 +27,10 @@ log = logging.getLogger(__name__)
 
 #: The store knows the credentials no more, or they do not suffice.
 REFUSED = ("STORE-EXPIRED", "STORE-DENIED")
+#: What the system says where another writer was first: no trouble of the disk.
+_RACES = (errno.EEXIST, errno.ENOENT)
+#: Bytes that a commit takes beside its rows, about.
+_COMMIT_BYTES = 1 << 16
 #: What a table is made with. Old files and log entries outlive any horizon of `sgcd optimize`.
 PROPERTIES = {
     "delta.appendOnly": "true",
@@ -71,6 +79,7 @@ def create_table(lake: Lake, schema: Table) -> DeltaTable:
     from deltalake.exceptions import DeltaError
 
     uri = lake.table(schema.name)
+    require_room(uri)
     try:
         return DeltaTable.create(
             _delta_uri(uri),
@@ -86,6 +95,17 @@ def create_table(lake: Lake, schema: Table) -> DeltaTable:
         if existing is None:
             raise storage_error(error, uri, code="STORE-WRITE") from error
         return existing
+
+
+def require_room(uri: str, size: int = 0) -> None:
+    """Refuse to write rows of `size` bytes to a table where a full or locked disk would.
+
+    The table library's writer panics there, and prints so.
+
+    Raises:
+        StorageError: STORE-WRITE, STORE-DENIED.
+    """
+    Store().require_room(uri, size + _COMMIT_BYTES)
 
 
 def load_version(delta: DeltaTable, name: str, version: int, uri: str) -> None:
@@ -124,15 +144,36 @@ def no_version(name: str, version: int, why: str, uri: str) -> StorageError:
 
 def storage_error(error: Exception, uri: str, code: str = "STORE-UNREACHABLE") -> StorageError:
     """What the table library raised, as ours; its own text may hold an address with secrets."""
+    number = _disk_number(error, uri)
+    if number is not None:
+        return disk_error(uri, number, os.strerror(number), writing=code == "STORE-WRITE")
+    verb = "written" if code == "STORE-WRITE" else "read"
+    what = "the address, the endpoint and the credentials" if is_s3(uri) else "the address"
+    return StorageError(
+        f"the table cannot be {verb} ({type(error).__name__}).", code=_refusal(error) or code,
+        where=uri, hint=f"Check {what} (`sgcd doctor`).",
+    )  # fmt: skip
+
+
+def may_pass(error: Exception, uri: str) -> bool:
+    """Whether writing again may help, as after a race: not where disk or store have refused."""
+    refused = _refusal(error) is not None or _disk_number(error, uri) is not None
+    return not (refused or isinstance(error, OSError))
+
+
+def _refusal(error: Exception) -> str | None:
+    """Code of what an S3 store says of the credentials; None where that is not the trouble."""
     text = str(error).lower()
     if "expiredtoken" in text:
-        code = "STORE-EXPIRED"
-    elif any(word in text for word in ("forbidden", "accessdenied", "access denied")):
-        code = "STORE-DENIED"
-    return StorageError(
-        f"the table cannot be reached ({type(error).__name__}).", code=code, where=uri,
-        hint="Check the address, the endpoint and the credentials (`sgcd doctor`).",
-    )  # fmt: skip
+        return "STORE-EXPIRED"
+    refused = any(word in text for word in ("forbidden", "accessdenied", "access denied"))
+    return "STORE-DENIED" if refused else None
+
+
+def _disk_number(error: Exception, uri: str) -> int | None:
+    """The system's number of an error of a local disk, which the table library puts into text."""
+    found = None if is_s3(uri) else re.search(r"\(os error (\d+)\)", str(error))
+    return None if found is None or int(found[1]) in _RACES else int(found[1])
 
 
 def _options(uri: str) -> dict[str, str] | None:

@@ -16,7 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines.catalog import Catalog
 from pipelines.catalog_rows import find_schema
-from pipelines.delta import PROPERTIES, active_files, open_table, renewing, storage_error
+from pipelines.delta import (
+    PROPERTIES,
+    active_files,
+    open_table,
+    renewing,
+    require_room,
+    storage_error,
+)
 from pipelines.lake import Lake
 from pipelines.schemas import SCHEMAS
 from sgcd_core.errors import ConfigError, StorageError
@@ -104,6 +111,7 @@ def _upkeep(lake: Lake, name: str, keep: timedelta, dry_run: bool) -> Upkeep | N
         if dry_run:
             after = _estimate(before)
         else:
+            require_room(uri)
             _set_properties(delta)
             delta.optimize.compact(target_size=TARGET_BYTES, max_concurrent_tasks=1)
             delta.create_checkpoint()

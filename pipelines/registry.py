@@ -11,9 +11,10 @@ import logging
 import os
 import re
 import socket
+import sqlite3
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -53,8 +54,9 @@ def connect(uri: str) -> Any:
     if endpoint:
         os.environ.setdefault("MLFLOW_S3_ENDPOINT_URL", endpoint)
     _knock(uri)
-    for name in ("alembic", "mlflow.store.db.utils"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    # It prints a traceback of what it raises besides, and `trouble` says it in one line.
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
     from mlflow import MlflowClient
 
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
@@ -99,16 +101,24 @@ def trouble(what: str, action: Callable[[], Any]) -> Exception | None:
 
 def lost(error: BaseException | None) -> bool:
     """Whether nobody answered. MLflow wraps what `requests` says of it into an error of its own."""
+    return any(
+        getattr(each, "response", each) is None or isinstance(each, ConnectionError | TimeoutError)
+        for each in _chain(error)
+    )
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, what it came from, and so on."""
     while error is not None:
-        unanswered = getattr(error, "response", error) is None
-        if unanswered or isinstance(error, ConnectionError | TimeoutError):
-            return True
+        yield error
         error = error.__cause__ or error.__context__
-    return False
 
 
 def _said(error: Exception) -> str:
     """What a refusal gave as its reason: MLflow's code and one line, without a password."""
+    for each in _chain(error):
+        if isinstance(each, sqlite3.Error):
+            return f"cannot use its database: {each}"
     code = getattr(error, "error_code", None)
     if code is None or lost(error):
         return "does not answer as expected"

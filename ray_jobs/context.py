@@ -75,7 +75,11 @@ def recorded(
         try:
             Catalog(lake).append("runs", [row])
         except SgcdError as error:  # the run's own end must not be lost for its record
-            log.warning("event=run_not_recorded code=%s", error.code)
+            said = summary.get("code") == error.code  # what ended the run is said once
+            log.log(
+                logging.INFO if said else logging.WARNING, "event=run_not_recorded code=%s",
+                error.code,
+            )  # fmt: skip
 
 
 @contextmanager

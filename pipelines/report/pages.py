@@ -5,19 +5,16 @@ So a report of thousands of scans costs only what is new.
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any, Literal
 
 from pipelines.report.render import digest_of
-from pipelines.report.scan import write_scan_page
+from pipelines.report.scan import note_unread, write_scan_page
 from pipelines.report.source import WAITING, Source
 from pipelines.report.state import ScanPage, load_state, read_histograms, save_state
 from sgcd_core.errors import SgcdError
-
-log = logging.getLogger(__name__)
 
 Row = dict[str, Any]
 #: Which scans get a page: all, those that did not end well, or none.
@@ -175,7 +172,7 @@ def _histograms_only(source: Source, row: Row, known: Mapping[str, ScanPage]) ->
     try:
         before, after = read_histograms(source, row)
     except SgcdError as error:
-        log.warning("report=unread scan=%s code=%s", row["scan_id"], error.code)
+        note_unread(row["scan_id"], error.code)
         before = after = None
     return ScanPage(None, digest, before, after)
 

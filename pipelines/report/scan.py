@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import shlex
 from typing import Any
 
 from pipelines.pair import load_pair, load_pair_truth
@@ -110,9 +111,15 @@ def scan_pictures(source: Source, row: Row) -> Row:
             out["uncertainty"] = draw(cut, pair.uncertainty, magnitude)
     except SgcdError as error:
         # The page of a scan that cannot be read must not end the report of the others.
-        log.warning("report=no-picture scan=%s code=%s", row["scan_id"], error.code)
+        note_unread(row["scan_id"], error.code)
         out["unreadable"] = str(error)
     return out
+
+
+def note_unread(scan_id: str, code: str) -> None:
+    """Log that a page has no volumes; that a scan is not prepared yet is no trouble."""
+    level = logging.INFO if code == "SCAN-MISSING" else logging.WARNING
+    log.log(level, "report=unread scan=%s code=%s", scan_id, code)
 
 
 def scan_content(
@@ -133,7 +140,7 @@ def scan_content(
         "guards": _guards(result, source.config.guard if source.config else GuardConfig()),
         "measures": _measures(source, row["scan_id"]),
         "facts": [(name, value) for name, value in _provenance(row) if value not in (None, "")],
-        "serve": f"sgcd serve --lake {source.lake.uri}",
+        "serve": f"sgcd serve --lake {shlex.quote(source.lake.uri)}",
     }  # fmt: skip
 
 

@@ -9,6 +9,7 @@ import io
 import os
 import secrets
 import stat
+import tempfile
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 
@@ -27,24 +28,33 @@ def _etag(info: os.stat_result) -> str:
 
 def _problem(uri: str, error: OSError | ValueError, *, writing: bool = False) -> SgcdError:
     number = error.errno if isinstance(error, OSError) else errno.EINVAL  # a NUL in the name
-    if number in (errno.EACCES, errno.EPERM, errno.EROFS):
+    if number in _ABSENT and not writing:
+        return InputError(
+            "is a folder, not a file." if number == errno.EISDIR else "there is no such file.",
+            code="SCAN-MISSING", where=uri, hint="Check the spelling of the path.",
+        )  # fmt: skip
+    reason = os.strerror(number) if number else type(error).__name__
+    return disk_error(uri, number, reason, writing=writing)
+
+
+def disk_error(uri: str, number: int | None, reason: str, *, writing: bool) -> StorageError:
+    """What the system's error of this number means for what lies at `uri`."""
+    if number == errno.EROFS:
+        return StorageError(
+            f"writing failed: {reason}.", code="STORE-DENIED", where=uri,
+            hint="Mount it so that it can be written, or use another place.",
+        )  # fmt: skip
+    if number in (errno.EACCES, errno.EPERM):
         verb = "written" if writing else "read"
         return StorageError(
             f"this user may not have it {verb}.", code="STORE-DENIED", where=uri,
             hint="Check the permissions of the file and its folders.",
         )  # fmt: skip
     if writing:
-        reason = os.strerror(number) if number else type(error).__name__
         return StorageError(
             f"writing failed: {reason}.", code="STORE-WRITE", where=uri,
             hint="Check free space and that the folder can be written.",
         )  # fmt: skip
-    if number in _ABSENT:
-        return InputError(
-            "is a folder, not a file." if number == errno.EISDIR else "there is no such file.",
-            code="SCAN-MISSING", where=uri, hint="Check the spelling of the path.",
-        )  # fmt: skip
-    reason = os.strerror(number) if number else type(error).__name__
     return StorageError(f"reading failed: {reason}.", code="STORE-UNREACHABLE", where=uri)
 
 
@@ -139,6 +149,17 @@ def write(uri: str, path: str, data: bytes, if_absent: bool) -> str:
     except (OSError, ValueError) as error:
         raise _problem(uri, error, writing=True) from error
     return etag
+
+
+def try_writing(uri: str, folder: str, size: int) -> None:
+    """Write `size` bytes to a file without a name in a folder, and give it up."""
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(size))
+            file.flush()
+    except (OSError, ValueError) as error:
+        raise _problem(uri, error, writing=True) from error
 
 
 def _sync(folder: str) -> None:

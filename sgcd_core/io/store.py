@@ -211,6 +211,20 @@ class Store:
 
         return local.write(uri, local_path(uri), data, if_absent)
 
+    def require_room(self, folder: str, size: int) -> None:
+        """Raise what writing `size` bytes to a folder would raise now; nothing stays there.
+
+        For writers that are not this store and fail badly. S3 is not asked.
+
+        Raises:
+            StorageError: STORE-WRITE, STORE-DENIED or STORE-ADDRESS.
+        """
+        if is_s3(folder):
+            return
+        from sgcd_core.io import local
+
+        local.try_writing(folder, local_path(folder), size)
+
     def info(self, uri: str) -> ObjectInfo:
         """Size and etag of one object.
 

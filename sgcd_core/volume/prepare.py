@@ -103,7 +103,7 @@ def prepare_scan(
         model, model_mask = resample_masked(
             image, mask, transform @ crop_affine, grid, config.shape
         )
-        low, high = _range(model, model_mask, config, where)
+        low, high = _range(model, model_mask, brain_ml, config, where)
 
     geometry = Geometry(
         native_shape=scan.shape,
@@ -185,10 +185,10 @@ def _check_brain(brain_ml: float, source: str, where: str | None) -> None:
 
 
 def _range(
-    model: Array, mask: Array, config: PrepareConfig, where: str | None
+    model: Array, mask: Array, brain_ml: float, config: PrepareConfig, where: str | None
 ) -> tuple[float, float]:
     """Intensities that become 0 and 1."""
-    if mask.sum() < 1000 * (4.0 / config.mm) ** 3:
+    if float(mask.sum()) * config.mm**3 / 1000.0 < brain_ml / 2.0:
         raise InputError(
             "most of the brain lies outside the model grid.", code="SCAN-REGISTRATION", where=where,
         )  # fmt: skip

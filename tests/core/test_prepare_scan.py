@@ -284,6 +284,16 @@ def test_what_cannot_be_prepared_has_a_code(code: str, scan: NiftiScan, sequence
     assert caught.value.code == code
 
 
+def test_a_brain_that_lies_mostly_outside_the_model_grid_is_refused() -> None:
+    scan = brain(shape=(60, 70, 57), mm=3.3)
+    placed = np.eye(4)
+    placed[1, 3] = 60.0  # mm
+    assert prepare_scan(scan, PLAIN, sequence="T1w", placed=placed).mask.any()
+    placed[1, 3] = 140.0  # a third is left, 620 ml
+    with pytest.raises(InputError, match=r"SCAN-REGISTRATION.*outside the model grid"):
+        prepare_scan(scan, PLAIN, sequence="T1w", placed=placed)
+
+
 def test_a_mask_too_small_or_too_large_is_no_brain() -> None:
     config = PrepareConfig(brain_extraction="none")
     small = np.zeros((90, 90, 90), np.float32)

@@ -11,8 +11,14 @@ from sgcd_core.config import PrepareConfig
 from sgcd_core.errors import InputError
 from sgcd_core.io.nifti import decode_nifti, encode_nifti
 from sgcd_core.volume.prepare import prepare_scan
-from sgcd_core.volume.register import align_rigid, like_t1w, register_rigid, rotation_degrees
-from sgcd_core.volume.resample import resample_masked
+from sgcd_core.volume.register import (
+    align_rigid,
+    cut_faces,
+    like_t1w,
+    register_rigid,
+    rotation_degrees,
+)
+from sgcd_core.volume.resample import bounding_box, resample_masked, shifted, voxel_ml
 from sgcd_core.volume.template import template
 
 MM = 2.4
@@ -40,6 +46,40 @@ def test_scanners_put_one_brain_in_one_place(subject, sequence, most):
         displacement(a @ np.linalg.inv(b), grid, mask) for a, b in itertools.combinations(found, 2)
     ]
     assert np.mean(apart) < most
+
+
+@pytest.mark.parametrize(
+    "face", [(2, 1), (1, 1), (1, 0)], ids=["top 40 mm", "front 40 mm", "back 40 mm"]
+)
+def test_a_field_of_view_that_cuts_the_brain_leaves_it_in_its_place(subject, face):
+    scanner = random_sites(3, 1, 0)[0]
+    data, affine = render_scan(subject, scanner, "T1w", MM, np.random.default_rng(0))
+    left = list(bounding_box(data > 0, margin=2))
+    axis, end = face
+    start, stop, gone = left[axis].start, left[axis].stop, 2 + round(40 / MM)
+    left[axis] = slice(start, stop - gone) if end else slice(start + gone, stop)
+    seen, there = data[tuple(left)], shifted(affine, tuple(left))
+    assert cut_faces(data > 0, affine) == () and cut_faces(seen > 0, there) == (face,)
+    whole, cut = register_rigid(data, data > 0, affine), register_rigid(seen, seen > 0, there)
+    _, mask, grid = template(4.0)
+    assert displacement(cut @ np.linalg.inv(whole), grid, mask) < 2.5
+
+
+def test_a_small_brain_is_judged_by_where_it_lies(subject):
+    scanner = random_sites(3, 1, 0)[0]
+    data, affine = render_scan(subject, scanner, "T1w", MM, np.random.default_rng(0))
+    share = 600.0 / ((data > 0).sum() * voxel_ml(affine))
+    small = affine @ np.diag([np.cbrt(share)] * 3 + [1.0])
+    assert rotation_degrees(register_rigid(data, data > 0, small)) < 30
+
+
+def test_what_has_not_the_shape_of_a_brain_is_refused():
+    rod = np.zeros((30, 30, 70), bool)
+    rod[5:25, 5:25, 5:65] = True  # 650 ml, 240 mm long
+    image = rod * np.random.default_rng(0).random(rod.shape).astype(np.float32)
+    with pytest.raises(InputError, match="overlaps") as caught:
+        register_rigid(image, rod, np.diag([3.0, 3.0, 4.0, 1.0]))
+    assert caught.value.code == "SCAN-REGISTRATION"
 
 
 TURNS = {

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import subprocess
+import sys
 import threading
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -11,8 +14,10 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+from pipelines import catalog as catalog_module
 from pipelines.catalog import Catalog
 from pipelines.catalog_docs import reference_markdown, with_reference
+from pipelines.delta import storage_error
 from pipelines.lake import Lake
 from pipelines.schemas import SCHEMAS
 from sgcd_core.errors import StorageError, UsageError
@@ -257,6 +262,94 @@ def test_a_folder_name_that_the_table_library_would_misread_is_refused(tmp_path:
         Catalog(Lake(str(tmp_path / "a%20b"))).append("results", [result("s1")])
     assert caught.value.code == "STORE-ADDRESS"
     assert list(tmp_path.iterdir()) == []
+
+
+#: A process whose files may not grow, as on a full disk.
+FULL = """
+import resource, sys
+from pipelines.catalog import Catalog
+from pipelines.lake import Lake
+from pipelines.optimize import optimize
+from sgcd_core.errors import StorageError
+
+row = {"run_id": "r", "command": "index", "status": "ok"}
+old, new = Catalog(Lake(sys.argv[1])), Catalog(Lake(sys.argv[2]))
+old.append("runs", [row])
+resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+writers = (lambda: old.append("runs", [row]), lambda: new.append("runs", [row]),
+           lambda: optimize(old))
+for write in writers:
+    try:
+        write()
+    except StorageError as error:
+        sys.stdout.write(f"{error}\\n")
+"""
+
+
+def test_a_full_disk_is_a_sentence_with_its_reason_and_no_more(tmp_path: Path) -> None:
+    """The table library's writer panics there, which is printed past Python."""
+    lakes = [str(tmp_path / name) for name in ("old", "new")]
+    done = subprocess.run([sys.executable, "-c", FULL, *lakes], capture_output=True, text=True)
+    why = "writing failed: File too large. Check free space and that the folder can be written."
+    tables = [Lake(lakes[i]).table("runs") for i in (0, 1, 0)]
+    assert done.stdout.splitlines() == [f"[STORE-WRITE] {table}: {why}" for table in tables]
+    assert done.stderr == ""
+    assert not list(Path(lakes[0], "catalog", "runs").glob("tmp*"))
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "words"),
+    [
+        (errno.ENOSPC, "STORE-WRITE", "writing failed: No space left on device."),
+        (errno.EROFS, "STORE-DENIED", "writing failed: Read-only file system."),
+        (errno.EACCES, "STORE-DENIED", "this user may not have it written."),
+    ],
+)
+def test_a_disk_that_refuses_in_the_middle_of_a_commit_is_not_asked_again(
+    number: int, code: str, words: str, catalog: Catalog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import deltalake
+    from deltalake.exceptions import CommitFailedError
+
+    calls = []
+
+    def refuse(*_: object, **__: object) -> None:
+        calls.append(1)
+        raise CommitFailedError(f"Generic LocalFileSystem error: … (os error {number})")
+
+    catalog.append("scans", [scan("s1")])
+    monkeypatch.setattr(deltalake, "write_deltalake", refuse)
+    with pytest.raises(StorageError, match=words) as caught:
+        catalog.append("scans", [scan("s2")])
+    assert (caught.value.code, len(calls)) == (code, 1)
+
+
+def test_a_commit_that_loses_a_race_is_tried_again(
+    catalog: Catalog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import deltalake
+    from deltalake.exceptions import CommitFailedError
+
+    write, lost = deltalake.write_deltalake, [1, 2]
+
+    def race(*words: Any, **options: Any) -> None:
+        if lost:
+            lost.pop()
+            raise CommitFailedError(f"File exists (os error {errno.EEXIST})")
+        write(*words, **options)
+
+    monkeypatch.setattr(deltalake, "write_deltalake", race)
+    monkeypatch.setattr(catalog_module.time, "sleep", lambda seconds: None)
+    catalog.append("scans", [scan("s1")])
+    assert catalog.rows("scans").num_rows == 1 and not lost
+
+
+def test_what_is_said_of_a_disk_is_not_said_of_a_store() -> None:
+    error = OSError("Generic S3 error: connection refused (os error 13)")
+    remote = storage_error(error, "s3://b/lake/catalog/runs")
+    assert remote.code == "STORE-UNREACHABLE" and "credentials" in str(remote)
+    local = storage_error(OSError("damaged"), "/lake/catalog/runs")
+    assert local.code == "STORE-UNREACHABLE" and "credentials" not in str(local)
 
 
 @pytest.mark.s3

@@ -85,7 +85,7 @@ def results(catalog: Catalog) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     lake, config = fake_lake(
-        str(tmp_path_factory.mktemp("lake")), lambda scan, truth: 0.7 * truth + 0.3 * scan,
+        str(tmp_path_factory.mktemp("my lake")), lambda scan, truth: 0.7 * truth + 0.3 * scan,
         shape=GRID, traveling=1,
     )  # fmt: skip
     catalog = Catalog(lake)
@@ -392,3 +392,15 @@ def test_the_whole_way_on_s3(s3_server: Any) -> None:
     page = Page(Store().read_bytes(written.uri).decode())
     assert "Closer to the truth than the raw scans in 4 of 4" in page.text
     assert write_report(lake, "target-T", 1).new == 0
+
+
+def test_a_scan_that_is_not_prepared_yet_is_no_trouble(caplog):
+    report_scan.note_unread("a", "SCAN-MISSING")
+    assert caplog.records == []
+    report_scan.note_unread("a", "STORE-UNREACHABLE")
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+
+
+def test_the_command_of_a_scan_s_page_can_be_pasted(made: Made) -> None:
+    pages = [page for page in every_page(made) if "sgcd serve" in page.text]
+    assert pages and all(f"sgcd serve --lake '{made.lake.uri}'" in page.text for page in pages)

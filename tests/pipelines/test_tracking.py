@@ -122,6 +122,27 @@ def test_a_database_that_cannot_be_written_is_a_warning(tmp_path: Path) -> None:
     assert tracker.run_id is None
 
 
+def test_a_database_without_room_is_one_line_with_the_reason(tmp_path: Path) -> None:
+    """MLflow prints a traceback of what it raises, too."""
+    code = """
+import resource, sys
+from pipelines.lake import Lake
+from pipelines.tracking import Tracker
+
+for limit in (-1, 0):  # the database is made, then nothing may grow
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+    with Tracker.start(Lake(sys.argv[1]), "train") as tracker:
+        tracker.log_metrics({"loss": 1.0})
+    print(tracker.run_id)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True
+    )
+    assert [line == "None" for line in done.stdout.splitlines()] == [False, True]
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    assert "MLflow cannot use its database: disk I/O error; the work goes on" in done.stderr
+
+
 def test_a_lake_on_s3_tracks_under_the_users_data_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
