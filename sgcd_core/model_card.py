@@ -233,9 +233,10 @@ def _limits(config: SgcdConfig) -> str:
 - The correction is as smooth as the model's grid ({prepare.mm:g} mm): what differs between sites on
   a finer scale, noise and fine artefacts, stays in the scan.
 - A result is marked `flagged` where edges correlate below {guard.min_gradient_correlation:g} (in
-  any cube of 24 mm below {guard.min_local_correlation:g}), a tissue volume drifts by more than
-  {guard.max_volume_drift:.0%} or the scan is more than {guard.max_outlier_score:g} typical
-  distances from the training scans (`outlier_score`). A result without a flag is not thereby right.
+  any cube of 24 mm below {guard.min_local_correlation:g}), a tissue volume drifts
+  by more than {guard.max_volume_drift:.0%} or the scan is more than {guard.max_outlier_score:g}
+  typical distances from the training scans (`outlier_score`). A result without a flag is not
+  thereby right.
 - An uncertainty map (`--samples`) is the deviation over the sampler's seeds, not the error. It is
   nearly 0, and says nothing, where the network's output hardly depends on its noise.
 - Sites with few scans have an uncertain look; the number of scans is above."""
