@@ -223,7 +223,7 @@ def test_one_of_two_workers_is_killed_and_both_go_on(
     assert place.train("--workers", "2") == 0
     assert len(killed) == 2 and len(heard) > STEPS
     for name in SHARED:
-        assert place.curve()[name] == pytest.approx(unbroken.curve()[name], abs=1e-5)
+        assert place.curve()[name] == pytest.approx(unbroken.curve()[name], abs=1e-4)
 
 
 def test_two_workers_that_are_killed_tune_as_one(
@@ -264,7 +264,7 @@ def test_a_notice_and_sigterm_keep_the_state_and_one_worker_goes_on_for_two(
     assert place.train(every=1000) == 0
     assert heard == list(range(STEPS))  # none was done again
     for name in SHARED:
-        assert place.curve()[name] == pytest.approx(unbroken.curve()[name], abs=1e-5)
+        assert place.curve()[name] == pytest.approx(unbroken.curve()[name], abs=1e-4)
 
 
 def test_a_killed_driver_and_a_damaged_checkpoint_change_nothing(
