@@ -31,8 +31,9 @@ WORK_MM = 4.0
 START_PITCH = (-25.0, 0.0, 25.0)
 MAX_ROTATION_DEG = 60.0
 MAX_SHIFT_MM = 40.0
-#: Dice overlap with the template, once the brain is given the template's volume: a small one could
-#: overlap by more than a third, wherever it lay.
+#: Dice overlap with the template of the brain enlarged to the template's volume: a small one can
+#: overlap little, however it lies (measured: at least 0.92 on 10 real scans and on one shrunk to
+#: 550 ml; moved by 40 mm at most 0.61).
 MIN_OVERLAP = 0.65
 #: Correlation with the template below which the header may have the axes wrong and above which
 #: another orientation may be right (measured on 65 scans: at least 0.39; with a header that is 90°

@@ -68,7 +68,7 @@ def test_a_field_of_view_that_cuts_the_brain_leaves_it_in_its_place(subject, fac
 def test_a_small_brain_is_judged_by_where_it_lies(subject):
     scanner = random_sites(3, 1, 0)[0]
     data, affine = render_scan(subject, scanner, "T1w", MM, np.random.default_rng(0))
-    share = 600.0 / ((data > 0).sum() * voxel_ml(affine))
+    share = 700.0 / ((data > 0).sum() * voxel_ml(affine))
     small = affine @ np.diag([np.cbrt(share)] * 3 + [1.0])
     assert rotation_degrees(register_rigid(data, data > 0, small)) < 30
 
