@@ -322,8 +322,9 @@ def browser() -> Iterator[Browser]:
     if place is None:
         reason = "no Chromium: run `make browser`, or name one in SGCD_CHROMIUM"
         pytest.fail(reason) if os.environ.get("CI") else pytest.skip(reason)
-    from playwright.sync_api import sync_playwright
+    from playwright.sync_api import expect, sync_playwright
 
+    expect.set_options(timeout=60_000)  # a page drawn in software beside other tests takes its time
     options = [
         "--headless=shell", "--use-gl=angle", "--use-angle=swiftshader", "--disable-sync",
         "--enable-unsafe-swiftshader", "--ignore-gpu-blocklist", "--disable-component-update",

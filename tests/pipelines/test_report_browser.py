@@ -29,7 +29,7 @@ from pipelines.viewer.server import Server
 from pipelines.viewer.site import LIBRARY, STATIC
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser, Page
+    from playwright.sync_api import Browser, Page, Route
 
 pytestmark = pytest.mark.browser
 
@@ -343,7 +343,13 @@ def test_before_and_after_move_together_in_three_dimensions(
             page.get_by_role("button", name="Axial").click()
             page.locator("[data-axis='2']").fill("500")
             after = page.evaluate("document.getElementById('at-right').textContent")
-            page.get_by_label("Volume on the right").select_option("truth")
+            held: list[Route] = []
+            page.route("**/truth.nii.gz", lambda route: held.append(route))
+            with page.expect_request("**/truth.nii.gz"):
+                page.get_by_label("Volume on the right").select_option("truth")
+            expect(page.locator("#viewer")).to_have_attribute("aria-busy", "true")
+            held[0].continue_()
+            expect(page.locator("#viewer")).not_to_have_attribute("aria-busy", "true")
             expect(page.locator("#at-right")).not_to_have_text(after)  # nobody moved
             assert "Same person" in str(page.locator("#right").get_attribute("aria-label"))
             page.locator("#left").press("v")  # a key of the library's, for one side alone

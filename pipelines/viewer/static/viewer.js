@@ -51,8 +51,15 @@ async function start() {
     if (index && which) get("right").setAttribute("aria-label", which.selectedOptions[0].text);
     views[index].createOnLocationChange(); // the value beside the picture is of what is shown now
   };
-  const again = (...sides) => Promise.all(sides.map(load)).catch(
-    () => trouble("A volume could not be loaded, so nothing is shown. Load this page again."));
+  // One after the other: what was chosen last is shown last. Until then the pictures are dim.
+  let loads = Promise.resolve();
+  const again = (...sides) => {
+    root.setAttribute("aria-busy", "true");
+    const mine = loads.then(() => Promise.all(sides.map(load))).catch(
+      () => trouble("A volume could not be loaded, so nothing is shown. Load this page again."));
+    loads = mine;
+    return mine.then(() => { if (loads === mine) root.removeAttribute("aria-busy"); });
+  };
 
   // One crosshair: whichever side moves, the other follows.
   let following = false;
