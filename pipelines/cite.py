@@ -19,6 +19,7 @@ from sgcd_core.config import SgcdConfig, parse_config
 from sgcd_core.errors import InputError, ModelError
 from sgcd_core.io.store import Store, join
 from sgcd_core.model_card import PAPER
+from sgcd_core.words import counted
 
 Row = Mapping[str, Any]
 
@@ -145,8 +146,8 @@ def _scans(
         for name in ("code_version", "config_digest")
     )
     return (
-        f"{_count(done.num_rows, 'scan')} ({_counts(_counted(done['sequence']))}) of "
-        f"{_count(people.num_rows, 'participant')} from {_count(len(sites), 'site')} "
+        f"{counted(done.num_rows, 'scan')} ({_counts(_counted(done['sequence']))}) of "
+        f"{counted(people.num_rows, 'participant')} from {counted(len(sites), 'site')} "
         f"({_counts(sites)}) were harmonized to {goal} with SGCD Lake {programs} (model {model}, "
         f"version {number}, preset {config.preset}; digest of the settings {digests}), which "
         f"implements semantic-guided conditional diffusion {cited('method')}; data and outputs "
@@ -193,13 +194,13 @@ def _training(meta: Row, config: SgcdConfig, cited: _Cited) -> str:
     text = f"The denoiser is a conditional 3D U-Net in MONAI {cited('monai')}"
     if first.get("steps") and first.get("scans"):
         text += (
-            f", trained for {_count(first['steps'], 'step')} on "
-            f"{_count(first['scans'], 'scan')}{_of_sites(sites)}, starting from {start}"
+            f", trained for {counted(first['steps'], 'step')} on "
+            f"{counted(first['scans'], 'scan')}{_of_sites(sites)}, starting from {start}"
         )
     if meta.get("kind") == "target":
         text += (
-            f"; it was then tuned to site {meta['target']} for {_count(meta['steps'], 'step')} "
-            f"with {_count(meta.get('target_scans', 0), 'scan')} of that site and the style "
+            f"; it was then tuned to site {meta['target']} for {counted(meta['steps'], 'step')} "
+            f"with {counted(meta.get('target_scans', 0), 'scan')} of that site and the style "
             f"encoder {config.target_stage.encoder.partition(':')[0]}"
         )
     sampler = config.target_sampler if meta.get("kind") == "target" else config.global_sampler
@@ -221,7 +222,7 @@ def _training(meta: Row, config: SgcdConfig, cited: _Cited) -> str:
 def _carried(config: SgcdConfig, runs: Sequence[Row]) -> str:
     text = (
         "The correction was carried to the voxels of each scan by local linear maps (window "
-        f"half-width {_count(config.transport.radius, 'voxel')} of the model grid)"
+        f"half-width {counted(config.transport.radius, 'voxel')} of the model grid)"
     )
     changed = sorted({item for run in runs for item in run.get("settings") or ()})
     return f"{text}; settings changed at harmonization: {', '.join(changed)}." if changed else (
@@ -248,16 +249,16 @@ def _outcome(results: pa.Table, done: pa.Table) -> str:
     for status in ("failed", "quarantined"):
         if by[status]:
             parts.append(f"{by[status]} could not be harmonized ({codes(status)})")
-    text = f"Of {_count(results.num_rows, 'scan')}, {_and(parts)}."
+    text = f"Of {counted(results.num_rows, 'scan')}, {_and(parts)}."
     lesions = done.num_rows - done["lesion_ml"].null_count
     if lesions:
         text += (
-            f" In {_count(lesions, 'scan')} a lesion mask was honoured: the correction was "
+            f" In {counted(lesions, 'scan')} a lesion mask was honoured: the correction was "
             "carried through the lesion from around it."
         )
     maps = done.num_rows - done["uncertainty_uri"].null_count
     if maps:
-        text += f" For {_count(maps, 'scan')} the standard deviation over seeds was mapped."
+        text += f" For {counted(maps, 'scan')} the standard deviation over seeds was mapped."
     return text
 
 
@@ -276,11 +277,7 @@ def _versions(runs: Sequence[Row], cited: _Cited) -> str:
 
 
 def _of_sites(sites: Sequence[str]) -> str:
-    return f" of {_count(len(sites), 'site')} ({', '.join(sites)})" if sites else ""
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+    return f" of {counted(len(sites), 'site')} ({', '.join(sites)})" if sites else ""
 
 
 def _counts(found: Counter[Any]) -> str:

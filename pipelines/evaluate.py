@@ -28,6 +28,7 @@ from sgcd_core.errors import ModelError, SgcdError
 from sgcd_core.io.nifti import read_nifti
 from sgcd_core.io.store import Store
 from sgcd_core.metrics import MEASURES, histogram_distance, masked_histogram, measure_all
+from sgcd_core.words import counted
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +71,7 @@ class EvaluationSummary:
     def verdict(self) -> list[str]:
         """The result in sentences."""
         if not self.pairs and (lost := unread(self.skipped)):
-            return [f"Nothing was compared: {len(lost)} scans could not be read."]
+            return [f"Nothing was compared: {counted(len(lost), 'scan')} could not be read."]
         return self.summary.verdict
 
 

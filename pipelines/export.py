@@ -16,6 +16,7 @@ from pipelines.catalog_docs import column_table
 from pipelines.catalog_rows import latest
 from pipelines.schemas import SCHEMAS, Table
 from sgcd_core.io.store import Store, join
+from sgcd_core.words import counted
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def export(
             store.write_bytes(uri, _parquet(schema, rows))
             files.append(Exported(uri, rows.num_rows))
         counts = "; ".join(
-            f"`{stem}.parquet`: {rows.num_rows} rows" for stem, rows in parts.items()
+            f"`{stem}.parquet`: {counted(rows.num_rows, 'row')}" for stem, rows in parts.items()
         )
         lines += [f"## {name}", "", schema.description, "", f"{counts}.", "", *column_table(schema)]
         lines.append("")

@@ -10,6 +10,7 @@ from pipelines.verdict import METHOD_TITLES, Estimate, number
 from sgcd_core.io.store import Store, join
 from sgcd_core.metrics import MEASURES
 from sgcd_core.model_card import FIGURES, rows_table
+from sgcd_core.words import counted
 
 _SEEN = {True: "yes", False: "no", None: "-"}
 
@@ -31,12 +32,12 @@ def figures_markdown(found: EvaluationSummary, code_version: str) -> str:
     """The verdict and its tables; the same evaluation always gives the same text."""
     parts = [
         f"# Figures: {found.model}, version {found.version}",
-        f"By `sgcd evaluate`, program {code_version}. {found.pairs} scans of test subjects were "
-        "compared with the same subject's scan at the target, which served for nothing else. "
-        "Means over subjects, 95 % bootstrap intervals in brackets; inside the brain.",
+        f"By `sgcd evaluate`, program {code_version}. {counted(found.pairs, 'scan')} of test "
+        "subjects compared with the same subject's scan at the target, which served for nothing "
+        "else. Means over subjects, 95 % bootstrap intervals in brackets; inside the brain.",
     ]
     if found.skipped:
-        parts.append(f"{len(found.skipped)} scans could not be compared.")
+        parts.append(f"{counted(len(found.skipped), 'scan')} could not be compared.")
     if found.verdict:
         parts.append("\n".join(f"- {sentence}" for sentence in found.verdict))
     if found.summary.lines:

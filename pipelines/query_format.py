@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from sgcd_core.errors import UsageError
+from sgcd_core.words import counted
 
 FORMATS = ("table", "csv", "parquet", "json")
 
@@ -143,9 +144,13 @@ def _text(table: pa.Table) -> str:
         ]
         return "  ".join(padded).rstrip()
 
-    count = "1 row" if len(rows) == 1 else f"{len(rows)} rows"
     rule = ["─" * w for w in widths]
-    return "\n".join([line(names), line(rule), *(line(r) for r in rows), f"({count})"]) + "\n"
+    return (
+        "\n".join(
+            [line(names), line(rule), *(line(r) for r in rows), f"({counted(len(rows), 'row')})"]
+        )
+        + "\n"
+    )
 
 
 def _cell(value: Any) -> str:

@@ -21,6 +21,7 @@ from sgcd_core.io.bids_tables import (
     read_table,
 )
 from sgcd_core.io.store import ObjectInfo, Store, is_s3, join, local_path
+from sgcd_core.words import counted
 
 SITE_SOURCES = ("auto", "participants", "session", "sidecar", "column")
 #: Before the name of the one site that all scans are from.
@@ -116,7 +117,7 @@ def _with_splits(
     if mixed:
         notes = [
             *notes,
-            f"{address}: {mixed} subjects have scans of several splits: they are not scored. "
+            f"{address}: {counted(mixed, 'subject')} with scans of several splits: not scored. "
             "Write test for all scans of a subject or for none; an empty cell counts as train",
         ]
     return listed, notes
@@ -205,12 +206,14 @@ def _from_table(address: str, store: Store) -> tuple[list[Listed], list[str]]:
     listed = [_listed(row, folder, address) for row in rows]
     again = len(listed) - len({one.object.uri for one in listed})
     extra = len(set(rows[0]) - {*_REQUIRED, *_OPTIONAL})
-    notes = [f"{address}: {extra} other columns are not used"] if extra else []
+    notes = [f"{address}: {counted(extra, 'other column')} not used"] if extra else []
     unread = Unread()
     unread.look(rows, address)
     notes += unread.notes
     if again:
-        notes.append(f"{address}: {again} rows name a file that a row before names; left out")
+        notes.append(
+            f"{address}: {counted(again, 'row')} of a file that a row before names; left out"
+        )
     return listed, notes
 
 

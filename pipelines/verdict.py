@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from sgcd_core.metrics import MEASURES, bootstrap_interval
+from sgcd_core.words import counted
 
 METHOD_TITLES = {
     "raw": "raw", "nyul": "Nyúl", "minmax": "min-max", "zscore": "z-score",
@@ -164,7 +165,7 @@ def verdict(groups: Sequence[Line], sites: Sequence[Line] = ()) -> list[str]:
         names = {True: "sites seen in training", False: "sites never seen in training"}
         head = f"{sequence}, {names.get(seen, 'all sites') if seen is not None else 'all sites'}"
         people = max(line.n for line in lines)
-        head += f" ({people} {'subject' if people == 1 else 'subjects'})"
+        head += f" ({counted(people, 'subject')})"
         for name, methods in _rivals(lines):
             sentence = _compare(lines, name, methods)
             if sentence:

@@ -10,6 +10,7 @@ from ray_jobs.outcome import DONE, WITH_FAILURES, Outcome, failure_line, table
 from ray_jobs.settings import from_args
 from sgcd_core.config import load_config
 from sgcd_core.errors import REPLACED, InputError, ModelError, StorageError, UsageError
+from sgcd_core.words import counted
 
 
 def check(args: Any) -> Outcome:
@@ -100,14 +101,14 @@ def index(args: Any) -> Outcome:
     notes = list(found.notes)
     if corrected:
         notes.append(
-            f"{corrected} scans have another subject, session, site or sequence than before; "
-            "those with a result are harmonized again"
+            f"{counted(corrected, 'scan')} of another subject, session, site or sequence than "
+            "before; what has a result is harmonized again"
         )
     lines = [f"note: {note}" for note in notes] + [failure_line(row) for row in bad]
     sites = Counter(row["site"] or "-" for row in rows if row["status"] == "ok")
     before = latest_by_uri(known)
     unfit = sum(before[uri]["status"] != "ok" for uri in found.unchanged)
-    text = f"{len(rows)} scans new or changed"
+    text = f"{counted(len(rows), 'scan')} new or changed"
     text += f", {len(bad)} of them cannot be used" if bad else ""
     text += f", {len(found.unchanged)} unchanged"
     text += f", {unfit} of them cannot be used" if unfit else ""
@@ -187,7 +188,9 @@ def report(args: Any) -> Outcome:
             lake, name, version, out=args.out and absolute(args.out), pages=args.pages,
             workers=args.workers or cpu_count(), progress=progress.reach,
         )  # fmt: skip
-    counts = f"{written.scans} scans, {written.pages} pages, {written.new} of them new"
+    counts = (
+        f"{counted(written.scans, 'scan')}, {counted(written.pages, 'page')}, {written.new} new"
+    )
     follow = "" if args.out else f"sgcd serve --lake {quoted(args.lake)}"
     data = {"report": written.uri, "pages": written.pages, "new": written.new}
     text = f"report: {written.uri} ({counts})"

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ray_jobs.context import code_version, open_lake, quoted, tracked
 from ray_jobs.outcome import DONE, WITH_FAILURES, Outcome, table
 from sgcd_core.errors import UsageError
+from sgcd_core.words import counted
 
 if TYPE_CHECKING:
     from pipelines.downstream import DownstreamLine, Repeated
@@ -155,7 +156,8 @@ def _voxels(q: _Question) -> _Part:
     shown = before_after(found.summary.lines)
     figures = write_figures(q.lake, found, code_version())
     return _Part(
-        ["", *shown, "", *found.verdict, ""], f"{found.pairs} scans compared with their truth",
+        ["", *shown, "", *found.verdict, ""],
+        f"{counted(found.pairs, 'scan')} compared with the truth",
         found.site_rows, found.skipped, found.written,
         {"pairs": found.pairs, "verdict": found.verdict, "table": shown, "figures": figures},
         found,
@@ -177,8 +179,8 @@ def _tissues(q: _Question) -> _Part:
         shown = ["No test subject was also scanned at the target site: no tissue is compared."]
     return _Part(
         ["", f"Tissues as segmented by {found.segmenter}; higher is closer:", "", *shown, ""],
-        f"tissues of {found.pairs} scans compared with the target's, of {found.truths} with "
-        "the truth",
+        f"tissues of {counted(found.pairs, 'scan')} compared with the target's, "
+        f"of {found.truths} with the truth",
         found.site_rows, found.skipped, found.written,
         {"tissue_pairs": found.pairs, "tissue_truths": found.truths, "tissue_table": shown},
     )  # fmt: skip
@@ -199,7 +201,7 @@ def _downstream(q: _Question) -> _Part:
     return _Part(
         ["", f"Site and age from features of {found.features} (mean ± standard deviation of five "
          "random partitions):", "", *shown, *([""] if shown else []), *found.notes, ""],
-        f"site and age told from {sum(scans.values())} scans by {found.features}",
+        f"site and age told from {counted(sum(scans.values()), 'scan')} by {found.features}",
         found.site_rows, found.skipped, found.written,
         {"features": found.features, "downstream_notes": found.notes, "downstream_table": shown},
     )  # fmt: skip

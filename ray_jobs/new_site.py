@@ -27,6 +27,7 @@ from ray_jobs.steps import step
 from sgcd_core.config import SgcdConfig
 from sgcd_core.errors import InputError, ModelError, UsageError
 from sgcd_core.io.store import Store
+from sgcd_core.words import counted
 
 Row = dict[str, Any]
 
@@ -145,7 +146,7 @@ class NewSite:
             + counts.get("quarantined", 0),
         )  # fmt: skip
         parts = ", ".join(f"{n} {status}" for status, n in counts.items()) or "nothing new"
-        text = f"{indexed.data['new']} scans new at the source"
+        text = f"{counted(indexed.data['new'], 'scan')} new at the source"
         text += f", tuned {name} version {version}" if tuned else ""
         text += f", harmonized with {name}@{version}: {parts}; report: {reported}"
         data = {
@@ -290,7 +291,7 @@ def _dry_run(args: Any, lake: Lake, model: str, made: bool, known: tuple[str, ..
         scan for scan in todo.to_pylist() if wanted is None or scan["site"] in wanted
     ]  # fmt: skip
     text = (
-        f"would add {new.data['new']} scans and harmonize them and {len(waiting)} listed before "
-        f"with {name}@{version}"
+        f"would add {counted(new.data['new'], 'scan')}, and harmonize what is new and "
+        f"{len(waiting)} listed before with {name}@{version}"
     )
     return Outcome(text, data={"new": new.data["new"], "waiting": len(waiting), "model": name})

@@ -29,6 +29,7 @@ from ray_jobs.volume_stream import Row, packed, unpacked
 from ray_jobs.windows import dataset_of, each_once, end_late, room, rows_of, window_size
 from sgcd_core.config import PrepareConfig, SgcdConfig
 from sgcd_core.errors import SgcdError
+from sgcd_core.words import counted
 
 if TYPE_CHECKING:
     from pipelines.catalog import Catalog
@@ -92,13 +93,15 @@ def run(args: Any) -> Outcome:
     skipped = len(usable) - len(todo)
     data: Row = {"recipe": recipe, "to_do": len(todo), "already_prepared": skipped}
     if args.dry_run:
-        return Outcome(f"would prepare {len(todo)} scans, {skipped} are prepared", data=data)
+        return Outcome(
+            f"would prepare {counted(len(todo), 'scan')}, {skipped} are prepared", data=data
+        )
     kept: list[str] = []
     if not args.model:  # what a model was built with is its own affair
         remember(lake, config)
         kept = preparation_line(config)
     if not todo:
-        text = f"all {skipped} scans are prepared; nothing to do"
+        text = f"{counted(skipped, 'scan')} prepared before; nothing to do"
         if not usable and not args.model:  # with it only what is not harmonized is looked at
             text, follow = "no scan can be used; nothing to do", _look(args)
         return Outcome(text, next=follow, lines=kept, data=data)
@@ -128,7 +131,7 @@ def run(args: Any) -> Outcome:
     codes = Counter(row["code"] for row in failed)
     lines = [failure_line(row) for row in failed] + kept + _mixed(extracted)
     reasons = ", ".join(f"{n} {code}" for code, n in codes.most_common())
-    text = f"prepared {done - len(failed)} scans, {skipped} were prepared before"
+    text = f"prepared {counted(done - len(failed), 'scan')}, {skipped} were prepared before"
     text += f", {len(failed)} failed ({reasons})" if failed else ""
     keep = ("scan_id", "uri", "code", "message")
     data |= {
@@ -198,7 +201,7 @@ def _preparation(
 ) -> Iterator[Row]:
     rows = dataset_of(ray, scans).map(
         prepare_packed, fn_kwargs={"job": job, "force": force}, num_cpus=1,
-        compute=ray.data.TaskPoolStrategy(size=workers),
+        compute=ray.data.TaskPoolStrategy(size=min(workers, len(scans))),
     )  # fmt: skip
     yield from rows_of(rows, NO_PROGRESS_SECONDS + job.deadline)
 

@@ -23,6 +23,7 @@ from ray_jobs.prepare import PrepareJob, prepare_stream
 from ray_jobs.volume_stream import Row, survey
 from sgcd_core.config import SgcdConfig
 from sgcd_core.io.store import Store, file_name, join
+from sgcd_core.words import counted
 
 if TYPE_CHECKING:
     from sgcd_core.style.look import SiteLook
@@ -104,8 +105,8 @@ def site_looks(
 def few_notes(looks: Mapping[tuple[str, str], SiteLook]) -> list[str]:
     """A line for each look that few people are behind."""
     return [
-        f"note: the look of {site} in {sequence} is that of {look.subjects} "
-        f"{'person' if look.subjects == 1 else 'people'}; what is taken for the scanner's may be "
+        f"note: the look of {site} in {sequence} is that of "
+        f"{counted(look.subjects, 'person', 'people')}; what is taken for the scanner's may be "
         "theirs. Scans of more people help."
         for (site, sequence), look in sorted(looks.items())
         if look.subjects < FEW_PEOPLE

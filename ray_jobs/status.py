@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ray_jobs.context import open_lake, quoted
 from ray_jobs.outcome import Outcome, table
 from sgcd_core.errors import REPLACED, ModelError
+from sgcd_core.words import counted
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -60,8 +61,8 @@ def run(args: Any) -> Outcome:
         counts[status] += number
     usable = sum(count["usable"] for count in groups.values())
     text = (
-        f"{scans.num_rows} scans ({usable} usable), {len(ready)} prepared, {len(have)} models, "
-        f"{counts.total()} results"
+        f"{counted(scans.num_rows, 'scan')} ({usable} usable), {len(ready)} prepared, "
+        f"{counted(len(have), 'model')}, {counted(counts.total(), 'result')}"
     )
     text += (
         f" ({', '.join(f'{n} {status}' for status, n in counts.most_common())})" if counts else ""

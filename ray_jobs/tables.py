@@ -10,6 +10,7 @@ from typing import Any
 from ray_jobs.context import absolute, open_lake, quoted
 from ray_jobs.outcome import Outcome, table
 from sgcd_core.errors import UsageError
+from sgcd_core.words import counted
 
 
 def query(args: Any) -> Outcome:
@@ -35,12 +36,12 @@ def query(args: Any) -> Outcome:
     limits = QueryLimits(seconds=args.timeout) if args.timeout else QueryLimits()
     found = run_query(catalog, sql, as_of=args.as_of, limits=limits)
     if args.json and not args.out:
-        return Outcome(f"{found.num_rows} rows", data={"rows": plain_rows(found)})
+        return Outcome(counted(found.num_rows, "row"), data={"rows": plain_rows(found)})
     body = format_result(found, args.format or format_of(args.out))
     if args.out:
         uri = absolute(args.out)
         Store().write_bytes(uri, body)
-        return Outcome(f"{found.num_rows} rows in {args.out}", data={"out": uri})
+        return Outcome(f"{counted(found.num_rows, 'row')} in {args.out}", data={"out": uri})
     sys.stdout.buffer.write(body)
     sys.stdout.buffer.flush()
     return Outcome("")  # the table counts its rows itself, the others are for programs
@@ -62,14 +63,15 @@ def optimize(args: Any) -> Outcome:
     before, after = (sum(row[name] for row in rows) for name in ("files_before", "files_after"))
     removed = sum(row["removed"] for row in rows)
     verb = "would make" if args.dry_run else "made"
-    text = f"{verb} {before} files {after}, and {'remove' if args.dry_run else 'removed'} {removed}"
+    gone = "remove" if args.dry_run else "removed"
+    text = f"{verb} {counted(before, 'file')} {after}, and {gone} {removed}"
     text += f" replaced more than {args.keep_days:g} days ago"
     left = 0
     if not args.tables:  # they lie beside volumes as well as in tables
         limit = datetime.now(UTC) - timedelta(days=args.keep_days)
         left = Store().remove_leftovers(catalog.lake.uri, limit, dry_run=args.dry_run)
     if left:
-        text += f"; {left} unfinished files of killed writers as old as that"
+        text += f"; {counted(left, 'unfinished file')} of killed writers as old as that"
     follow = f"sgcd optimize --lake {quoted(args.lake)}" if args.dry_run else ""
     return Outcome(text, next=follow, lines=lines, data={"tables": rows, "leftovers": left})
 
@@ -89,7 +91,9 @@ def export(args: Any) -> Outcome:
     files = run(Catalog(open_lake(args.lake)), out, history=args.history, as_of=when)
     rows = sum(file.rows for file in files)
     data = {"out": out, "files": [asdict(file) for file in files]}
-    return Outcome(f"{rows} rows in {len(files)} files in {args.out}", data=data)
+    return Outcome(
+        f"{counted(rows, 'row')} in {counted(len(files), 'file')} in {args.out}", data=data
+    )
 
 
 def _columns(name: str) -> list[dict[str, Any]]:

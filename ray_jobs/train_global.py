@@ -19,6 +19,7 @@ from ray_jobs.settings import from_args
 from ray_jobs.volume_stream import survey
 from ray_jobs.watch import data_wait, in_words, last_means
 from sgcd_core.config import SgcdConfig
+from sgcd_core.words import counted
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +64,7 @@ def _train(args: Any, lake: Lake, hold: Hold | None) -> Outcome:
     follow = f"sgcd suggest-target --lake {quoted(args.lake)}"
     found = find_trained(lake, NAME, meta)
     plan = f"{steps} steps of {stage.batch_size} volumes on {len(rows)} scans of "
-    plan += f"{len(sites)} sites ({', '.join(sites)}) from "
+    plan += f"{counted(len(sites), 'site')} ({', '.join(sites)}) from "
     plan += "the model in the box" if init == "box" else "fresh weights"
     data = {"model": NAME, "version": found, **meta}
     key = f"train-{init}-{meta['start_digest']}-{meta['config_digest']}-{meta['data_digest']}"

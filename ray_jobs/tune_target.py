@@ -18,6 +18,7 @@ from ray_jobs.settings import over_model
 from ray_jobs.train_global import stage_digest
 from ray_jobs.volume_stream import survey
 from ray_jobs.watch import data_wait, in_words, last_means
+from sgcd_core.words import counted
 
 #: Settings Stage 2 does not read. It does read the samplers: it back-propagates through them.
 LATER = {"transport", "guard", "preset"}
@@ -98,8 +99,8 @@ def _tune(args: Any, lake: Lake, hold: Hold | None) -> Outcome:
     check_shares(stage.batch_size, workers)  # said before anything is read
     version = next_version(lake, name)
     plan = (
-        f"{steps} steps from {parent}@{parent_version}, {len(own)} scans of {args.target}, "
-        f"{len(others)} of other sites"
+        f"{steps} steps from {parent}@{parent_version}, {counted(len(own), 'scan')} of "
+        f"{args.target}, {len(others)} of other sites"
     )
     if hold is None:
         return Outcome(f"would tune {name} version {version}: {plan}", data=data)

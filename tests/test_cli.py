@@ -296,7 +296,7 @@ def test_being_stopped_is_75(sgcd: Run, tmp_lake: Lake, monkeypatch: pytest.Monk
 def test_status_counts_and_names_the_next_command(sgcd: Run, tmp_lake: Lake) -> None:
     add_scan(tmp_lake, "a", site="Alpha")
     code, out, _ = sgcd("status", "--lake", tmp_lake.uri)
-    assert code == 0 and "1 scans (1 usable), 0 prepared" in out
+    assert code == 0 and "1 scan (1 usable), 0 prepared" in out
     assert f"next: sgcd prepare --lake {tmp_lake.uri}" in out
 
 

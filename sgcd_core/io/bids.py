@@ -16,6 +16,7 @@ from typing import Any
 
 from sgcd_core.errors import InputError
 from sgcd_core.io.store import ObjectInfo, Store, is_below, join
+from sgcd_core.words import counted
 
 #: Folders of a data set that hold no raw scans.
 SKIPPED_FOLDERS = frozenset(("derivatives", "sourcedata", "code", "stimuli", "phenotype"))
@@ -188,10 +189,12 @@ def list_tree(
             capitals += meant
             odd += name is None and not meant
     if unsayable:
-        tree.notes.append(f"{source}: {unsayable} files lie at addresses not in UTF-8; left out")
+        tree.notes.append(
+            f"{source}: {counted(unsayable, 'file')} at addresses not in UTF-8; left out"
+        )
     if parts:
         tree.notes.append(
-            f"{source}: {parts} images hold a phase, or a real or imaginary part; left out"
+            f"{source}: {counted(parts, 'image')} of a phase, a real or an imaginary part; left out"
         )
     if odd:
         tree.notes.append(f"{source}: {odd} images are not named as BIDS asks; left out")

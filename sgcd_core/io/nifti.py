@@ -13,6 +13,7 @@ from sgcd_core.errors import InputError
 from sgcd_core.io.gunzip import MAGIC, Gunzip
 from sgcd_core.io.nifti_header import Header, parse_header
 from sgcd_core.io.store import Store, sha256_hex
+from sgcd_core.words import counted
 
 #: Stored axis of each RAS axis, and whether it runs the other way (-1).
 Orientation = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
@@ -138,7 +139,7 @@ def decode_nifti(data: bytes, *, where: str, max_inflated: int = MAX_INFLATED) -
         )  # fmt: skip
     if bad:
         voxels[~finite] = 0
-        notes.append(("SCAN-NONFINITE", f"{bad} voxels are NaN or infinite; they are read as 0."))
+        notes.append(("SCAN-NONFINITE", f"{counted(bad, 'voxel')} NaN or infinite, read as 0."))
     sides = np.linalg.norm(header.affine[:3, :3], axis=0)
     return NiftiScan(
         data=voxels,

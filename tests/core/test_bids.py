@@ -118,7 +118,7 @@ def test_names_that_are_no_text_are_left_out_and_said(tmp_path: Path) -> None:
     os.makedirs(folder)
     Path(os.fsdecode(os.path.join(folder, b"sub-2_T1w.nii.gz"))).touch()
     assert names(tmp_path) == ["sub-1/anat/sub-1_T1w.nii.gz"]
-    assert "1 files lie at addresses not in UTF-8" in " ".join(tree_of(tmp_path).notes)
+    assert "1 file at addresses not in UTF-8" in " ".join(tree_of(tmp_path).notes)
 
 
 def test_a_flat_prefix_of_bids_names_is_read(tmp_path: Path) -> None:
@@ -239,4 +239,4 @@ def test_images_that_are_no_magnitude_are_left_out_and_said(tmp_path: Path) -> N
     parts = ("mag", "phase", "real", "imag")
     put(tmp_path, {f"sub-1/anat/sub-1_part-{part}_T1w.nii.gz": "" for part in parts})
     assert names(tmp_path) == ["sub-1/anat/sub-1_part-mag_T1w.nii.gz"]
-    assert any("3 images hold a phase" in note for note in tree_of(tmp_path).notes)
+    assert any("3 images of a phase" in note for note in tree_of(tmp_path).notes)

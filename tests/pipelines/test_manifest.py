@@ -349,7 +349,7 @@ def test_a_manifest_lists_scans_anywhere(tmp_path: Path, make_scan: MakeScan) ->
     }  # fmt: skip
     assert (rows["1"]["session"], rows["1"]["age"], rows["1"]["dataset"]) == ("x", 33, "scans")
     assert rows["2"]["uri"] == str(tmp_path / "in/c,d.nii.gz")
-    assert "1 other columns" in result.notes[0]
+    assert "1 other column not used" in result.notes[0]
     store = CountingStore()
     again = index_sources([str(table)], store=store, known=remembered(result))
     assert again.rows == []
@@ -403,7 +403,7 @@ def test_a_manifest_loses_no_row_without_a_word(tmp_path: Path, make_scan: MakeS
     table.write_text(f"{head}a.nii.gz,1,T1w,A\na.nii.gz,2,T1w,A\nb.nii.gz,3,T2w,A\n")
     result = index_sources([str(table)])
     assert sorted(by_subject(result)) == ["1", "3"]
-    assert "1 rows name a file that a row before names" in result.notes[0]
+    assert "1 row of a file that a row before names" in result.notes[0]
     again = index_sources([str(table)], sequences=("T2w",), known=remembered(result))
     assert (again.rows, len(again.unchanged)) == ([], 1)  # T1w is as it was
     table.write_text(f"{head}a.nii.gz,1,T1w,A\n,2,T1w,A\n,3,T1w,A\n")

@@ -18,7 +18,7 @@ def test_subjects_with_scans_of_several_splits_are_counted(tmp_path: Path) -> No
     table = tmp_path / "scans.csv"
     mixed = ("a.nii,1,T1w,A,test", "b.nii,1,T1w,B,", "c.nii,2,T1w,A,train", "d.nii,2,T1w,B,test")
     (note,) = notes_of(table, *mixed, "e.nii,3,T1w,A,test")
-    assert note.startswith(f"{table}: 2 subjects have scans of several splits: they are not scored")
+    assert note.startswith(f"{table}: 2 subjects with scans of several splits: not scored")
     # an empty cell is train, and a scan without a subject is one of its own
     alike = ("a.nii,1,T1w,A,", "b.nii,1,T1w,B,train", "c.nii,2,T1w,A,test", "d.nii,2,T1w,B,test")
     assert notes_of(table, *alike, "e.nii,,T1w,A,test", "f.nii,,T1w,A,train") == []
@@ -38,4 +38,4 @@ def test_sessions_of_several_splits_are_counted_in_a_tree_too(tmp_path: Path) ->
     assert notes() == []
     sessions = tmp_path / "sub-01" / "sub-01_sessions.tsv"
     sessions.write_text("session_id\tsplit\nses-2\ttrain\n")
-    assert ["1 subjects have scans of several splits" in note for note in notes()] == [True]
+    assert ["1 subject with scans of several splits" in note for note in notes()] == [True]

@@ -39,9 +39,7 @@ def test_a_scan_whose_sequence_was_corrected_is_prepared_anew(
     assert prepared_ids(lake, "r1") == {one, two}
     assert "another subject" not in capsys.readouterr().out
     index("T2w", "T1w")
-    assert "note: 1 scans have another subject, session, site or sequence" in (
-        capsys.readouterr().out
-    )
+    assert "note: 1 scan of another subject, session, site or sequence" in (capsys.readouterr().out)
     assert prepared_ids(lake, "r1") == prepared_ids(lake, "r2") == {two}
 
 

@@ -89,7 +89,7 @@ def test_a_dry_run_counts_the_sequences_asked_for(
     words = ["new-site", str(source), "--lake", tmp_lake.uri, "--model", "global", "--dry-run"]
     for sequences, waiting in (([], 3), (["--sequences", "T1w"], 1)):
         assert cli.main([*words, *sequences]) == 0
-        assert f"would add 1 scans and harmonize them and {waiting} listed" in (
+        assert f"would add 1 scan, and harmonize what is new and {waiting} listed" in (
             capsys.readouterr().out
         )
 
@@ -228,5 +228,7 @@ def test_a_dry_run_says_what_is_new_and_changes_nothing(
     third = make_site(tmp_path / "c", "C", 1, 7)
     before = place.catalog.version("scans")
     assert cli.main(["new-site", str(third), "--lake", place.lake, "--dry-run"]) == 0
-    assert "would add 1 scans and harmonize them and 0 listed before" in capsys.readouterr().out
+    assert (
+        "would add 1 scan, and harmonize what is new and 0 listed before" in capsys.readouterr().out
+    )
     assert place.catalog.version("scans") == before

@@ -89,7 +89,7 @@ def test_status_shows_what_stands_behind_each_alias(lake: Lake) -> None:
     assert [NAME, "1,", "2", "champion:", "1"] in lines
     assert ["A", "T1w", "1", "1", "0"] in lines and ["-", "T1w", "1", "0", "0"] in lines
     assert [f"{NAME}@1", "flagged", "FLAG-VOLUMES", "1"] in lines
-    assert status.summary.startswith("2 scans (1 usable), 0 prepared, 1 models, 1 results (1 fl")
+    assert status.summary.startswith("2 scans (1 usable), 0 prepared, 1 model, 1 result (1 fl")
 
 
 def test_promoting_again_changes_nothing(lake: Lake) -> None:

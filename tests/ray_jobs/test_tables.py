@@ -102,7 +102,7 @@ def test_optimize_removes_what_killed_writers_left(
     for file in (old, kept):
         os.utime(file, (0, 0))
     code, out, _ = run(capsys, "optimize", "--lake", lake.uri, "--dry-run")
-    assert code == 0 and "1 unfinished files of killed writers" in out
+    assert code == 0 and "1 unfinished file of killed writers" in out
     assert old.exists()
     assert run(capsys, "optimize", "--lake", lake.uri, "--tables", "scans")[0] == 0
     assert old.exists()  # only what was named
