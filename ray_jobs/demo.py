@@ -16,6 +16,10 @@ from ray_jobs.steps import step
 from sgcd_core.config import load_config, merge, parse_pairs, read_settings
 from sgcd_core.errors import SgcdError
 
+#: The demo's own settings, where neither an option nor the user's settings say otherwise.
+USUAL: dict[str, object] = {
+    "global_stage.steps": 40, "target_stage.steps": 16, "target_stage.encoder": "mri-dino",
+}  # fmt: skip
 #: In words of steps, what an earlier one tells.
 TARGET, MODEL = "SITE", "target-SITE"
 
@@ -26,10 +30,14 @@ def commands(args: Any) -> list[list[str]]:
     users = merge(read_settings(args.config) if args.config else {}, parse_pairs(args.settings))
     settings = settings_words(args)
 
-    def own(part: str, **values: object) -> list[str]:
-        """The demo's own settings of a stage, but those that the user gives."""
-        left = {name: value for name, value in values.items() if name not in users.get(part, {})}
-        return [w for name, value in left.items() for w in ("--set", f"{part}.{name}={value}")]
+    def own(part: str, **options: object) -> list[str]:
+        """Settings of a stage: what an option says, else the user's, else the demo's own."""
+        words: list[str] = []
+        for name, option in options.items():
+            if option is not None or name not in users.get(part, {}):
+                value = USUAL[f"{part}.{name}"] if option is None else option
+                words += ["--set", f"{part}.{name}={value}"]
+        return words
 
     box = [] if settings else ["--init", "box"]
     return [

@@ -234,9 +234,9 @@ def _demo(sub: Any) -> None:
     p.add_argument("--sites", type=_positive, default=3, help="default: %(default)s")
     p.add_argument("--traveling", type=_positive, default=2, help="default: %(default)s")
     p.add_argument("--mm", type=float, default=2.0, help="voxel side, default: %(default)s")
-    p.add_argument("--train-steps", type=_positive, default=40, help="default: %(default)s")
-    p.add_argument("--tune-steps", type=_positive, default=16, help="default: %(default)s")
-    p.add_argument("--encoder", default="mri-dino", help="style encoder, default: %(default)s")
+    p.add_argument("--train-steps", type=_positive, help="default: 40, or the settings'")
+    p.add_argument("--tune-steps", type=_positive, help="default: 16, or the settings'")
+    p.add_argument("--encoder", help="style encoder, default: mri-dino, or the settings'")
     p.add_argument("--seed", type=int, default=0, help="default: %(default)s")
 
 

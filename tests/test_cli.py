@@ -80,8 +80,10 @@ def test_the_demo_says_which_commands_it_would_run(sgcd: Run, tmp_path: Path) ->
     config = tmp_path / "my settings.yaml"
     config.write_text("target_stage: {steps: 5}\n")
     words = ["demo", "--out", str(tmp_path / "a demo"), "--dry-run", "--json"]
-    own = ["--config", str(config), "--set", "global_stage.steps=7", "--tune-steps", "9"]
-    for given, box, train, tune in ((own, False, "7", None), ([], True, "40", "16")):
+    own = ["--config", str(config), "--set", "global_stage.steps=7"]
+    asked = [*own, "--tune-steps", "9"]  # what an option says counts, whatever the file says
+    cases = (own, False, "7", None), (asked, False, "7", "9"), ([], True, "40", "16")
+    for given, box, train, tune in cases:
         code, out, _ = sgcd(*words, *given)
         steps = {step[0]: step for step in json.loads(out)["steps"]}
         parsed = {name: build_parser().parse_args(step) for name, step in steps.items()}
