@@ -115,7 +115,8 @@ class Catalog:
                 # Two racing writers of one id conflict in the commit below; a later one stops here.
                 if delta.transaction_version(txn) is not None:
                     return False
-                require_room(uri, data.nbytes)
+                parts = data.group_by(list(schema.partition_by)).aggregate([]).num_rows
+                require_room(uri, data.nbytes, files=parts)
                 write_deltalake(
                     delta,
                     data,
@@ -128,9 +129,7 @@ class Catalog:
                 raise schema_error(schema, f"{error}.", uri) from error
             except (CommitFailedError, DeltaError, OSError) as error:
                 if attempt == _TRIES - 1 or not may_pass(error, uri):
-                    away = isinstance(error, OSError) and is_s3(uri)
-                    code = "STORE-UNREACHABLE" if away else "STORE-WRITE"
-                    raise storage_error(error, uri, code=code) from error
+                    raise storage_error(error, uri, writing=True) from error
                 time.sleep(random.uniform(0, 0.05 * 2 ** min(attempt, 5)))
         raise AssertionError("unreachable")
 

@@ -29,8 +29,8 @@ log = logging.getLogger(__name__)
 REFUSED = ("STORE-EXPIRED", "STORE-DENIED")
 #: What the system says where another writer was first: no trouble of the disk.
 _RACES = (errno.EEXIST, errno.ENOENT)
-#: Bytes that a commit takes beside its rows, about.
-_COMMIT_BYTES = 1 << 16
+#: Bytes that a commit takes beside its rows, and each further file of it, about.
+_COMMIT_BYTES, _FILE_BYTES = 1 << 16, 3 << 12
 #: What a table is made with. Old files and log entries outlive any horizon of `sgcd optimize`.
 PROPERTIES = {
     "delta.appendOnly": "true",
@@ -93,19 +93,19 @@ def create_table(lake: Lake, schema: Table) -> DeltaTable:
     except (OSError, DeltaError) as error:
         existing = open_table(lake, schema.name)
         if existing is None:
-            raise storage_error(error, uri, code="STORE-WRITE") from error
+            raise storage_error(error, uri, writing=True) from error
         return existing
 
 
-def require_room(uri: str, size: int = 0) -> None:
-    """Refuse to write rows of `size` bytes to a table where a full or locked disk would.
+def require_room(uri: str, size: int = 0, files: int = 1) -> None:
+    """Refuse to write rows of `size` bytes in so many files where a full or locked disk would.
 
     The table library's writer panics there, and prints so.
 
     Raises:
         StorageError: STORE-WRITE, STORE-DENIED.
     """
-    Store().require_room(uri, size + _COMMIT_BYTES)
+    Store().require_room(uri, size + _COMMIT_BYTES + files * _FILE_BYTES)
 
 
 def load_version(delta: DeltaTable, name: str, version: int, uri: str) -> None:
@@ -142,12 +142,14 @@ def no_version(name: str, version: int, why: str, uri: str) -> StorageError:
     )  # fmt: skip
 
 
-def storage_error(error: Exception, uri: str, code: str = "STORE-UNREACHABLE") -> StorageError:
+def storage_error(error: Exception, uri: str, *, writing: bool = False) -> StorageError:
     """What the table library raised, as ours; its own text may hold an address with secrets."""
     number = _disk_number(error, uri)
     if number is not None:
-        return disk_error(uri, number, os.strerror(number), writing=code == "STORE-WRITE")
-    verb = "written" if code == "STORE-WRITE" else "read"
+        return disk_error(uri, number, os.strerror(number), writing=writing)
+    verb = "written" if writing else "read"
+    away = isinstance(error, OSError) and is_s3(uri)
+    code = "STORE-WRITE" if writing and not away else "STORE-UNREACHABLE"
     what = "the address, the endpoint and the credentials" if is_s3(uri) else "the address"
     return StorageError(
         f"the table cannot be {verb} ({type(error).__name__}).", code=_refusal(error) or code,

@@ -111,7 +111,8 @@ def _upkeep(lake: Lake, name: str, keep: timedelta, dry_run: bool) -> Upkeep | N
         if dry_run:
             after = _estimate(before)
         else:
-            require_room(uri)
+            small = (file["size_bytes"] for file in before)
+            require_room(uri, sum(size for size in small if size < TARGET_BYTES))
             _set_properties(delta)
             delta.optimize.compact(target_size=TARGET_BYTES, max_concurrent_tasks=1)
             delta.create_checkpoint()
@@ -129,7 +130,7 @@ def _upkeep(lake: Lake, name: str, keep: timedelta, dry_run: bool) -> Upkeep | N
             retention_hours=hours, dry_run=dry_run, enforce_retention_duration=False
         )
     except (OSError, DeltaError) as error:
-        raise storage_error(error, uri, code="STORE-WRITE") from error
+        raise storage_error(error, uri, writing=True) from error
     return Upkeep(name, _rows(before), len(before), after, len(removed))
 
 

@@ -32,6 +32,7 @@ _COLUMNS = (
     "scan_id", "dataset", "subject", "session", "site", "sequence", "split", "uri", "status",
     "code", "message", "indexed_at",
 )  # fmt: skip
+_OF_RESULTS = ("scan_id", *LABELS, "status", "code", "message", "output_sha256")
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ def plan(
         InputError: LAKE-EMPTY when nothing was indexed; TARGET-UNKNOWN for a site that no scan
             is from.
     """
-    scans = catalog.rows("scans").select(_COLUMNS)
+    scans = catalog.rows("scans", columns=_COLUMNS)
     where = catalog.lake.uri
     if not scans.num_rows:
         raise InputError(
@@ -129,7 +130,9 @@ def plan(
         asked = pc.is_in(scans["scan_id"], pa.array(sorted(only), pa.string()))
         rules.append(_Rule(pc.invert(asked), "not asked for"))
     rules += _at_index(scans, sites, sequences, known, split, target)
-    results = catalog.rows("results", where={"model": model, "model_version": version})
+    results = catalog.rows(
+        "results", where={"model": model, "model_version": version}, columns=_OF_RESULTS
+    )
     # Where each scan's result lies; taking at a missing index gives a missing value.
     mine = results.take(pc.index_in(scans["scan_id"], results["scan_id"].combine_chunks()))
     relabelled = labels_differ(scans, mine)

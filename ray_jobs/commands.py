@@ -79,7 +79,7 @@ def index(args: Any) -> Outcome:
     lake = Lake(absolute(args.lake))
     exists = Store().exists(lake.marker)
     sources = [source if "://" in source else absolute(source) for source in args.sources]
-    if not exists and lake.uri in sources:
+    if not exists and lake.uri in map(absolute, sources):
         raise UsageError(
             "the lake would lie in the source itself, among the raw data.", where=lake.uri,
             hint="Give --lake a folder of its own.",

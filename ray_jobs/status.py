@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from ray_jobs.context import open_lake, quoted
@@ -78,6 +79,9 @@ def _with_model(
     catalog: Catalog, targets: list[str], named: dict[str, dict[str, int]], here: str
 ) -> str:
     """What is left to do with a target model, a champion where there is one; "" for nothing."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
     from pipelines.plan import plan
     from pipelines.report.write import INDEX, report_name
     from ray_jobs.models import meta_of, resolve
@@ -93,16 +97,33 @@ def _with_model(
         return f"sgcd harmonize {words} --only-new"
     if plan(catalog, name, version, known=learned, only_new=True).todo.num_rows:
         return f"sgcd harmonize {words} --only-new"
-    ran = [
-        row["command"]
-        for row in catalog.rows("runs").sort_by("started_at").to_pylist()
-        if row["status"] in ("ok", "partial") and row["command"] in ("harmonize", "evaluate")
-        and _of_model(row["summary"], name, version)
-    ]  # fmt: skip
-    if ran[-1:] != ["evaluate"]:
+    evaluated = _evaluated(catalog, name, version)
+    results = catalog.rows(
+        "results", where={"model": name, "model_version": version},
+        columns=("status", "recorded_at"),
+    )  # fmt: skip
+    made = results.filter(pc.is_in(results["status"], pa.array(["ok", "flagged"])))
+    newest = pc.max(made["recorded_at"]).as_py()
+    if newest is not None and (evaluated is None or evaluated < newest):
         return f"sgcd evaluate {words}"
-    page = join(catalog.lake.report(report_name(name, version)), INDEX)
-    return "" if Store().exists(page) else f"sgcd report {words}"
+    store, page = Store(), join(catalog.lake.report(report_name(name, version)), INDEX)
+    if not store.exists(page):
+        return f"sgcd report {words}"
+    # A store that tells whole seconds must not make a page older than what it shows.
+    old = evaluated is not None and store.modified(page) < evaluated.replace(microsecond=0)
+    return f"sgcd report {words}" if old else ""
+
+
+def _evaluated(catalog: Catalog, name: str, version: int) -> datetime | None:
+    """When the last evaluation of this version of this model that came to its end began."""
+    runs = catalog.rows(
+        "runs", where={"command": "evaluate"}, columns=("status", "started_at", "summary")
+    )
+    return max(
+        (row["started_at"] for row in runs.to_pylist()
+         if row["status"] in ("ok", "partial") and _of_model(row["summary"], name, version)),
+        default=None,
+    )  # fmt: skip
 
 
 def _of_model(summary: str | None, name: str, version: int) -> bool:

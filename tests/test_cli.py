@@ -12,6 +12,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 
@@ -402,24 +403,29 @@ def test_status_says_what_is_left_to_do_with_a_model(sgcd: Run, tmp_lake: Lake) 
         assert code == 0
         return out.partition("next: ")[2].strip()
 
-    def ran(command: str, hour: int, version: int = 1) -> None:
-        at = datetime.datetime(2026, 1, 1, hour, tzinfo=datetime.UTC)
-        summary = json.dumps({"model": model, "version": version})
-        catalog.append("runs", [{"run_id": f"{command}{hour}", "command": command, "status": "ok",
-                                 "started_at": at, "summary": summary}])  # fmt: skip
+    def evaluated(version: int = 1, status: str = "ok") -> None:
+        catalog.append("runs", [{
+            "run_id": uuid.uuid4().hex, "command": "evaluate", "status": status,
+            "started_at": datetime.datetime.now(datetime.UTC),
+            "summary": json.dumps({"model": model, "version": version}),
+        }])  # fmt: skip
 
     words = f"--lake {tmp_lake.uri} --model {model}"
     assert following() == f"sgcd harmonize {words} --only-new"
     row = {"scan_id": "a", "status": "ok", "sequence": "T1w", "site": "Alpha"}
     catalog.append("results", [row | where])
-    ran("harmonize", 1)
-    ran("evaluate", 2, version=2)
+    evaluated(version=2)
+    evaluated(status="failed")
     assert following() == f"sgcd evaluate {words}"
-    ran("evaluate", 3)
+    evaluated()
     assert following() == f"sgcd report {words}"
-    Store().write_bytes(join(tmp_lake.report(f"{model}-v1"), "index.html"), b"")
+    page = join(tmp_lake.report(f"{model}-v1"), "index.html")
+    Store().write_bytes(page, b"")
     assert following() == ""
-    ran("harmonize", 4)
+    catalog.append("results", [row | where])  # whatever became of the run that wrote it
     assert following() == f"sgcd evaluate {words}"
+    evaluated()
+    os.utime(page, (0, 0))  # the page is of the night before
+    assert following() == f"sgcd report {words}"
     Store().write_bytes(join(tmp_lake.model(model, 1), "pack.json"), b"{")
     assert following() == f"sgcd harmonize {words} --only-new"

@@ -156,7 +156,8 @@ def try_writing(uri: str, folder: str, size: int) -> None:
     try:
         os.makedirs(folder, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:
-            file.write(bytes(size))
+            for start in range(0, size, CHUNK_BYTES):
+                file.write(bytes(min(CHUNK_BYTES, size - start)))
             file.flush()
     except (OSError, ValueError) as error:
         raise _problem(uri, error, writing=True) from error

@@ -266,7 +266,7 @@ def test_a_folder_name_that_the_table_library_would_misread_is_refused(tmp_path:
 
 #: A process whose files may not grow, as on a full disk.
 FULL = """
-import resource, sys
+import os, resource, sys
 from pipelines.catalog import Catalog
 from pipelines.lake import Lake
 from pipelines.optimize import optimize
@@ -275,10 +275,12 @@ from sgcd_core.errors import StorageError
 row = {"run_id": "r", "command": "index", "status": "ok"}
 old, new = Catalog(Lake(sys.argv[1])), Catalog(Lake(sys.argv[2]))
 old.append("runs", [row])
-resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
-writers = (lambda: old.append("runs", [row]), lambda: new.append("runs", [row]),
-           lambda: optimize(old))
-for write in writers:
+for part in range(3):  # each fits below the limit, all in one file do not
+    old.append("runs", [row | {"run_id": os.urandom(60).hex()} for _ in range(900)])
+writers = ((lambda: optimize(old), 150_000), (lambda: old.append("runs", [row]), 0),
+           (lambda: new.append("runs", [row]), 0), (lambda: optimize(old), 0))
+for write, limit in writers:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
     try:
         write()
     except StorageError as error:
@@ -291,7 +293,7 @@ def test_a_full_disk_is_a_sentence_with_its_reason_and_no_more(tmp_path: Path) -
     lakes = [str(tmp_path / name) for name in ("old", "new")]
     done = subprocess.run([sys.executable, "-c", FULL, *lakes], capture_output=True, text=True)
     why = "writing failed: File too large. Check free space and that the folder can be written."
-    tables = [Lake(lakes[i]).table("runs") for i in (0, 1, 0)]
+    tables = [Lake(lakes[i]).table("runs") for i in (0, 0, 1, 0)]
     assert done.stdout.splitlines() == [f"[STORE-WRITE] {table}: {why}" for table in tables]
     assert done.stderr == ""
     assert not list(Path(lakes[0], "catalog", "runs").glob("tmp*"))
@@ -348,6 +350,8 @@ def test_what_is_said_of_a_disk_is_not_said_of_a_store() -> None:
     error = OSError("Generic S3 error: connection refused (os error 13)")
     remote = storage_error(error, "s3://b/lake/catalog/runs")
     assert remote.code == "STORE-UNREACHABLE" and "credentials" in str(remote)
+    unwritten = storage_error(error, "s3://b/lake/catalog/runs", writing=True)
+    assert unwritten.code == "STORE-UNREACHABLE" and "cannot be written" in str(unwritten)
     local = storage_error(OSError("damaged"), "/lake/catalog/runs")
     assert local.code == "STORE-UNREACHABLE" and "credentials" not in str(local)
 

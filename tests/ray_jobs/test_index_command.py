@@ -74,7 +74,9 @@ def test_no_lake_is_made_among_the_raw_data_or_where_no_address_is_given(
 ) -> None:  # fmt: skip
     data = bids_scan(tmp_path / "bids", make_scan(1))
     monkeypatch.chdir(data)
-    for words in ([str(data), "--lake", str(data)], [".", "--lake", f"{data}/"]):
+    address = data.as_uri()
+    for words in ([str(data), "--lake", str(data)], [".", "--lake", f"{data}/"],
+                  [address, "--lake", str(data)], [f"{address}/", "--lake", "."]):  # fmt: skip
         assert cli.main(["index", *words]) == 2
         assert "the lake would lie in the source itself" in capsys.readouterr().err
     for words in (["--lake", "", str(data)], ["--lake", "lake", ""]):
