@@ -321,7 +321,7 @@ def _train(sub: Any) -> None:
     )  # fmt: skip
     p.add_argument("--sites", nargs="+", metavar="SITE", help="train on these only")
     p.add_argument("--exclude-sites", nargs="+", metavar="SITE", help="never train on these")
-    _wait(p, "another training of this model")
+    _again(p)
 
 
 def _suggest(sub: Any) -> None:
@@ -348,6 +348,15 @@ def _tune(sub: Any) -> None:
         "--sequences", nargs="+", metavar="T1w", help="only these, for a target that lacks others"
     )
     p.add_argument("--gpus", action="store_true", help="use a GPU")
+    _again(p)
+
+
+def _again(p: Any) -> None:
+    p.add_argument(
+        "--force",
+        action="store_true",
+        help="a further version, though the same settings on the same scans made one",
+    )
     _wait(p, "another training of this model")
 
 

@@ -62,7 +62,7 @@ def _train(args: Any, lake: Lake, hold: Hold | None) -> Outcome:
     steps = planned_steps(stage.steps, stage.epochs, len(rows), stage.batch_size)
     meta["steps"] = steps
     follow = f"sgcd suggest-target --lake {quoted(args.lake)}"
-    found = find_trained(lake, NAME, meta)
+    found = None if args.force else find_trained(lake, NAME, meta)
     plan = f"{steps} steps of {stage.batch_size} volumes on {len(rows)} scans of "
     plan += f"{counted(len(sites), 'site')} ({', '.join(sites)}) from "
     plan += "the model in the box" if init == "box" else "fresh weights"
@@ -73,7 +73,8 @@ def _train(args: Any, lake: Lake, hold: Hold | None) -> Outcome:
         if hold is not None:  # of a job that ended between its model and its last step
             checkpoints.clear()
         text = (
-            f"{NAME} version {found} was trained with these settings on these scans; nothing to do"
+            f"{NAME} version {found} was trained with these settings on these scans; nothing to do "
+            "(--force: again)"
         )
         return Outcome(text, next=follow, data=data)
     workers = args.workers or 1

@@ -85,7 +85,7 @@ def _tune(args: Any, lake: Lake, hold: Hold | None) -> Outcome:
     steps = planned_steps(stage.steps, stage.epochs, len(rows), stage.batch_size)
     meta["steps"] = steps
     follow = f"sgcd harmonize --lake {quoted(args.lake)} --model {quoted(name)}"
-    found = find_trained(lake, name, meta)
+    found = None if args.force else find_trained(lake, name, meta)
     data = {**meta, "model": name, "version": found}
     start = f"{meta['parent_weights'][:16]}-{meta['config_digest']}"
     key = f"tune-{start}-{meta['data_digest']}-{name.removeprefix('target-')}"
@@ -93,7 +93,10 @@ def _tune(args: Any, lake: Lake, hold: Hold | None) -> Outcome:
     if found is not None:
         if hold is not None:  # of a job that ended between its model and its last step
             checkpoints.clear()
-        text = f"{name} version {found} was tuned with these settings on these scans; nothing to do"
+        text = (
+            f"{name} version {found} was tuned with these settings on these scans; nothing to do "
+            "(--force: again)"
+        )
         return Outcome(text, next=follow, data=data)
     workers = args.workers or 1
     check_shares(stage.batch_size, workers)  # said before anything is read

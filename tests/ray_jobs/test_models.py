@@ -85,9 +85,9 @@ def test_a_site_of_any_name_has_a_model_that_can_be_used(
     ]
     Catalog(lake).append("scans", rows)
 
-    def tuned() -> dict[str, Any]:
+    def tuned(*more: str) -> dict[str, Any]:
         """What `tune` would make, or finds made."""
-        words = ["--target", site, "--sequences", "T1w", "--dry-run", "--json"]
+        words = ["--target", site, "--sequences", "T1w", "--dry-run", "--json", *more]
         assert cli.main(["tune", "--lake", lake.uri, *words]) == 0
         document: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])
         return document
@@ -102,6 +102,8 @@ def test_a_site_of_any_name_has_a_model_that_can_be_used(
     assert models(lake)[name] == [1, 2]
     assert resolve(lake, f"{name}@1") == (name, 1)
     assert tuned()["version"] == 1  # nothing to do
+    again = tuned("--force")
+    assert again["version"] is None and f"would tune {name} version 3" in again["summary"]
     words = [str(make_site(tmp_path / "new", "B", 1)), "--target", site, "--dry-run", "--json"]
     assert cli.main(["new-site", "--lake", lake.uri, *words]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["model"] == name
