@@ -82,6 +82,24 @@ def test_what_has_not_the_shape_of_a_brain_is_refused():
     assert caught.value.code == "SCAN-REGISTRATION"
 
 
+@pytest.mark.parametrize("half", ["hemisphere", "upper half"])
+def test_half_a_brain_is_refused_for_its_shape(subject, half):
+    """As an extraction that failed leaves it; what a field of view cuts meets a face instead."""
+    scanner = random_sites(3, 1, 0)[0]
+    data, affine = render_scan(subject, scanner, "T1w", MM, np.random.default_rng(0))
+    data = np.pad(data, 4)
+    affine = affine.copy()
+    affine[:3, 3] -= affine[:3, :3] @ np.full(3, 4.0)
+    axis = 0 if half == "hemisphere" else 2
+    index = np.arange(data.shape[axis])
+    middle = (data > 0).sum(axis=tuple({0, 1, 2} - {axis})) @ index / (data > 0).sum()
+    keep = np.expand_dims(index > middle, tuple({0, 1, 2} - {axis}))
+    data = np.where(keep, data, 0)
+    with pytest.raises(InputError, match="overlaps") as caught:
+        register_rigid(data, data > 0, affine)
+    assert caught.value.code == "SCAN-REGISTRATION"
+
+
 TURNS = {
     "half about x": np.diag([1.0, -1, -1, 1]),
     "quarter about z": np.array([[0.0, -1, 0, 0], [1, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]),
