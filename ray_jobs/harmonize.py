@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import re
 import time
 import uuid
 from collections import Counter
@@ -75,15 +76,19 @@ class Tally:
             kept = {name: row[name] for name in ("scan_id", "code", "message")}
             self.bad.append(kept | {"uri": scan["uri"]})
 
-    def notes(self) -> list[str]:
+    def notes(self, lake: str, model: str, version: int) -> list[str]:
         """What a user should know of the outputs."""
         found = []
         if self.flags:
             codes = ", ".join(f"{n} {code}" for code, n in self.flags.most_common())
-            found.append(
-                f'note: flagged: {codes}; which and why: `sgcd query "SELECT site, subject, '
-                "sequence, message FROM results WHERE status = 'flagged'\" --lake LAKE`."
+            named = model.replace("'", "''")
+            ask = (
+                "SELECT site, subject, sequence, message FROM results WHERE status = 'flagged' "
+                f"AND model = '{named}' AND model_version = {version}"
             )
+            ask = re.sub(r'(["$`\\])', r"\\\1", ask)  # as a shell reads it between these quotes
+            query = f'sgcd query "{ask}" --lake {quoted(lake)}'
+            found.append(f"note: flagged: {codes}; which and why: `{query}`.")
         return found + self._spread_note()
 
     def _spread_note(self) -> list[str]:
@@ -176,7 +181,7 @@ def run(args: Any) -> Outcome:
         lines.append(f"… and {tally.failed - len(tally.bad)} more: see the table `results`")
     if made.relabelled:
         lines.append(f"note: {made.relabelled} of them again: a label was corrected since.")
-    lines += few + tally.notes()
+    lines += few + tally.notes(args.lake, model, version)
     code = WITH_FAILURES if tally.failed or refused else DONE
     return Outcome(text, next=follow, exit_code=code, lines=lines, data=data)
 

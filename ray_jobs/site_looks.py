@@ -73,7 +73,7 @@ def site_looks(
         uri = look_uri(lake, recipe, site, sequence)
         if again or not store.exists(uri):
             continue
-        look, measured_on = _read(store, uri)
+        look, measured_on = _read(store, uri, scans)
         if _elsewhere(scans, measured_on, site, sequence):
             log.info("event=look_measured_again site=%s sequence=%s", site, sequence)
             left.add((site, sequence))
@@ -98,7 +98,7 @@ def site_looks(
         anew = again or key in left
         with contextlib.suppress(FileExistsError):  # another run was first: its look counts
             store.write_bytes(uri, json.dumps(body).encode(), if_absent=not anew)
-        found[key], _ = _read(store, uri)
+        found[key], _ = _read(store, uri, scans)
     return found
 
 
@@ -113,13 +113,23 @@ def few_notes(looks: Mapping[tuple[str, str], SiteLook]) -> list[str]:
     ]
 
 
-def _read(store: Store, uri: str) -> tuple[SiteLook, list[str]]:
-    """A look, and the scans it was measured on (earlier versions name none, and no subjects)."""
+def _read(store: Store, uri: str, scans: pa.Table) -> tuple[SiteLook, list[str]]:
+    """A look, and the scans it was measured on (the first versions name none).
+
+    Looks that say of how many scans they are and not of how many people are of those who had
+    these scans.
+    """
+    from pipelines.verdict import person
     from sgcd_core.style.look import SiteLook
 
     body = json.loads(store.read_bytes(uri, max_bytes=1_000_000))
-    mean, scans = np.asarray(body["look"], np.float32), int(body["scans"])
-    return SiteLook(scans, mean, body.get("subjects", scans)), body.get("scan_ids", [])
+    mean, number = np.asarray(body["look"], np.float32), int(body["scans"])
+    scan_ids: list[str] = body.get("scan_ids", [])
+    people = body.get("subjects")
+    if people is None:
+        theirs = scans.filter(pc.field("scan_id").isin(pa.array(scan_ids, pa.string())))
+        people = len({person(row) for row in theirs.to_pylist()}) or number
+    return SiteLook(number, mean, people), scan_ids
 
 
 def _elsewhere(scans: pa.Table, scan_ids: list[str], site: str, sequence: str) -> bool:

@@ -15,6 +15,7 @@ from ray_jobs.outcome import Outcome
 from ray_jobs.preflight import need_of
 from ray_jobs.session import session
 from ray_jobs.settings import over_model
+from ray_jobs.site_looks import few_notes
 from ray_jobs.train_global import stage_digest
 from ray_jobs.volume_stream import survey
 from ray_jobs.watch import data_wait, in_words, last_means
@@ -138,7 +139,10 @@ def _tune(args: Any, lake: Lake, hold: Hold | None) -> Outcome:
     seconds = time.monotonic() - started
     text = f"tuned {name} version {version}: {plan}, {seconds:.0f} s {in_words(last, waited)}"
     data |= {"version": version, "losses": last, "data_wait": waited}
-    return Outcome(text, next=follow, data=data)
+    wanted = {
+        (args.target, sequence): looks[args.target, index[sequence]] for sequence in sorted(known)
+    }
+    return Outcome(text, next=follow, lines=few_notes(wanted), data=data)
 
 
 def tune_worker(setup: dict[str, Any]) -> None:

@@ -10,11 +10,14 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from sgcd_core.config import GuardConfig
+from sgcd_core.volume.resample import bounding_box
 
 Array = NDArray[Any]
 
 #: Side of the cubes in which the gradients are compared, mm.
 CUBE_MM = 24.0
+#: A cube counts where its gradients' energy is more than this part of the brain's median.
+EDGES = 0.1
 _TISSUES = 3
 _BINS = 256
 
@@ -94,24 +97,38 @@ def flags(scores: dict[str, float], config: GuardConfig) -> list[tuple[str, str]
 def _lowest_cosine(before: Array, after: Array, inside: Array, side: int) -> float:
     """Lowest cosine of two images' gradient fields over cubes of `side` voxels around each voxel.
 
-    Those cubes count that lie inside by half. NaN where none does, or none has an edge.
+    Those cubes count that lie inside by half and in which either image has edges. NaN where none
+    does.
     """
-    fields = [np.gradient(np.asarray(volume, np.float64)) for volume in (before, after)]
+    box = bounding_box(inside, margin=1)
+    inside = inside[box]
+    own, both, made = (np.zeros(inside.shape, np.float32) for _ in range(3))
+    for axis in range(3):
+        first, second = (
+            np.gradient(np.asarray(volume[box], np.float32), axis=axis)
+            for volume in (before, after)
+        )
+        own += first * first
+        both += first * second
+        made += second * second
 
     def around(values: Array) -> Array:
-        return np.asarray(ndimage.uniform_filter(values * inside, max(side, 1), mode="constant"))
+        out: Array = ndimage.uniform_filter(
+            np.where(inside, values, 0), max(side, 1), output=np.float64, mode="constant"
+        )
+        return out
 
-    def products(first: int, second: int) -> Array:
-        pairs = zip(fields[first], fields[second], strict=True)
-        return around(np.sum([a * b for a, b in pairs], axis=0))
-
-    own = products(0, 0)
-    # sums that slide along an axis leave rounding errors where nothing is
-    usable = (around(np.ones(inside.shape)) >= 0.5) & (own > 1e-9 * own.max())
+    usable = around(np.ones(inside.shape, np.float32)) >= 0.5
     if not usable.any():
         return math.nan
-    own, made = own[usable], np.maximum(products(1, 1)[usable], 0)
-    return float((products(0, 1)[usable] / np.sqrt(own * np.maximum(made, 1e-6 * own))).min())
+    own, both, made = (around(values)[usable] for values in (own, both, made))
+    # What is left of noise in a large ventricle is no anatomy, and sums that slide along an axis
+    # leave rounding errors where nothing is.
+    edges = np.maximum(own, made) > max(EDGES * float(np.median(own)), 1e-9 * float(own.max()))
+    if not edges.any():
+        return math.nan
+    own, both, made = own[edges], both[edges], made[edges]
+    return float((both / np.sqrt(np.maximum(own * made, (1e-6 * own.max()) ** 2))).min())
 
 
 def gradient_magnitude(volume: Array) -> Array:

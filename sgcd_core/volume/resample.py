@@ -145,5 +145,5 @@ def without_spikes(image: Array, low: float, high: float) -> Array:
         high: Where they end.
     """
     beyond = REACH * (high - low)
-    out: Array = np.clip(image, np.float32(low - beyond), np.float32(high + beyond))
+    out: Array = np.clip(np.asarray(image, np.float32), low - beyond, high + beyond)
     return out

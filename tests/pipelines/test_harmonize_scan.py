@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,9 @@ from sgcd_core.harmonizer import Harmonizer
 from sgcd_core.io.nifti import encode_nifti, read_nifti
 from sgcd_core.io.store import Store, sha256_hex
 from sgcd_core.volume.lesion import lesion_on_model_grid
+
+#: Lake, model and version of a run.
+WHOSE = ("lake", "target-A", 1)
 
 
 @pytest.fixture(autouse=True)
@@ -227,14 +231,14 @@ def test_maps_of_a_model_whose_seeds_agree_are_said_to_say_nothing(
 ) -> None:
     row, told = site.run(model, 1, samples=3) | {"status": "ok"}, Tally()
     told.add(site.row, row)
-    assert row["uncertainty_mean"] > LEAST_SPREAD and told.notes() == []
+    assert row["uncertainty_mean"] > LEAST_SPREAD and told.notes(*WHOSE) == []
     alike = Tally()
     for spread in (2e-4, 4e-4, 0.0):
         alike.add(site.row, row | {"uncertainty_mean": spread})
-    assert "differ by 0.0004 of the range" in alike.notes()[0]
+    assert "differ by 0.0004 of the range" in alike.notes(*WHOSE)[0]
     alone = Tally()
     alone.add(site.row, row | {"uncertainty_mean": None})
-    assert alone.notes() == []
+    assert alone.notes(*WHOSE) == []
 
 
 class Moody:
@@ -343,5 +347,8 @@ def test_a_run_says_why_scans_are_flagged() -> None:
     for code in ("FLAG-VOLUMES", "FLAG-ANATOMY", "FLAG-VOLUMES"):
         told.add({"uri": "/a"}, {"status": "flagged", "code": code})
     told.add({"uri": "/b"}, {"status": "ok", "code": None})
-    (note,) = told.notes()
-    assert "flagged: 2 FLAG-VOLUMES, 1 FLAG-ANATOMY;" in note and "FROM results WHERE" in note
+    (note,) = told.notes("a lake", 'target-O\'Neill "B"', 2)
+    assert "flagged: 2 FLAG-VOLUMES, 1 FLAG-ANATOMY;" in note
+    words = shlex.split(note.split("`")[1])
+    assert words[:2] == ["sgcd", "query"] and words[3:] == ["--lake", "a lake"]
+    assert words[2].endswith("AND model = 'target-O''Neill \"B\"' AND model_version = 2")

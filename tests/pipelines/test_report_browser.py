@@ -348,6 +348,8 @@ def test_before_and_after_move_together_in_three_dimensions(
             with page.expect_request("**/truth.nii.gz"):
                 page.get_by_label("Volume on the right").select_option("truth")
             expect(page.locator("#viewer")).to_have_attribute("aria-busy", "true")
+            while not held:  # its handler may run a moment later
+                page.wait_for_timeout(50)
             held[0].continue_()
             expect(page.locator("#viewer")).not_to_have_attribute("aria-busy", "true")
             expect(page.locator("#at-right")).not_to_have_text(after)  # nobody moved

@@ -104,8 +104,14 @@ def test_goals_of_a_site_and_of_all() -> None:
 def test_looks_that_earlier_versions_kept_are_read(tmp_path: Path) -> None:
     path = tmp_path / "look.json"
     path.write_text(json.dumps({"format": 4, "scans": 3, "look": [0.5, 1.0]}))
-    look, scan_ids = module._read(Store(), str(path))
+    scans = pa.Table.from_pylist([
+        {"scan_id": name, "dataset": "d", "subject": subject}
+        for name, subject in (("a", "1"), ("b", "1"), ("c", "2"), ("other", "3"))
+    ])  # fmt: skip
+    look, scan_ids = module._read(Store(), str(path), scans)
     assert (look.scans, look.subjects, look.mean.tolist(), scan_ids) == (3, 3, [0.5, 1.0], [])
+    path.write_text(json.dumps({"scans": 3, "look": [0.5], "scan_ids": ["a", "b", "c"]}))
+    assert module._read(Store(), str(path), scans)[0].subjects == 2  # two scans are of one person
 
 
 def test_looks_of_few_people_are_named() -> None:
