@@ -363,8 +363,5 @@ def test_one_corrupt_voxel_spoils_nothing_but_itself(spike: float) -> None:
 
 def test_nothing_of_a_sound_scan_is_bounded() -> None:
     image = np.random.default_rng(0).normal(500, 100, (20, 20, 20)).astype(np.float32)
-    image[0, 0, :2] = (
-        2600,
-        -1600,
-    )  # vessels, fat and the ringing beside them: nearly five ranges off
+    image[0, 0, :2] = 2600, -1600  # vessels, fat: nearly five ranges off
     assert np.array_equal(without_spikes(image, 300.0, 700.0), image)
