@@ -111,10 +111,11 @@ def _upkeep(lake: Lake, name: str, keep: timedelta, dry_run: bool) -> Upkeep | N
         if dry_run:
             after = _estimate(before)
         else:
-            small = (file["size_bytes"] for file in before)
-            require_room(uri, sum(size for size in small if size < TARGET_BYTES))
+            together = [small for small in _small(before) if len(small) > 1]
+            require_room(uri, sum(map(sum, together)))
             _set_properties(delta)
-            delta.optimize.compact(target_size=TARGET_BYTES, max_concurrent_tasks=1)
+            if together:
+                delta.optimize.compact(target_size=TARGET_BYTES, max_concurrent_tasks=1)
             delta.create_checkpoint()
             files = active_files(delta)
             after = len(files)
@@ -148,12 +149,15 @@ def _rows(files: Sequence[dict[str, Any]]) -> int:
 
 def _estimate(files: Sequence[dict[str, Any]]) -> int:
     """Files after compaction: of each partition the large ones, and the small ones put together."""
+    small = _small(files)
+    return len(files) - sum(map(len, small)) + sum(-(-sum(one) // TARGET_BYTES) for one in small)
+
+
+def _small(files: Sequence[dict[str, Any]]) -> list[list[int]]:
+    """Sizes of each partition's files that compaction puts together, bytes."""
     sizes: dict[Any, list[int]] = defaultdict(list)
     for file in files:
         place = tuple(value for key, value in file.items() if key.startswith("partition."))
-        sizes[place].append(file["size_bytes"])
-    count = 0
-    for found in sizes.values():
-        small = [size for size in found if size < TARGET_BYTES]
-        count += len(found) - len(small) + -(-sum(small) // TARGET_BYTES)
-    return count
+        if file["size_bytes"] < TARGET_BYTES:
+            sizes[place].append(file["size_bytes"])
+    return list(sizes.values())

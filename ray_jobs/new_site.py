@@ -183,7 +183,7 @@ class NewSite:
         if self.model in models(self.lake):
             self.lines.append(
                 f"note: {self.model} is there already and was not tuned again; "
-                "`sgcd tune` makes another version."
+                "`sgcd tune --force` makes another version."
             )
             return False
         scans = self.catalog.rows("scans").to_pylist()

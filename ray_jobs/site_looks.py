@@ -128,7 +128,7 @@ def _read(store: Store, uri: str, scans: pa.Table) -> tuple[SiteLook, list[str]]
     people = body.get("subjects")
     if people is None:
         theirs = scans.filter(pc.field("scan_id").isin(pa.array(scan_ids, pa.string())))
-        people = len({person(row) for row in theirs.to_pylist()}) or number
+        people = min(len({person(row) for row in theirs.to_pylist()}), number) or number
     return SiteLook(number, mean, people), scan_ids
 
 

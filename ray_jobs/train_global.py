@@ -68,7 +68,7 @@ def _train(args: Any, lake: Lake, hold: Hold | None) -> Outcome:
     plan += "the model in the box" if init == "box" else "fresh weights"
     data = {"model": NAME, "version": found, **meta}
     key = f"train-{init}-{meta['start_digest']}-{meta['config_digest']}-{meta['data_digest']}"
-    checkpoints = Checkpoints(lake.scratch(key))
+    checkpoints = Checkpoints(lake.scratch(f"again-{key}" if args.force else key))
     if found is not None:
         if hold is not None:  # of a job that ended between its model and its last step
             checkpoints.clear()

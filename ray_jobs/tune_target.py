@@ -90,7 +90,7 @@ def _tune(args: Any, lake: Lake, hold: Hold | None) -> Outcome:
     data = {**meta, "model": name, "version": found}
     start = f"{meta['parent_weights'][:16]}-{meta['config_digest']}"
     key = f"tune-{start}-{meta['data_digest']}-{name.removeprefix('target-')}"
-    checkpoints = Checkpoints(lake.scratch(key))
+    checkpoints = Checkpoints(lake.scratch(f"again-{key}" if args.force else key))
     if found is not None:
         if hold is not None:  # of a job that ended between its model and its last step
             checkpoints.clear()

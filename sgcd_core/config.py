@@ -302,7 +302,7 @@ class GuardConfig(Settings):
     )
     min_local_correlation: float = Field(
         0.5, ge=-1, le=1,
-        description="of gradients before and after in any cube of 24 mm; below: FLAG-ANATOMY",
+        description="of gradients in any cube of 24 mm with edges; below: FLAG-ANATOMY",
     )  # fmt: skip
     max_volume_drift: float = Field(0.25, ge=0, description="relative, largest of the tissues")
     max_outlier_score: float = Field(

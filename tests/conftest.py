@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
     from head_node import RayCluster
     from playwright.sync_api import Browser
 
+# A shell's background job ignores Ctrl-C, and so would all that the tests start and interrupt.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 # Before torch is imported: threads that spin while they wait make a shared machine crawl.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 #: Whether this process runs some of the tests beside another (`pytest -n 2`).

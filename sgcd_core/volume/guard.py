@@ -125,7 +125,7 @@ def _lowest_cosine(before: Array, after: Array, inside: Array, side: int) -> flo
     # What is left of noise in a large ventricle is no anatomy, and sums that slide along an axis
     # leave rounding errors where nothing is.
     edges = np.maximum(own, made) > max(EDGES * float(np.median(own)), 1e-9 * float(own.max()))
-    if not edges.any():
+    if not own.max() > 0 or not edges.any():
         return math.nan
     own, both, made = own[edges], both[edges], made[edges]
     return float((both / np.sqrt(np.maximum(own * made, (1e-6 * own.max()) ** 2))).min())

@@ -170,8 +170,10 @@ def register_rigid(
         world_to_template, lies_at(world_to_template, np.eye(4)), part,
         overlap(world_to_template, np.eye(4)),
     )  # fmt: skip
-    reverse = _correlation(laid, fixed, laid_mask & fixed_mask) < REVERSED
-    if misfit is None and sequence in OTHER and reverse:
+    if (
+        misfit is None and sequence in OTHER
+        and _correlation(laid, fixed, laid_mask & fixed_mask) < REVERSED
+    ):  # fmt: skip
         raise InputError(
             f"labelled {sequence}, but its contrast is that of a {OTHER[sequence]} scan.",
             code="SCAN-SEQUENCE", where=where,
@@ -428,6 +430,6 @@ def _misfit(world_to_template: Array, centre: Array, part: Array, overlap: float
         return None
     return (
         f"the best alignment with the template turns {angle:.0f}°, shifts {shift:.0f} mm and "
-        f"overlaps {overlap:.2f}; expected at most {MAX_ROTATION_DEG:.0f}°, "
+        f"overlaps {overlap:.3f}; expected at most {MAX_ROTATION_DEG:.0f}°, "
         f"{MAX_SHIFT_MM:.0f} mm and at least {MIN_OVERLAP}."
     )

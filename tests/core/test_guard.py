@@ -78,6 +78,20 @@ def test_damage_that_the_mean_hides_is_flagged(brain: tuple) -> None:
         assert "FLAG-ANATOMY" in [code for code, _ in flags(scores, GuardConfig())]
 
 
+def test_what_is_left_of_noise_where_no_edges_are_is_no_anatomy(brain: tuple) -> None:
+    """As in large ventricles, which a change of resolution evens out."""
+    image, mask = brain
+    rng = np.random.default_rng(0)
+    calm = np.zeros(image.shape, bool)
+    calm[13:26, 14:30, 14:27] = True
+    before, after = (np.where(calm, 0.2 + rng.normal(0, 0.004, image.shape), image) for _ in "ab")
+    kept = guard_scores(before, after, mask, 4.0)
+    assert kept["local_correlation"] > 0.8 and not flags(kept, GuardConfig())
+    drawn = after.copy()
+    drawn[18:21, 20:23, 19:22] = 0.8
+    assert guard_scores(before, drawn, mask, 4.0)["local_correlation"] < 0.5
+
+
 def test_a_reversed_contrast_is_flagged(brain: tuple) -> None:
     image, mask = brain
     scores = guard_scores(image, np.where(mask, 1 - image, 0), mask, 4.0)

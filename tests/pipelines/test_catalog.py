@@ -280,7 +280,7 @@ for part in range(3):  # each fits below the limit, all in one file do not
 writers = ((lambda: optimize(old), 150_000), (lambda: old.append("runs", [row]), 0),
            (lambda: new.append("runs", [row]), 0), (lambda: optimize(old), 0))
 for write, limit in writers:
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
     try:
         write()
     except StorageError as error:

@@ -348,8 +348,9 @@ def test_before_and_after_move_together_in_three_dimensions(
             with page.expect_request("**/truth.nii.gz"):
                 page.get_by_label("Volume on the right").select_option("truth")
             expect(page.locator("#viewer")).to_have_attribute("aria-busy", "true")
-            while not held:  # its handler may run a moment later
-                page.wait_for_timeout(50)
+            for _ in range(600):  # its handler may run a moment later
+                if not held:
+                    page.wait_for_timeout(100)
             held[0].continue_()
             expect(page.locator("#viewer")).not_to_have_attribute("aria-busy", "true")
             expect(page.locator("#at-right")).not_to_have_text(after)  # nobody moved

@@ -186,12 +186,10 @@ class Waits:
 
 @pytest.mark.parametrize("there", [(False,), (True,), (True, True, False)], ids=str)
 def test_a_stop_waits_for_workers_that_are_there_and_for_no_node(
-    there: tuple[bool, ...], monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+    there: tuple[bool, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ctrl-C while a training waits for a node that may never come, the first or a new, ends it."""
     monkeypatch.setattr(loop, "PULSE", 0.05)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # off in a background job
-    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     workers, ends = Waits(*there), threading.Event()
 
     def fit() -> None:
