@@ -22,7 +22,7 @@ from pipelines.plan import replaced_scans
 from pipelines.prepare import PreparedFiles, load_prepared
 from pipelines.record_figures import record_figures, unread
 from pipelines.truth import load_truth
-from pipelines.verdict import Summary, estimate, person, summarize
+from pipelines.verdict import SITE_DISTANCE, Summary, estimate, person, summarize
 from sgcd_core.config import SgcdConfig
 from sgcd_core.errors import ModelError, SgcdError
 from sgcd_core.io.nifti import read_nifti
@@ -39,8 +39,6 @@ Histogram = NDArray[np.float64]
 MAX_FIT_SCANS = 40
 #: Code of a scan that is not compared, since other scans of its subject are no test scans.
 SPLIT = "SCAN-SPLIT"
-#: Name of the site-level distance in `site_metrics`: mean histogram of a site to the target's.
-SITE_DISTANCE = "site_wasserstein"
 
 
 @dataclass(frozen=True)
@@ -115,7 +113,7 @@ def evaluate(
     written = record_figures(catalog, "metrics", base, metrics, mine, lost)
     written |= record_figures(catalog, "site_metrics", base, sites, mine, lost)
     return EvaluationSummary(
-        model, version, job.target, summarize(metrics, seed=config.seed), sites,
+        model, version, job.target, summarize(metrics, sites, seed=config.seed), sites,
         pairs=job.pairs, skipped=job.skipped, written=written,
     )  # fmt: skip
 

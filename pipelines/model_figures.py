@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from pipelines.evaluate import SITE_DISTANCE, EvaluationSummary
+from pipelines.evaluate import EvaluationSummary
 from pipelines.lake import Lake
-from pipelines.verdict import METHOD_TITLES, Estimate, number
+from pipelines.verdict import METHOD_TITLES, SITE_DISTANCE, Estimate, number
 from sgcd_core.io.store import Store, join
 from sgcd_core.metrics import MEASURES
 from sgcd_core.model_card import FIGURES, rows_table

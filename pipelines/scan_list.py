@@ -95,6 +95,11 @@ def list_source(
         raise UsageError("--site-from column needs a CSV manifest as the source.")
     tree = list_tree(address, store, sequences)
     if not tree.scans:
+        if not store.has_any(address):
+            raise InputError(
+                "nothing lies under this address.", code="STORE-EMPTY", where=source,
+                hint="Check the spelling, and that its disk is mounted.",
+            )  # fmt: skip
         raise InputError(
             f"no {' or '.join(sequences)} scan with a BIDS name lies here.",
             code="STORE-EMPTY", where=source,

@@ -20,6 +20,12 @@ METHOD_TITLES = {
     "whitestripe": "WhiteStripe", "histogram": "histogram matching",
     "combat": "ComBat", "sgcd": "SGCD",
 }  # fmt: skip
+#: Name of the site-level distance in `site_metrics`: mean histogram of a site to the target's.
+SITE_DISTANCE = "site_wasserstein"
+NO_TRUTH = (
+    "No scan has a truth to compare with: no test subject was also scanned at the target site. "
+    "Only the distributions of the sites are compared."
+)
 #: Methods that learn nothing but an intensity map.
 CLASSICAL = ("nyul", "minmax", "zscore", "whitestripe", "histogram")
 
@@ -101,11 +107,20 @@ class Summary:
         return f"Closer to the truth {_and(parts)} comparisons."
 
 
-def summarize(rows: Iterable[Mapping[str, Any]], *, seed: int = 0) -> Summary:
-    """Tables and sentences from rows of the table `metrics` of one model version."""
+def summarize(
+    rows: Iterable[Mapping[str, Any]], sites: Iterable[Mapping[str, Any]] = (), *, seed: int = 0
+) -> Summary:
+    """Tables and sentences of one model version.
+
+    Args:
+        rows: Of the table `metrics`.
+        sites: Of the table `site_metrics`; what is said where no scan has a truth.
+        seed: Of the bootstrap.
+    """
     kept = [row for row in rows if row["metric"] in MEASURES]
     lines, groups = _lines(kept, True, seed), _lines(kept, False, seed)
-    return Summary(lines, groups, verdict(groups, lines))
+    distances = [row for row in sites if row["metric"] == SITE_DISTANCE]
+    return Summary(lines, groups, verdict(groups, lines) or [NO_TRUTH, *alike(distances)])
 
 
 def _lines(rows: Sequence[Mapping[str, Any]], per_site: bool, seed: int) -> list[Line]:
@@ -173,12 +188,56 @@ def verdict(groups: Sequence[Line], sites: Sequence[Line] = ()) -> list[str]:
         worse = _worse([line for line in sites if (line.sequence, line.seen) == (sequence, seen)])
         if worse:
             sentences.append(f"{head}: taken alone SGCD is NOT closer than the raw scans {worse}.")
-    if not sentences:
-        sentences.append(
-            "No scan has a truth to compare with: no test subject was also scanned at the target "
-            "site. Only the distributions of the sites are compared."
-        )
     return sentences
+
+
+def alike(distances: Iterable[Mapping[str, Any]]) -> list[str]:
+    """What became of the distances of the sites' mean histograms, a sentence or two a sequence."""
+    found: dict[str, dict[str, dict[str, Mapping[str, Any]]]] = {}
+    goals: set[str] = set()
+    for row in distances:
+        if row["after"] is not None and math.isfinite(row["after"]):
+            found.setdefault(row["sequence"], {}).setdefault(row["site"], {})[row["method"]] = row
+            goals.add(row["target"] or "")
+    goal = f"{target}'s" if (target := "".join(goals)) else "that of all sites"
+    sentences = []
+    for sequence, sites in sorted(found.items()):
+        ours = {site: by["sgcd"] for site, by in sorted(sites.items()) if "sgcd" in by}
+        texts = {
+            site: f"{site} ({number(SITE_DISTANCE, row['before'])} to "
+            f"{number(SITE_DISTANCE, row['after'])})"
+            for site, row in ours.items()
+        }
+        nearer = [texts[site] for site, row in ours.items() if row["after"] < row["before"]]
+        other = [text for text in texts.values() if text not in nearer]
+        parts = [f"SGCD brings the mean histogram nearer to {goal} at {_and(nearer)}"] * bool(
+            nearer
+        )
+        if other:
+            what = "it" if nearer else "the mean histogram"
+            parts.append(f"SGCD does NOT bring {what} nearer to {goal} at {_and(other)}")
+        if parts:
+            sentences.append(f"{sequence}: {'; '.join(parts)} (Wasserstein distance).")
+        sentences += _nearest(sequence, {site: sites[site] for site in ours})
+    return sentences
+
+
+def _nearest(sequence: str, sites: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[str]:
+    """Where a classical method comes nearer to the target's histogram; nothing where none does."""
+    behind = []
+    for site, by_method in sites.items():
+        rivals = [m for m in CLASSICAL if m in by_method]
+        best = min(rivals, key=lambda m: by_method[m]["after"], default=None)
+        if best is not None and by_method[best]["after"] < by_method["sgcd"]["after"]:
+            value = number(SITE_DISTANCE, by_method[best]["after"])
+            behind.append(f"{site} ({value} of {METHOD_TITLES[best]})")
+    if not behind:
+        return []
+    return [
+        f"{sequence}: a classical method comes nearer than SGCD at {_and(behind)}. Such methods "
+        "give every brain the target's histogram, whatever is in it: a distance of histograms "
+        "says nothing of the anatomy."
+    ]
 
 
 def _rivals(lines: Sequence[Line]) -> list[tuple[str, tuple[str, ...]]]:

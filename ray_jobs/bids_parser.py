@@ -10,7 +10,7 @@ from ray_jobs.parser import COMMANDS, _positive
 LEVELS = ("participant", "group")
 _EPILOG = """\
 examples:
-  sgcd /data/bids /data/out participant --lake /data/lake --model target-SITE@champion \\
+  sgcd /data/bids /data/out participant --lake /data/lake --model target-SITE \\
       --participant-label 01 02 -w /scratch/work
   sgcd /data/bids /data/out group --model target-SITE -w /scratch/work
 

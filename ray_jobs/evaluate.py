@@ -153,10 +153,10 @@ def _voxels(q: _Question) -> _Part:
             q.lake, q.name, q.version, q.config, training_sites=q.sites, methods=q.images,
             progress=progress.reach,
         )  # fmt: skip
-    shown = before_after(found.summary.lines)
+    shown = before_after(found.summary.lines) or distance_table(found.site_rows)
     figures = write_figures(q.lake, found, code_version())
     return _Part(
-        ["", *shown, "", *found.verdict, ""],
+        ["", *shown, *([""] if shown else []), *found.verdict, ""],
         f"{counted(found.pairs, 'scan')} compared with the truth",
         found.site_rows, found.skipped, found.written,
         {"pairs": found.pairs, "verdict": found.verdict, "table": shown, "figures": figures},
@@ -222,6 +222,32 @@ def before_after(lines: Sequence[Line]) -> list[str]:
         for line in lines
     ]  # fmt: skip
     return table(["site", "sequence", "seen", "measure", "subjects", *methods, INTERVAL], rows)
+
+
+def distance_table(rows: Iterable[Row]) -> list[str]:
+    """One row per site and sequence: by every method the distance of the site's mean histogram to
+    the target's, and the bootstrap interval of the model's. For lakes without a truth.
+    """
+    from pipelines.verdict import SITE_DISTANCE, number
+
+    found: dict[tuple[str, str], dict[str, Row]] = {}
+    for row in rows:
+        if row["metric"] == SITE_DISTANCE:
+            found.setdefault((row["sequence"], row["site"]), {})[row["method"]] = row
+    if not found:
+        return []
+    methods = _methods(found.values())
+    body = []
+    for (sequence, site), by in sorted(found.items()):
+        some, model = next(iter(by.values())), by.get("sgcd")
+        means = [number(SITE_DISTANCE, by[m]["after"]) if m in by else "-" for m in methods]
+        interval = "-"
+        if model is not None and model["n"] > 1:
+            low, high = (number(SITE_DISTANCE, model[end]) for end in ("low", "high"))
+            interval = f"{low} to {high}"
+        body.append([site, sequence, _SEEN[some["seen"]], SITE_DISTANCE, some["n"], *means,
+                     interval])  # fmt: skip
+    return table(["site", "sequence", "seen", "measure", "subjects", *methods, INTERVAL], body)
 
 
 def tissue_table(lines: Sequence[TissueLine]) -> list[str]:

@@ -108,6 +108,7 @@ def resolve(lake: Lake, reference: str) -> tuple[str, int]:
             f"model {name!r} has no version or alias {wish!r}; it has "
             f"{', '.join(map(str, versions))}{f'; aliases: {named}' if named else ''}.",
             where=lake.uri,
+            hint=f"`sgcd promote {name}@{versions[-1]} --alias {alias}` sets it." if alias else None,
         )  # fmt: skip
     return name, version
 

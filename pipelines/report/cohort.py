@@ -12,13 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.evaluate import SITE_DISTANCE
 from pipelines.report import charts
 from pipelines.report.pages import counted_scans
 from pipelines.report.source import UNUSABLE, WAITING, Source
 from pipelines.report.state import ScanPage
 from pipelines.schemas import STATUSES
-from pipelines.verdict import CLASSICAL, METHOD_TITLES, Line, number
+from pipelines.verdict import CLASSICAL, METHOD_TITLES, SITE_DISTANCE, Line, number
 from sgcd_core.errors import CODES
 from sgcd_core.metrics import MEASURES
 

@@ -70,7 +70,7 @@ class Source:
 
     def summary(self) -> Summary:
         """Tables and sentences of the measures against the truth."""
-        return summarize(self.metrics)
+        return summarize(self.metrics, self.site_metrics)
 
     @cached_property
     def truths(self) -> Truths:

@@ -187,6 +187,13 @@ class People:
     def _load(self, uri: str) -> None:
         rows = read_table(uri, self._store)
         self._unread.look(rows, uri)
+        if rows and "participant_id" not in rows[0]:
+            first = next(iter(rows[0]), "")
+            self._notes.append(
+                f"{uri} has no column participant_id, so nothing is taken from it; its first is "
+                f"{first!r}. Columns are separated by tabs"
+            )
+            return
         for row in rows:
             subject = cell(row, "participant_id")
             if subject is None:

@@ -184,6 +184,15 @@ def test_participants_are_read_whatever_wrote_them(tmp_path: Path) -> None:
     assert "sub-01 has two rows" in people.notes[0]
 
 
+def test_a_table_of_participants_with_commas_is_named(tmp_path: Path) -> None:
+    put(tmp_path, {"participants.tsv": "participant_id,site,age\nsub-01,A,30\n"})
+    people = People(str(tmp_path), set(), Store())
+    assert people.of("01", None).site is None
+    (note,) = people.notes
+    assert "no column participant_id" in note and "'participant_id,site,age'" in note
+    assert "separated by tabs" in note
+
+
 def test_sessions_carry_the_site_of_a_traveling_subject(tmp_path: Path) -> None:
     put(tmp_path, {
         "participants.tsv": "participant_id\tsite\tage\tsex\nsub-1\thome\t30\tF\n",

@@ -7,7 +7,7 @@ import pytest
 from scipy import ndimage
 
 from sgcd_core.config import GuardConfig
-from sgcd_core.volume.guard import flags, guard_scores
+from sgcd_core.volume.guard import flags, guard_scores, tissue_drift
 
 
 @pytest.fixture(scope="module")
@@ -35,11 +35,38 @@ def test_a_mild_contrast_change_is_not_flagged(brain: tuple) -> None:
     assert flags(scores, GuardConfig()) == []
 
 
+@pytest.mark.parametrize("power", [0.3, 0.6, 2.0, 3.0])
+def test_no_tissue_drifts_by_a_change_of_contrast(brain: tuple, power: float) -> None:
+    """Borders of k-means move with the curve: by 0.58 of a class, with a power of 3."""
+    image, mask = brain
+    rng = np.random.default_rng(1)
+    before = np.clip(ndimage.gaussian_filter(image, 0.7), 1e-3, 1)[mask]
+    after = before**power + rng.normal(0, 0.01, before.shape)
+    assert tissue_drift(before, after) < 0.04
+
+
+def test_tissue_in_the_place_of_another_drifts_whatever_the_contrast(brain: tuple) -> None:
+    image, mask = brain
+    bright = (image > 0.68) & mask
+    rim = bright & ~ndimage.binary_erosion(bright)
+    half = rim & (np.arange(image.shape[0]) < image.shape[0] // 2)[:, None, None]
+    after = np.where(half, 0.5, image)
+    gone = half.sum() / bright.sum()
+    assert gone > 0.25
+    for power in (0.5, 1.0, 2.0):
+        drift = tissue_drift(image[mask], np.clip(after, 0, 1)[mask] ** power)
+        assert drift == pytest.approx(gone, rel=0.3)
+
+
+def test_the_drift_of_one_value_is_not_known() -> None:
+    assert np.isnan(tissue_drift(np.ones(50), np.ones(50)))
+
+
 def test_another_anatomy_is_flagged(brain: tuple) -> None:
     image, mask = brain
     scores = guard_scores(image, np.where(mask, image[::-1], 0), mask, 4.0)
     assert scores["gradient_correlation"] < 0.3
-    assert [code for code, _ in flags(scores, GuardConfig())] == ["FLAG-ANATOMY"]
+    assert [code for code, _ in flags(scores, GuardConfig())] == ["FLAG-ANATOMY", "FLAG-VOLUMES"]
 
 
 def test_a_shrunken_tissue_is_flagged(brain: tuple) -> None:
@@ -97,7 +124,7 @@ def test_a_reversed_contrast_is_flagged(brain: tuple) -> None:
     scores = guard_scores(image, np.where(mask, 1 - image, 0), mask, 4.0)
     assert scores["gradient_correlation"] == pytest.approx(1, abs=1e-5)
     assert scores["local_correlation"] < -0.9
-    assert [code for code, _ in flags(scores, GuardConfig())] == ["FLAG-ANATOMY"]
+    assert [code for code, _ in flags(scores, GuardConfig())] == ["FLAG-ANATOMY", "FLAG-VOLUMES"]
 
 
 def test_a_brain_of_one_value_has_no_edges_to_keep(brain: tuple) -> None:

@@ -12,11 +12,12 @@ from fake_lake import add_scan, brain, fake_lake, make_config
 
 import pipelines.evaluate as evaluation
 from pipelines.catalog import Catalog
-from pipelines.evaluate import SITE_DISTANCE, SPLIT, evaluate, find_truth
+from pipelines.evaluate import SPLIT, evaluate, find_truth
 from pipelines.lake import Lake
 from pipelines.record_figures import record_figures
 from pipelines.tissue import evaluate_tissue
-from pipelines.verdict import summarize
+from pipelines.verdict import SITE_DISTANCE, summarize
+from ray_jobs.evaluate import distance_table
 from sgcd_core.errors import ModelError, StorageError
 
 
@@ -107,6 +108,23 @@ def test_without_traveling_subjects_the_sites_are_still_compared(tmp_path):
     sgcd = [r for r in found.site_rows if r["method"] == "sgcd"]
     assert {r["site"] for r in sgcd} == {"A", "B"}
     assert all(r["after"] < r["before"] for r in sgcd)
+    nearer, *rivals = found.verdict[1:]
+    assert nearer.startswith("T1w: SGCD brings the mean histogram nearer to T's at A (0.")
+    assert " and B (0." in nearer and "NOT" not in nearer
+    assert all("a classical method comes nearer than SGCD at " in text for text in rivals)
+
+
+def test_a_model_that_takes_sites_away_is_said_to_without_traveling_subjects(tmp_path):
+    lake, config = fake_lake(str(tmp_path), useless, traveling=0)
+    found = evaluate(lake, "target-T", 1, config)
+    apart, rivals = found.verdict[1:]
+    assert apart.startswith("T1w: SGCD brings the mean histogram nearer to T's at B (0.")
+    assert "; SGCD does NOT bring it nearer to T's at A (0." in apart
+    assert "(0." in rivals and " of Nyúl)" in rivals
+    lines = distance_table(found.site_rows)
+    assert lines[0].split()[:5] == ["site", "sequence", "seen", "measure", "subjects"]
+    assert {line.split()[0] for line in lines[2:]} == {"A", "B"}
+    assert all("site_wasserstein" in line for line in lines[2:])
 
 
 def test_one_unreadable_output_is_named_and_the_others_are_scored(tmp_path):

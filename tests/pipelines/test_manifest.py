@@ -441,8 +441,12 @@ def test_a_manifest_without_its_columns_says_which(tmp_path: Path) -> None:
 
 def test_a_source_with_nothing_in_it_says_so(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    for source in (tmp_path / "empty", tmp_path / "nowhere"):
-        with pytest.raises(InputError) as error:
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "scan.txt").write_text("no scan")
+    for name, said in (("empty", "nothing lies"), ("nowhere", "nothing lies"),
+                       ("other", "with a BIDS name")):  # fmt: skip
+        source = tmp_path / name
+        with pytest.raises(InputError, match=said) as error:
             index_sources([str(source)])
         assert error.value.code == "STORE-EMPTY"
         assert str(source) in str(error.value)
