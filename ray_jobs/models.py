@@ -104,11 +104,12 @@ def resolve(lake: Lake, reference: str) -> tuple[str, int]:
         version = _promoted(lake, name, alias) or _in_mlflow(lake, name, alias)
     if version not in versions:
         named = ", ".join(f"{word} ({v})" for word, v in aliases(lake, name).items())
+        promote = f"`sgcd promote {name}@{versions[-1]} --alias {alias}` sets it."
         raise ModelError(
             f"model {name!r} has no version or alias {wish!r}; it has "
             f"{', '.join(map(str, versions))}{f'; aliases: {named}' if named else ''}.",
             where=lake.uri,
-            hint=f"`sgcd promote {name}@{versions[-1]} --alias {alias}` sets it." if alias else None,
+            hint=promote if alias else None,
         )  # fmt: skip
     return name, version
 

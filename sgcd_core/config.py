@@ -304,7 +304,7 @@ class GuardConfig(Settings):
         0.5, ge=-1, le=1,
         description="of gradients in any cube of 24 mm with edges; below: FLAG-ANATOMY",
     )  # fmt: skip
-    max_volume_drift: float = Field(0.25, ge=0, description="relative, largest of the tissues")
+    max_volume_drift: float = Field(0.15, ge=0, description="relative, largest of the tissues")
     max_outlier_score: float = Field(
         4.0, gt=0, description="distance to training scans, in typical distances"
     )
