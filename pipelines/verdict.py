@@ -194,31 +194,29 @@ def verdict(groups: Sequence[Line], sites: Sequence[Line] = ()) -> list[str]:
 def alike(distances: Iterable[Mapping[str, Any]]) -> list[str]:
     """What became of the distances of the sites' mean histograms, a sentence or two a sequence."""
     found: dict[str, dict[str, dict[str, Mapping[str, Any]]]] = {}
-    goals: set[str] = set()
+    goal = "that of all sites"
     for row in distances:
         if row["after"] is not None and math.isfinite(row["after"]):
             found.setdefault(row["sequence"], {}).setdefault(row["site"], {})[row["method"]] = row
-            goals.add(row["target"] or "")
-    goal = f"{target}'s" if (target := "".join(goals)) else "that of all sites"
+            goal = f"{row['target']}'s" if row["target"] else goal
     sentences = []
     for sequence, sites in sorted(found.items()):
-        ours = {site: by["sgcd"] for site, by in sorted(sites.items()) if "sgcd" in by}
-        texts = {
-            site: f"{site} ({number(SITE_DISTANCE, row['before'])} to "
-            f"{number(SITE_DISTANCE, row['after'])})"
-            for site, row in ours.items()
-        }
-        nearer = [texts[site] for site, row in ours.items() if row["after"] < row["before"]]
-        other = [text for text in texts.values() if text not in nearer]
-        parts = [f"SGCD brings the mean histogram nearer to {goal} at {_and(nearer)}"] * bool(
-            nearer
-        )
+        ours = {site: by_method for site, by_method in sorted(sites.items()) if "sgcd" in by_method}
+        nearer: list[str] = []
+        other: list[str] = []
+        for site, by_method in ours.items():
+            before, after = by_method["sgcd"]["before"], by_method["sgcd"]["after"]
+            values = f"{number(SITE_DISTANCE, before)} to {number(SITE_DISTANCE, after)}"
+            (nearer if after < before else other).append(f"{site} ({values})")
+        parts = []
+        if nearer:
+            parts.append(f"SGCD brings the mean histogram nearer to {goal} at {_and(nearer)}")
         if other:
             what = "it" if nearer else "the mean histogram"
             parts.append(f"SGCD does NOT bring {what} nearer to {goal} at {_and(other)}")
         if parts:
             sentences.append(f"{sequence}: {'; '.join(parts)} (Wasserstein distance).")
-        sentences += _nearest(sequence, {site: sites[site] for site in ours})
+        sentences += _nearest(sequence, ours)
     return sentences
 
 

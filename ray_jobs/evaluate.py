@@ -228,25 +228,26 @@ def distance_table(rows: Iterable[Row]) -> list[str]:
     """One row per site and sequence: by every method the distance of the site's mean histogram to
     the target's, and the bootstrap interval of the model's. For lakes without a truth.
     """
-    from pipelines.verdict import SITE_DISTANCE, number
+    from pipelines.verdict import SITE_DISTANCE, Estimate
 
-    found: dict[tuple[str, str], dict[str, Row]] = {}
+    found: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         if row["metric"] == SITE_DISTANCE:
-            found.setdefault((row["sequence"], row["site"]), {})[row["method"]] = row
+            found.setdefault((row["sequence"], row["site"]), []).append(row)
     if not found:
         return []
-    methods = _methods(found.values())
-    body = []
-    for (sequence, site), by in sorted(found.items()):
-        some, model = next(iter(by.values())), by.get("sgcd")
-        means = [number(SITE_DISTANCE, by[m]["after"]) if m in by else "-" for m in methods]
-        interval = "-"
-        if model is not None and model["n"] > 1:
-            low, high = (number(SITE_DISTANCE, model[end]) for end in ("low", "high"))
-            interval = f"{low} to {high}"
-        body.append([site, sequence, _SEEN[some["seen"]], SITE_DISTANCE, some["n"], *means,
-                     interval])  # fmt: skip
+    lines = [
+        (group[0], {r["method"]: Estimate(r["after"], r["low"], r["high"]) for r in group})
+        for _, group in sorted(found.items())
+    ]
+    methods = _methods(by_method for _, by_method in lines)
+    body = [
+        [
+            first["site"], first["sequence"], _SEEN[first["seen"]], SITE_DISTANCE, first["n"],
+            *_cells(SITE_DISTANCE, first["n"], by_method, methods),
+        ]
+        for first, by_method in lines
+    ]  # fmt: skip
     return table(["site", "sequence", "seen", "measure", "subjects", *methods, INTERVAL], body)
 
 

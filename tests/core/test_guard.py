@@ -62,6 +62,14 @@ def test_the_drift_of_one_value_is_not_known() -> None:
     assert np.isnan(tissue_drift(np.ones(50), np.ones(50)))
 
 
+@pytest.mark.parametrize("part", [0.1, 1.0])
+def test_an_output_that_is_not_finite_is_flagged(brain: tuple, part: float) -> None:
+    image, mask = brain
+    after = np.where(np.random.default_rng(0).random(image.shape) < part, np.nan, image)
+    codes = [code for code, _ in flags(guard_scores(image, after, mask, 4.0), GuardConfig())]
+    assert codes == ["FLAG-ANATOMY", "FLAG-VOLUMES"]
+
+
 def test_another_anatomy_is_flagged(brain: tuple) -> None:
     image, mask = brain
     scores = guard_scores(image, np.where(mask, image[::-1], 0), mask, 4.0)
